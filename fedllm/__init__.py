@@ -1,0 +1,1 @@
+"""Federated, private fine-tuning of language models as a Flower app."""

@@ -1,0 +1,280 @@
+"""One client's part of a round: its data, its resident base model, its reply.
+
+A simulation's actors live through the run, so the base model is loaded, and a
+partition tokenised, once in each. On a SuperNode every message starts a new process and
+the caches are empty; the quantised base comes from disk.
+"""
+
+import logging
+import time
+import traceback
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Context, Message, MetricRecord, RecordDict
+
+from fedllm.config import RunConfig, fedllm_home, parse_run_config
+from fedllm.errors import ConfigError, DataError, FedllmError
+from fedllm.replies import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    array_record,
+    error_content,
+    read_global,
+)
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from fedllm.adapters import AdapterSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Resident:
+    """What a client process keeps from message to message."""
+
+    model: "PeftModel"
+    tokenizer: Any
+    spec: "AdapterSpec"
+    partitions: dict[Any, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+_resident: dict[Any, _Resident] = {}
+
+
+def reply_to(message: Message, context: Context) -> Message:
+    """Train or evaluate as a message asks, and reply. Never raises.
+
+    Guarantee:
+        Under `privacy.unit="client"` the reply holds the trained arrays, or one code of
+        a closed list, and nothing else; the error's text stays in this client's log.
+    """
+    private = True
+    try:
+        config = parse_run_config(context.run_config)
+        private = config.privacy.unit != "none"
+        check_floors(context.node_config, config)
+        if message.metadata.message_type.startswith("evaluate"):
+            content = _evaluate(message, context, config)
+        else:
+            content = _train(message, context, config)
+    except Exception as error:  # noqa: BLE001 - a client's failure is told by code
+        code = _code(error)
+        where = _log_failure(context, code, error)
+        text = str(error) if isinstance(error, FedllmError) else repr(error)
+        content = error_content(code, None if private else f"{text} (log: {where})")
+    return Message(content, reply_to=message)
+
+
+def check_floors(node_config: Mapping[str, Any], config: RunConfig) -> None:
+    """Hold a run against the floors in this node's own config.
+
+    Raises:
+        ConfigError: The run promises less than the node's owner demands.
+    """
+    privacy = config.privacy
+    unit = node_config.get("privacy-unit")
+    if unit is not None and unit != privacy.unit:
+        raise ConfigError(
+            f"privacy.unit: this node demands {unit!r} (got {privacy.unit!r})"
+        )
+    limit = node_config.get("max-epsilon")
+    if limit is not None:
+        promised = [e for e in (privacy.target_epsilon, privacy.max_epsilon) if e > 0]
+        if privacy.unit == "none" or not promised or min(promised) > float(limit):
+            raise ConfigError(
+                f"privacy.target-epsilon: this node demands at most {limit} "
+                f"(got {min(promised) if promised else 'no bound'})"
+            )
+    delta = node_config.get("delta")
+    if delta is not None and not 0 < privacy.delta <= float(delta):
+        raise ConfigError(
+            f"privacy.delta: this node demands a set value of at most {delta} "
+            f"(got {privacy.delta})"
+        )
+
+
+def partition_of(context: Context) -> tuple[int, int]:
+    """Return (partition id, number of partitions) as the node reports them.
+
+    A SuperNode with a file of its own has one partition; its id, which only seeds the
+    training, comes from the file's path, since Flower's node ids are random.
+    """
+    node = context.node_config
+    if "data-path" in node:
+        return int(node.get("partition-id", zlib.crc32(str(node["data-path"]).encode()))), 1
+    try:
+        return int(node["partition-id"]), int(node["num-partitions"])
+    except KeyError:
+        raise ConfigError(
+            "node config: needs data-path, the client's own data file, or partition-id "
+            "and num-partitions: flower-supernode --node-config 'data-path=\"...\"'"
+        ) from None
+
+
+def _train(message: Message, context: Context, config: RunConfig) -> RecordDict:
+    """Fine-tune from the server's arrays and return the trained ones."""
+    from fedllm.training import train_adapter, training_seed
+
+    started = time.monotonic()
+    resident = _load(config)
+    partition_id, _ = partition_of(context)
+    examples = _examples(resident, context, config)
+    record = message.content.config_records[CONFIG]
+    arrays = read_global(
+        message.content.array_records[ARRAYS], resident.spec.trained_shapes
+    )
+    server_round = int(record["server-round"])  # type: ignore[arg-type]
+    ready = time.monotonic()
+    trained = train_adapter(
+        resident.model,
+        resident.spec,
+        resident.tokenizer,
+        examples,
+        arrays,
+        config.train,
+        float(record["learning-rate"]),  # type: ignore[arg-type]
+        training_seed(config.seed, server_round, partition_id),
+    )
+    _note(
+        context,
+        config,
+        f"client {partition_id}: round {server_round}: {trained.num_steps} steps on "
+        f"{trained.num_examples} examples in {time.monotonic() - ready:.1f} s "
+        f"(ready after {ready - started:.1f} s)",
+    )
+    content = RecordDict({ARRAYS: array_record(trained.arrays)})
+    if config.privacy.unit == "none":
+        content[METRICS] = MetricRecord(
+            {"num-examples": trained.num_examples, "train-loss": trained.loss}
+        )
+    return content
+
+
+def _evaluate(message: Message, context: Context, config: RunConfig) -> RecordDict:
+    """Return the loss of the server's adapter on this client's own rows."""
+    from fedllm.adapters import set_trained
+    from fedllm.evaluation import held_out
+
+    if config.privacy.unit != "none":
+        raise ConfigError("privacy.unit: clients evaluate only where it is 'none'")
+    resident = _load(config)
+    examples = _examples(resident, context, config)
+    shapes = resident.spec.trained_shapes
+    arrays = read_global(message.content.array_records[ARRAYS], shapes)
+    set_trained(resident.model, resident.spec, arrays)
+    examples = examples[: config.strategy.evaluate_examples or None]
+    score = held_out(resident.model, examples, resident.tokenizer.pad_token_id or 0)
+    metrics = {"num-examples": score.num_examples, "eval-loss": score.loss}
+    return RecordDict({METRICS: MetricRecord(metrics)})
+
+
+def _load(config: RunConfig) -> _Resident:
+    """Return the resident base model with this run's kind of adapter on it."""
+    key = (config.model, config.adapter, config.seed)
+    if key not in _resident:
+        from fedllm.adapters import adapter_spec, attach
+        from fedllm.models import load_base, load_config, load_tokenizer, locate
+
+        # Another adapter kind would wrap the same base twice: keep one at a time.
+        _resident.clear()
+        home = fedllm_home()
+        location = locate(config.model.name, home)
+        spec = adapter_spec(config.adapter, load_config(location), config.seed)
+        base = load_base(location, config.model.quantization, home)
+        model = attach(base, spec)
+        if config.train.gradient_checkpointing:
+            model.enable_input_require_grads()
+        _resident[key] = _Resident(model, load_tokenizer(location), spec)
+    return _resident[key]
+
+
+def _examples(
+    resident: _Resident, context: Context, config: RunConfig
+) -> list[dict[str, Any]]:
+    """Return this client's tokenised examples.
+
+    Raises:
+        DataError: It has none.
+    """
+    from fedllm.data import load_rows, partition, tokenize
+    from fedllm.evaluation import labelled
+
+    partition_id, num_partitions = partition_of(context)
+    path = context.node_config.get("data-path")
+    key = (config.data, config.train.max_length, config.seed, path, partition_id)
+    key = (*key, num_partitions)
+    if key not in resident.partitions:
+        rows = load_rows(config.data, str(path) if path is not None else None)
+        if path is None:
+            rows = partition(
+                config.data, rows, partition_id, num_partitions, config.seed
+            )
+        tokenized = tokenize(
+            rows, resident.tokenizer, config.data, config.train.max_length
+        )
+        if tokenized.num_truncated or tokenized.num_without_answer:
+            _note(
+                context,
+                config,
+                f"client {partition_id}: train.max-length {config.train.max_length} cut "
+                f"{tokenized.num_truncated} of {tokenized.num_examples} examples; "
+                f"{tokenized.num_without_answer} without an answer are not used",
+            )
+        resident.partitions[key] = labelled(tokenized)
+    examples = resident.partitions[key]
+    if not examples:
+        raise DataError(
+            f"client {partition_id}: has no usable example, so its update is zero"
+        )
+    return examples
+
+
+def _code(error: Exception) -> str:
+    """Map an error to the closed list of codes."""
+    if isinstance(error, ConfigError):
+        return "bad-config"
+    if isinstance(error, DataError):
+        return "no-data"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out-of-memory"
+    return "failed"
+
+
+def _note(context: Context, config: RunConfig, text: str) -> None:
+    """Write a line to this client's own log, and show it where that is no release.
+
+    A simulation forwards what its actors print to the run's log, which is the server's.
+    """
+    _append_log(context, text)
+    simulated = "num-partitions" in context.node_config
+    if config.privacy.unit == "none" or not simulated:
+        logger.info(text)
+
+
+def _log_failure(context: Context, code: str, error: Exception) -> str:
+    """Write the whole error to this client's own log and return the log's path."""
+    trace = "".join(traceback.format_exception(error))
+    return _append_log(context, f"no update (code {code})\n{trace}")
+
+
+def _append_log(context: Context, text: str) -> str:
+    """Append to `logs/client-<partition id>.log` and return its path."""
+    try:
+        partition_id, _ = partition_of(context)
+    except FedllmError:
+        partition_id = 0
+    path = fedllm_home() / "logs" / f"client-{partition_id}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"{stamp} run {context.run_id} {text}\n")
+    except OSError as error:
+        logger.error("%s: cannot be written: %s", path, error.strerror)
+    return str(path)

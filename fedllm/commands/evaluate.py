@@ -1,0 +1,288 @@
+"""Prompt and measure an adapter: of any run of ours, or plain PEFT's."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedllm.config import DataConfig, RunConfig, fedllm_home, parse_run_config
+from fedllm.errors import AdapterError, DataError, FedllmError
+
+NOT_ADVICE = "This is a language model's text, not medical advice."
+
+
+@dataclass
+class Subject:
+    """What answers: a base model, perhaps with an adapter.
+
+    Attributes:
+        folder: The adapter; None for the untuned base.
+        base_name: Folder or hub id of the base model.
+        quantization: Bits of the base.
+        described: Which model, round and run, for a person.
+        config: The run's config where the adapter is of a run of ours.
+    """
+
+    folder: Path | None
+    base_name: str
+    quantization: int
+    described: str
+    config: RunConfig | None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; an error is one line and exit status 2."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if not (args.question or args.interactive or args.benchmark or args.held_out):
+        parser.error("say what to do: --question, --interactive, --benchmark, --held-out")
+    try:
+        _run(args)
+    except FedllmError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(args: argparse.Namespace) -> None:
+    subject = find_subject(args.peft_path, fedllm_home())
+    if args.quantization is not None:
+        subject.quantization = args.quantization
+    report: dict[str, Any] = {"answers_for": subject.described}
+    _say(args, subject.described)
+    asker = _Asker(subject)
+    if args.held_out:
+        report["held_out"] = _held_out(args, asker)
+    if args.benchmark:
+        report["benchmark"] = _benchmark(args, asker, Path(args.benchmark))
+    if args.question:
+        report["question"] = args.question
+        report["answers"] = _answer(args, asker, args.question)
+        report["note"] = NOT_ADVICE
+        _say(args, NOT_ADVICE)
+    if args.json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    if args.interactive:
+        _interact(args, asker)
+
+
+class _Asker:
+    """The model, loaded once, with the adapter on or off."""
+
+    def __init__(self, subject: Subject) -> None:
+        # What transformers and bitsandbytes say while loading is not for this screen.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        from fedllm.adapters import load_adapter
+        from fedllm.models import load_base, load_tokenizer
+
+        self.subject = subject
+        self.tokenizer = load_tokenizer(subject.base_name)
+        base = load_base(subject.base_name, subject.quantization, fedllm_home())
+        self.model: Any = base
+        if subject.folder is not None:
+            self.model = load_adapter(base, subject.folder)
+
+    def prompt(self, question: str) -> str:
+        from fedllm.data import chat_prompt
+
+        return chat_prompt(self.tokenizer, question)
+
+    def answer(self, question: str, args: argparse.Namespace, tuned: bool) -> Iterator[str]:
+        from fedllm.evaluation import generate
+
+        with self.adapter(tuned):
+            yield from generate(
+                self.model,
+                self.tokenizer,
+                self.prompt(question),
+                args.max_new_tokens,
+                args.temperature,
+            )
+
+    def adapter(self, tuned: bool) -> Any:
+        """Return a context in which the adapter is on or off."""
+        import contextlib
+
+        if tuned or self.subject.folder is None:
+            return contextlib.nullcontext()
+        return self.model.disable_adapter()
+
+    def names(self, args: argparse.Namespace) -> list[tuple[str, bool]]:
+        """Return which models are asked: (name, with the adapter)."""
+        if self.subject.folder is None:
+            return [("base", False)]
+        return [("base", False), ("tuned", True)] if args.base else [("tuned", True)]
+
+
+def find_subject(peft_path: str | None, home: Path) -> Subject:
+    """Find the adapter that is asked for, else what the latest run recommends.
+
+    Raises:
+        AdapterError: There is none.
+    """
+    from fedllm.adapters import read_base_name, read_origin
+    from fedllm.run_directory import CONFIG_FILE, RESULT_FILE, read_json
+
+    if peft_path is None:
+        latest = home / "runs" / "latest"
+        if not (latest / RESULT_FILE).exists():
+            raise AdapterError(
+                f"{latest}: no finished run there: start one (see the README), or name "
+                "an adapter folder with --peft-path"
+            )
+        recommended = read_json(latest / RESULT_FILE)["recommended"]
+        if recommended == "base":
+            run = read_json(latest / CONFIG_FILE)
+            config = parse_run_config(run["run_config"])
+            text = (
+                f"answers: the untuned {config.model.name}, since in the latest run "
+                f"({latest.resolve()}) the tuned one did not beat it"
+            )
+            bits = config.model.quantization
+            return Subject(None, run["base"], bits, text, config)
+        peft_path = str(latest.resolve() / Path(recommended).name)
+    folder = Path(peft_path).expanduser().absolute()
+    base_name, origin = read_base_name(folder), read_origin(folder)
+    config = None
+    if (folder.parent / CONFIG_FILE).exists() and origin:
+        config = parse_run_config(read_json(folder.parent / CONFIG_FILE)["run_config"])
+    round_text = f", round {origin['server_round']}" if origin else ""
+    name = origin.get("model", base_name)
+    text = f"answers: {name} with the adapter {folder}{round_text}"
+    return Subject(folder, base_name, int(origin.get("quantization", 4)), text, config)
+
+
+def _answer(args: argparse.Namespace, asker: _Asker, question: str) -> dict[str, str]:
+    """Stream the answers of each model."""
+    answers = {}
+    for name, tuned in asker.names(args):
+        _say(args, f"\n{name}: ", end="")
+        pieces = []
+        for piece in asker.answer(question, args, tuned):
+            _say(args, piece, end="")
+            pieces.append(piece)
+        _say(args, "")
+        answers[name] = "".join(pieces).strip()
+    _say(args, "")
+    return answers
+
+
+def _held_out(args: argparse.Namespace, asker: _Asker) -> dict[str, Any]:
+    """Measure loss and perplexity on the run's public test rows."""
+    from fedllm.data import load_public, tokenize
+    from fedllm.evaluation import held_out, labelled
+
+    config = asker.subject.config
+    data = config.data if config else DataConfig()
+    length = config.train.max_length if config else RunConfig().train.max_length
+    rows = load_public(data, "test")
+    if rows is None:
+        raise DataError("--held-out: this run has no public test rows (data.public-test)")
+    examples = labelled(tokenize(rows, asker.tokenizer, data, length))
+    scores = {}
+    for name, tuned in asker.names(args):
+        with asker.adapter(tuned):
+            score = held_out(asker.model, examples, asker.tokenizer.pad_token_id or 0)
+        scores[name] = {
+            "loss": score.loss,
+            "perplexity": score.perplexity,
+            "num_examples": score.num_examples,
+            "num_tokens": score.num_tokens,
+        }
+        _say(
+            args,
+            f"{name}: loss {score.loss:.3f}, perplexity {score.perplexity:.2f} on "
+            f"{score.num_examples} test rows ({score.num_tokens} answer tokens)",
+        )
+    return scores
+
+
+def _benchmark(args: argparse.Namespace, asker: _Asker, path: Path) -> dict[str, Any]:
+    """Score multiple choice."""
+    from fedllm.evaluation import load_questions, multiple_choice
+
+    questions = load_questions(path)
+    scores = {}
+    for name, tuned in asker.names(args):
+        with asker.adapter(tuned):
+            score = multiple_choice(
+                asker.model, asker.tokenizer, questions, asker.prompt
+            )
+        low, high = score.interval
+        scores[name] = {
+            "accuracy": score.accuracy,
+            "num_questions": score.num_questions,
+            "chance": score.chance,
+            "interval_95": [low, high],
+        }
+        _say(
+            args,
+            f"{name}: accuracy {score.accuracy:.3f} (95 % interval {low:.3f} to "
+            f"{high:.3f}) on {score.num_questions} questions; chance {score.chance:.3f}",
+        )
+    return scores
+
+
+def _interact(args: argparse.Namespace, asker: _Asker) -> None:
+    """Answer questions until the input ends."""
+    _say(args, f"{NOT_ADVICE} An empty line ends.")
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        _answer(args, asker, question)
+
+
+def _say(args: argparse.Namespace, text: str, end: str = "\n") -> None:
+    """Write to the screen, unless JSON is asked for."""
+    if not args.json:
+        sys.stdout.write(text + end)
+        sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--peft-path",
+        metavar="DIR",
+        help="adapter folder; default: what the latest run recommends",
+    )
+    parser.add_argument("--question", metavar="TEXT", help="ask one question")
+    parser.add_argument(
+        "--base", action="store_true", help="let the untuned model answer beside it"
+    )
+    parser.add_argument(
+        "--held-out", action="store_true", help="loss on the run's public test rows"
+    )
+    parser.add_argument(
+        "--benchmark",
+        metavar="FILE.jsonl",
+        help="multiple choice: lines with question, options, answer (an index)",
+    )
+    parser.add_argument("--interactive", action="store_true", help="ask again and again")
+    parser.add_argument("--json", action="store_true", help="write one JSON object")
+    parser.add_argument("--max-new-tokens", type=int, default=96, metavar="N")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0.0: always the likeliest token"
+    )
+    parser.add_argument(
+        "--quantization",
+        type=int,
+        choices=(0, 4, 8),
+        help="bits of the base; default: as in training, 4 for plain PEFT",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Run a simulation in a SuperLink of its own, and stop that afterwards.
+
+`flwr run` alone starts a SuperLink that outlives it on a fixed port, and joins one that
+another folder or environment left there, with that one's interpreter and packages. This
+command types `flwr run . --stream` for you against a SuperLink on a free port, with the
+packages of this environment, and ends with status 1 where the run failed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+_START_SECONDS = 120.0
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
+    args = _parser().parse_args(arguments)
+    app = Path(args.app).resolve()
+    if not (app / "pyproject.toml").is_file():
+        sys.exit(f"{app}: no pyproject.toml: run this in fedllm's folder, or name it")
+    with tempfile.TemporaryDirectory(prefix="fedllm-flwr-") as home:
+        sys.exit(_simulate(app, args, Path(home)))
+
+
+def _simulate(app: Path, args: argparse.Namespace, home: Path) -> int:
+    """Start the SuperLink, run, stop the SuperLink; return the exit status."""
+    port = _free_port()
+    (home / "config.toml").write_text(
+        '[superlink]\ndefault = "private"\n\n[superlink.private]\n'
+        f'address = "127.0.0.1:{port}"\ninsecure = true\n',
+        encoding="utf-8",
+    )
+    env = os.environ | {
+        "FLWR_HOME": str(home),
+        # The environment that typed this has everything; a fresh one for each run
+        # would be installed by uv otherwise.
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
+        # Flower starts programs by name: those of this environment, activated or not.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "RAY_raylet_start_wait_time_s": os.environ.get(
+            "RAY_raylet_start_wait_time_s", "120"
+        ),
+    }
+    log = home / "superlink.log"
+    command = [
+        _program("flower-superlink"),
+        "--insecure",
+        "--simulation",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    with log.open("w", encoding="utf-8") as output:
+        superlink = subprocess.Popen(
+            command, env=env, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        if not _wait_until_up(superlink, port):
+            sys.stderr.write(log.read_text("utf-8")[-4000:])
+            sys.stderr.write("error: Flower's SuperLink did not start; its log is above\n")
+            return 1
+        run = [_program("flwr"), "run", str(app), "private", "--stream"]
+        run += ["--federation-config", f"num-supernodes={args.num_supernodes}"]
+        for value in args.run_config or []:
+            run += ["--run-config", value]
+        status = subprocess.run(run, env=env, check=False).returncode
+        return status or _run_status(env)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        _stop(superlink)
+
+
+def _run_status(env: dict[str, str]) -> int:
+    """Return 0 if the run completed, else 1: `flwr run --stream` does not tell."""
+    command = [_program("flwr"), "list", "private", "--format", "json"]
+    listed = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    try:
+        runs = json.loads(listed.stdout)["runs"]
+        return 0 if all("completed" in str(run["status"]) for run in runs) else 1
+    except (ValueError, KeyError, TypeError):
+        sys.stderr.write(f"error: cannot tell how the run ended: {listed.stdout}\n")
+        return 1
+
+
+def _wait_until_up(superlink: "subprocess.Popen[bytes]", port: int) -> bool:
+    """Wait for the SuperLink's health answer."""
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and superlink.poll() is None:
+        try:
+            with urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return True
+        except OSError:
+            time.sleep(0.2)
+    return False
+
+
+def _stop(superlink: "subprocess.Popen[bytes]") -> None:
+    """End the SuperLink and what it started: its own process group."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(superlink.pid, sign)
+            superlink.wait(timeout=20)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _free_port() -> int:
+    """Return a port on loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _program(name: str) -> str:
+    """Return a program of this environment, activated or not."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        sys.exit(f"{name}: not installed here: pip install -e .")
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("app", nargs="?", default=".", help="fedllm's folder")
+    parser.add_argument(
+        "--num-supernodes", type=int, default=20, metavar="N", help="virtual clients"
+    )
+    parser.add_argument(
+        "--run-config",
+        action="append",
+        metavar="CONFIG",
+        help="as of flwr run: a TOML file, or key=value pairs",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main()

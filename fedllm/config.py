@@ -1,0 +1,360 @@
+"""The run config: what `[tool.flwr.app.config]` and `--run-config` may say.
+
+Flower hands the apps a flat mapping of dotted kebab-case keys to bool, int, float or
+str. `parse_run_config` turns it into frozen sections, or names every bad key at once.
+The defaults here and those of pyproject.toml are the same; a test walks both.
+
+Keys that change what privacy is promised are all in `PrivacyConfig`, together with
+`strategy.sampling`, `strategy.fraction-train` and `num-server-rounds`.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from fedllm.errors import ConfigError
+
+Scalar = bool | int | float | str
+
+_SECTION = ConfigDict(
+    extra="forbid",
+    alias_generator=lambda name: name.replace("_", "-"),
+    validate_by_name=True,
+    validate_by_alias=True,
+    allow_inf_nan=False,
+    use_attribute_docstrings=True,
+)
+
+Text = Annotated[str, Strict()]
+Name = Annotated[str, Strict(), Field(min_length=1)]
+Flag = Annotated[bool, Strict()]
+Count = Annotated[int, Strict(), Field(ge=0)]
+Positive = Annotated[int, Strict(), Field(ge=1)]
+Amount = Annotated[float, Strict(), Field(ge=0)]
+PositiveAmount = Annotated[float, Strict(), Field(gt=0)]
+Share = Annotated[float, Strict(), Field(ge=0, le=1)]
+
+
+def _bits(value: int) -> int:
+    """Refuse a width that bitsandbytes does not have."""
+    if value not in (0, 4, 8):
+        raise ValueError("must be 0, 4 or 8")
+    return value
+
+
+def fedllm_home() -> Path:
+    """Return the folder that holds models and runs: FEDLLM_HOME, else ~/.fedllm."""
+    return Path(os.environ.get("FEDLLM_HOME") or "~/.fedllm").expanduser().absolute()
+
+
+@dataclass(frozen=True, config=_SECTION)
+class ModelConfig:
+    """The base model, which nobody trains."""
+
+    name: Name = "smollm2-135m-instruct"
+    """`smollm2-135m-instruct`, a local folder, or a hub id."""
+    quantization: Annotated[int, Strict(), AfterValidator(_bits)] = 4
+    """Bits of the base model's linear layers: 4 (nf4), 8, or 0 (not quantised)."""
+
+
+@dataclass(frozen=True, config=_SECTION)
+class AdapterConfig:
+    """The adapter, which travels and is trained."""
+
+    kind: Literal["ffa-lora", "lora-core", "lora"] = "ffa-lora"
+    """`ffa-lora` trains B, `lora-core` an r x r core, `lora` both factors."""
+    rank: Annotated[int, Strict(), Field(ge=1, le=1024)] = 8
+    """Rank r of the update of each target module."""
+    alpha: PositiveAmount = 16.0
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input while training."""
+    target_modules: Name = "q_proj,v_proj"
+    """Names of linear layers, separated by commas, or `all-linear`."""
+
+
+@dataclass(frozen=True, config=_SECTION)
+class DataConfig:
+    """Training rows, how virtual clients share them, and rows declared public."""
+
+    name: Name = "wordnet-medical"
+    """`wordnet-medical`, a hub id, or a local .jsonl/.json/.csv/.parquet file."""
+    split: Name = "train"
+    """Split of a hub data set."""
+    prompt_column: Name = "instruction"
+    """Column with the question; ignored where a `messages` column exists."""
+    response_column: Name = "response"
+    """Column with the answer, the only part that the loss sees."""
+    partition: Literal["iid", "dirichlet", "natural", "size-skew"] = "iid"
+    """How virtual clients share the rows (a SuperNode's own file is not shared)."""
+    partition_alpha: PositiveAmount = 0.5
+    """Concentration of `dirichlet`: smaller is more uneven."""
+    partition_column: Name = "site"
+    """Column that `dirichlet` and `natural` go by."""
+    public_validation: Text = ""
+    """File of rows declared public that choose the best round; empty: none."""
+    public_test: Text = ""
+    """File of rows declared public that only report; empty: none."""
+
+
+@dataclass(frozen=True, config=_SECTION)
+class TrainConfig:
+    """Supervised fine-tuning on one client in one round."""
+
+    batch_size: Positive = 16
+    """Examples in one micro-batch."""
+    local_steps: Count = 1
+    """Optimiser steps a round; 0: `train.local-epochs` counts instead."""
+    local_epochs: Amount = 1.0
+    """Passes over the client's examples a round, where local-steps is 0."""
+    gradient_accumulation: Positive = 1
+    """Micro-batches in one optimiser step."""
+    gradient_checkpointing: Flag = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    max_length: Annotated[int, Strict(), Field(ge=8)] = 512
+    """Longest example in tokens; what it cuts is counted and said."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimiser on the client; its state lasts one round."""
+    learning_rate: PositiveAmount = 1.0
+    """Learning rate in round 1."""
+    learning_rate_min: Amount = 1.0
+    """Learning rate in the last round; between them a half cosine."""
+    warmup_steps: Count = 0
+    """Steps of linear warm-up in each round."""
+    weight_decay: Amount = 0.0
+    """Decoupled weight decay of the trained values."""
+    max_grad_norm: Amount = 0.0
+    """Clip the gradient of a step to this norm; 0.0: do not. Not a privacy bound."""
+    proximal_mu: Amount = 0.0
+    """FedProx: weight of the pull towards the round's global adapter."""
+
+
+@dataclass(frozen=True, config=_SECTION)
+class StrategyConfig:
+    """Who takes part in a round and what the server does with the replies."""
+
+    num_clients: Count = 0
+    """Clients in the federation; 0: those connected when the run starts."""
+    wait_for_clients: PositiveAmount = 120.0
+    """Seconds to wait until that many (at least two) are connected."""
+    sampling: Literal["all", "fixed", "poisson"] = "all"
+    """Every client, a fixed number, or each by its own secret coin."""
+    fraction_train: Annotated[float, Strict(), Field(gt=0, le=1)] = 1.0
+    """Share of the clients in a round, for `fixed` and `poisson`."""
+    fraction_evaluate: Share = 0.0
+    """Share of the clients that evaluate on their own rows (without DP only)."""
+    round_timeout: PositiveAmount = 1800.0
+    """Seconds to wait for the replies of a round; later ones count as zero."""
+    aggregator: Literal["mean", "median", "trimmed-mean", "krum"] = "mean"
+    """How updates are combined; under DP always the mean."""
+    malicious_share: Annotated[float, Strict(), Field(ge=0, lt=0.5)] = 0.2
+    """Share of hostile clients that `trimmed-mean` and `krum` allow for."""
+    server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"
+    """What the server does with the mean update, after the noise."""
+    server_learning_rate: PositiveAmount = 1.0
+    """Factor on the (noised) mean update in round 1."""
+    server_learning_rate_min: Amount = 1.0
+    """The same in the last round; between them a half cosine."""
+    server_momentum: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment for `momentum`, `adam` and `yogi`."""
+    evaluate_examples: Count = 128
+    """Public validation rows scored after a round; 0: none."""
+    evaluate_every: Positive = 1
+    """Rounds between two evaluations; the last round is always evaluated."""
+
+
+@dataclass(frozen=True, config=_SECTION)
+class PrivacyConfig:
+    """What is promised to whom. Exactly one of the two noise settings is set."""
+
+    unit: Literal["client", "none"] = "client"
+    """`client`: all data of one client is protected; `none`: nothing is."""
+    clipping_norm: PositiveAmount = 1.0
+    """Largest L2 norm C of one client's update."""
+    target_epsilon: Amount = 8.0
+    """Calibrate the noise to spend this over all rounds; 0.0: not set."""
+    noise_multiplier: Amount = 0.0
+    """Noise standard deviation over C, for an expert; 0.0: not set."""
+    delta: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.0
+    """Delta; 0.0: the smaller of 1e-5 and N^-1.1 for N clients."""
+    max_epsilon: Amount = 0.0
+    """Stop before a round would pass this; 0.0: not set."""
+    noise_probe: Flag = True
+    """Measure before round 1 what noise alone does to the loss on public rows."""
+    on_destructive_noise: Literal["warn", "refuse"] = "warn"
+    """What to do where noise alone raises the loss by more than 0.1."""
+
+
+@dataclass(frozen=True, config=_SECTION)
+class OutputConfig:
+    """What a run leaves on disk."""
+
+    save_every: Positive = 1
+    """Rounds between two saved adapters; the last round is always saved."""
+
+
+@dataclass(frozen=True, config=_SECTION)
+class RunConfig:
+    """Everything that one run is told."""
+
+    num_server_rounds: Annotated[int, Strict(), Field(ge=1, le=100_000)] = 3
+    """Rounds of federated training."""
+    seed: Annotated[int, Strict(), Field(ge=0, lt=2**32)] = 42
+    """Seed of everything but privacy's draws."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+_ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
+
+
+def parse_run_config(mapping: Mapping[str, Scalar]) -> RunConfig:
+    """Check a flat run config.
+
+    Args:
+        mapping: Dotted kebab-case key -> value, as in Flower's `context.run_config`.
+
+    Returns:
+        The frozen sections; keys that are missing have their defaults.
+
+    Raises:
+        ConfigError: One line a bad key: key, what is allowed, value got.
+    """
+    nested: dict[str, Any] = {}
+    problems: list[str] = []
+    for key, value in mapping.items():
+        section, _, name = key.rpartition(".")
+        if section and not isinstance(nested.setdefault(section, {}), dict):
+            problems.append(f"{key}: {section} is not a section")
+        else:
+            (nested[section] if section else nested)[name] = value
+    try:
+        config = _ADAPTER.validate_python(nested, by_name=False, by_alias=True)
+    except ValidationError as error:
+        for detail in error.errors():
+            where = ".".join(str(part) for part in detail["loc"])
+            got = detail["input"]
+            got_text = "" if isinstance(got, dict) else f" (got {got!r})"
+            problems.append(f"{where}: {_reason(detail)}{got_text}")
+    else:
+        problems += _contradictions(config)
+    if problems:
+        raise ConfigError("\n".join(sorted(problems)))
+    return config
+
+
+def flat(config: RunConfig) -> dict[str, Scalar]:
+    """Return the run config as Flower writes it: dotted kebab-case key -> value."""
+    out: dict[str, Scalar] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        name = entry.name.replace("_", "-")
+        if hasattr(value, "__dataclass_fields__"):
+            for inner in fields(value):
+                key = f"{name}.{inner.name.replace('_', '-')}"
+                out[key] = getattr(value, inner.name)
+        else:
+            out[name] = value
+    return out
+
+
+def _reason(detail: Any) -> str:
+    """Say in plain words what one pydantic error means."""
+    kind = detail["type"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown key{_similar_key(detail['loc'])}"
+    message = str(detail["msg"])
+    for old, new in (
+        ("Value error, ", ""),
+        ("Input should be ", "must be "),
+        ("a valid integer", "an integer"),
+        ("a valid ", "a "),
+        ("greater than or equal to", ">="),
+    ):
+        message = message.replace(old, new)
+    return message
+
+
+def _similar_key(location: tuple[str | int, ...]) -> str:
+    """Return a hint naming the key that was probably meant, or nothing."""
+    from difflib import get_close_matches
+
+    wanted = ".".join(str(part) for part in location)
+    near = get_close_matches(wanted, flat(RunConfig()), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _contradictions(config: RunConfig) -> list[str]:
+    """Name the settings that are each allowed, but not together."""
+    problems = []
+    train, strategy, privacy = config.train, config.strategy, config.privacy
+    if train.local_steps == 0 and train.local_epochs == 0:
+        problems.append("train.local-epochs: must be > 0 where train.local-steps is 0")
+    if train.learning_rate_min > train.learning_rate:
+        problems.append(
+            "train.learning-rate-min: must be <= train.learning-rate "
+            f"{train.learning_rate} (got {train.learning_rate_min})"
+        )
+    if strategy.server_learning_rate_min > strategy.server_learning_rate:
+        problems.append(
+            "strategy.server-learning-rate-min: must be <= "
+            f"strategy.server-learning-rate {strategy.server_learning_rate} "
+            f"(got {strategy.server_learning_rate_min})"
+        )
+    if strategy.sampling == "all" and strategy.fraction_train != 1.0:
+        problems.append(
+            "strategy.fraction-train: must be 1.0 where strategy.sampling is 'all' "
+            f"(got {strategy.fraction_train}); for a part of the clients set "
+            "strategy.sampling to 'fixed' or 'poisson'"
+        )
+    if strategy.num_clients == 1:
+        problems.append("strategy.num-clients: must be 0 or at least 2 (got 1)")
+    if privacy.unit == "none":
+        return problems + _leftovers_without_privacy(privacy)
+    if privacy.target_epsilon > 0 and privacy.noise_multiplier > 0:
+        problems.append(
+            "privacy.noise-multiplier: set either this or privacy.target-epsilon, not "
+            f"both (got {privacy.noise_multiplier} and {privacy.target_epsilon}); "
+            "0.0 means not set, so add privacy.target-epsilon=0.0"
+        )
+    if privacy.target_epsilon == 0 and privacy.noise_multiplier == 0:
+        problems.append(
+            "privacy.target-epsilon: one of this and privacy.noise-multiplier must be "
+            "above 0.0 (got 0.0 for both); for no privacy set privacy.unit='none'"
+        )
+    if 0 < privacy.max_epsilon < privacy.target_epsilon:
+        problems.append(
+            "privacy.max-epsilon: must be 0.0 or at least privacy.target-epsilon "
+            f"{privacy.target_epsilon} (got {privacy.max_epsilon})"
+        )
+    if strategy.aggregator != "mean":
+        problems.append(
+            "strategy.aggregator: must be 'mean' under privacy.unit='client' "
+            f"(got {strategy.aggregator!r}): the bound is proved for a sum"
+        )
+    if strategy.fraction_evaluate > 0:
+        problems.append(
+            "strategy.fraction-evaluate: must be 0.0 under privacy.unit='client' "
+            f"(got {strategy.fraction_evaluate}): clients' losses would leave un-noised"
+        )
+    return problems
+
+
+def _leftovers_without_privacy(privacy: PrivacyConfig) -> list[str]:
+    """Refuse a noise setting that privacy.unit='none' would silently ignore."""
+    if privacy.noise_multiplier > 0 or privacy.max_epsilon > 0:
+        return [
+            "privacy.unit: 'none' adds no noise, but privacy.noise-multiplier or "
+            "privacy.max-epsilon is set; leave those at 0.0"
+        ]
+    return []

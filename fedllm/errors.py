@@ -1,0 +1,29 @@
+"""What the user did or met that stops a run: one line, with the remedy."""
+
+
+class FedllmError(Exception):
+    """Base of all errors that are shown to a person as one line, without traceback."""
+
+
+class ConfigError(FedllmError):
+    """The run config is not valid; names every bad key at once."""
+
+
+class DataError(FedllmError):
+    """A data file or data set cannot be used."""
+
+
+class ModelError(FedllmError):
+    """A base model cannot be found, loaded or quantised."""
+
+
+class AdapterError(FedllmError):
+    """An adapter folder cannot be used, or does not fit the base model."""
+
+
+class PrivacyError(FedllmError):
+    """A privacy setting cannot be honoured; nothing was released."""
+
+
+class FederationError(FedllmError):
+    """The federation cannot train: too few clients, or none ever answered."""

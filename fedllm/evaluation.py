@@ -1,0 +1,298 @@
+"""How good a model is on rows it did not train on, and what it answers."""
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedllm.errors import DataError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_TOKENS_PER_BATCH = 2048
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out loss: mean negative log-likelihood per answer token, in nats."""
+
+    loss: float
+    num_examples: int
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); inf where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def answer_losses(
+    model: "PreTrainedModel | PeftModel",
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """Return the negative log-likelihood of each answer token.
+
+    The output head runs on the answer's positions only: with a vocabulary of 49,152
+    scoring every position is a large part of a training step.
+
+    Args:
+        model: A causal language model, with or without a PEFT adapter.
+        input_ids: (batch, length) token ids, padded on the right.
+        attention_mask: (batch, length), 0 where padded.
+        labels: (batch, length), the token id, or -100 where no loss is taken.
+
+    Returns:
+        (answer tokens in the batch,) float32 losses in nats.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = base.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+    ).last_hidden_state
+    targets = labels[:, 1:]
+    chosen = targets != -100
+    logits = base.get_output_embeddings()(hidden[:, :-1][chosen])
+    return torch.nn.functional.cross_entropy(
+        logits.float(), targets[chosen], reduction="none"
+    )
+
+
+def collate(
+    examples: Sequence[Mapping[str, Any]], pad_token_id: int
+) -> dict[str, torch.Tensor]:
+    """Pad tokenised examples on the right to the longest.
+
+    Padding is told apart by the attention mask and labels of -100, never by its id,
+    since a model's padding may equal its end of text.
+    """
+    length = max(len(example["input_ids"]) for example in examples)
+    ids = torch.full((len(examples), length), pad_token_id)
+    mask = torch.zeros((len(examples), length), dtype=torch.long)
+    labels = torch.full((len(examples), length), -100)
+    for row, example in enumerate(examples):
+        size = len(example["input_ids"])
+        ids[row, :size] = torch.tensor(example["input_ids"])
+        mask[row, :size] = 1
+        labels[row, :size] = torch.tensor(example["labels"])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def labelled(tokenized: Any) -> list[dict[str, list[int]]]:
+    """Return tokenised rows with labels: the token id in the answer, else -100."""
+    return [
+        {
+            "input_ids": list(row["input_ids"]),
+            "labels": [
+                token if answer else -100
+                for token, answer in zip(
+                    row["input_ids"], row["completion_mask"], strict=True
+                )
+            ],
+        }
+        for row in tokenized.dataset
+    ]
+
+
+def held_out(
+    model: "PreTrainedModel | PeftModel",
+    examples: Sequence[Mapping[str, Any]],
+    pad_token_id: int,
+) -> HeldOut:
+    """Measure the loss on tokenised, labelled examples.
+
+    Args:
+        model: The model; left in eval mode.
+        examples: Rows with `input_ids` and `labels`.
+        pad_token_id: Any token id.
+
+    Raises:
+        DataError: There is no answer token to score.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    with torch.inference_mode():
+        for batch in _batches(examples):
+            inputs = {k: v.to(device) for k, v in collate(batch, pad_token_id).items()}
+            losses = answer_losses(model, **inputs)
+            total += float(losses.double().sum())
+            tokens += losses.numel()
+    if tokens == 0:
+        raise DataError("there is no answer token to score: every row is empty")
+    return HeldOut(total / tokens, len(examples), tokens)
+
+
+def generate(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+) -> Iterator[str]:
+    """Yield the answer to a prompt piece by piece, as it is generated.
+
+    Args:
+        model: The model; left in eval mode.
+        tokenizer: Its tokenizer.
+        prompt: The whole prompt, template included.
+        max_new_tokens: Where to stop at the latest.
+        temperature: 0.0 takes the likeliest token each time.
+    """
+    from threading import Thread
+
+    from transformers import GenerationConfig, TextIteratorStreamer
+
+    model.eval()
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    inputs = {k: v.to(model.device) for k, v in inputs.items() if k != "token_type_ids"}
+    streamer: Any = TextIteratorStreamer(
+        tokenizer, skip_prompt=True, skip_special_tokens=True
+    )
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else None,
+        repetition_penalty=1.1,
+        eos_token_id=_ends(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+    )
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with torch.inference_mode():
+                model.generate(  # type: ignore[operator]
+                    **inputs, generation_config=settings, streamer=streamer, use_cache=True
+                )
+        except BaseException as error:  # noqa: BLE001 - handed to the caller below
+            failure.append(error)
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()
+    if failure:
+        raise failure[0]
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    """Share of questions whose right option has the highest mean log-probability."""
+
+    accuracy: float
+    num_questions: int
+    chance: float
+    interval: tuple[float, float]
+    """95 % Wilson interval of the accuracy."""
+
+
+def load_questions(path: Path) -> list[dict[str, Any]]:
+    """Read a multiple-choice file: JSONL with question, options and answer (an index).
+
+    Raises:
+        DataError: Names the first line that is not of that form.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    questions = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            question, options, answer = row["question"], row["options"], row["answer"]
+            fine = isinstance(question, str) and type(answer) is int
+            fine = fine and all(isinstance(option, str) and option for option in options)
+            fine = fine and len(options) >= 2 and 0 <= answer < len(options)
+        except (ValueError, KeyError, TypeError):
+            fine = False
+        if not fine:
+            raise DataError(
+                f"{path}:{number}: needs question (text), options (at least two texts) "
+                "and answer (index of the right option, from 0)"
+            )
+        questions.append(row)
+    if not questions:
+        raise DataError(f"{path}: has no question")
+    return questions
+
+
+def multiple_choice(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: Sequence[Mapping[str, Any]],
+    prompt_of: Any,
+) -> MultipleChoice:
+    """Score each option by its mean log-probability per token after the question.
+
+    Args:
+        model: The model; left in eval mode.
+        tokenizer: Its tokenizer.
+        questions: Rows of `load_questions`.
+        prompt_of: Question -> the whole prompt, template included.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id or 0
+    right, chance = 0, 0.0
+    for row in questions:
+        prompt = tokenizer(prompt_of(row["question"]), add_special_tokens=False)["input_ids"]
+        examples = []
+        for option in row["options"]:
+            answer = tokenizer(option, add_special_tokens=False)["input_ids"]
+            labels = [-100] * len(prompt) + answer
+            examples.append({"input_ids": prompt + answer, "labels": labels})
+        with torch.inference_mode():
+            inputs = {k: v.to(device) for k, v in collate(examples, pad).items()}
+            losses = answer_losses(model, **inputs).tolist()
+        means, start = [], 0
+        for example in examples:
+            size = len(example["input_ids"]) - len(prompt)
+            means.append(sum(losses[start : start + size]) / size)
+            start += size
+        right += means.index(min(means)) == row["answer"]
+        chance += 1 / len(row["options"])
+    n = len(questions)
+    return MultipleChoice(right / n, n, chance / n, _wilson(right, n))
+
+
+def _wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share."""
+    share = right / n
+    middle = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return (middle - spread) / scale, (middle + spread) / scale
+
+
+def _batches(examples: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    """Yield batches of similar length, so that little of a batch is padding."""
+    batch: list[Mapping[str, Any]] = []
+    for example in sorted(examples, key=lambda row: len(row["input_ids"])):
+        if batch and len(example["input_ids"]) * (len(batch) + 1) > _TOKENS_PER_BATCH:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Return every token id that ends an answer."""
+    known = getattr(model.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id}
+    ends |= set(known) if isinstance(known, list) else {known}
+    return sorted(end for end in ends if end is not None)

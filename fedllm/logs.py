@@ -1,0 +1,50 @@
+"""What a person sees of a run."""
+
+import logging
+import sys
+
+from fedllm.errors import FedllmError
+
+_LOGGER = logging.getLogger("fedllm")
+
+
+def show_log() -> None:
+    """Write the package's log to standard output, plainly, once a process.
+
+    Flower mirrors standard output to whoever streams the run.
+    """
+    if not _LOGGER.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(_Plain())
+        _LOGGER.addHandler(handler)
+        _LOGGER.setLevel(logging.INFO)
+        _LOGGER.propagate = False
+        # bitsandbytes misses a kernel for a packing that fedllm.models switches off.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def one_line_failure(error: FedllmError) -> None:
+    """Say what stopped the run, and keep Flower from adding a traceback to it.
+
+    The error still propagates, so that the run ends as failed.
+    """
+    for line in str(error).splitlines():
+        _LOGGER.error("%s: %s", type(error).__name__, line)
+    logging.getLogger("flwr").addFilter(_without_traceback)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Drop the traceback of an error that is the user's to mend."""
+    if record.exc_info and isinstance(record.exc_info[1], FedllmError):
+        record.exc_info = None
+    return True
+
+
+class _Plain(logging.Formatter):
+    """A line as it is; warnings and errors say so first."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            return f"{record.levelname.lower()}: {text}"
+        return text

@@ -1,0 +1,211 @@
+"""How much privacy is spent: exact where nothing is sampled, PLD under Poisson.
+
+Two neighbouring relations stand side by side. Zero-out: one client sends nothing; the
+sum changes by at most C. Replace-one: one client's data is another's; at most 2C.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from scipy.optimize import brentq
+from scipy.special import erfcx, log_ndtr
+
+Sampling = Literal["all", "fixed", "poisson"]
+
+# Below this noise multiplier dp-accounting's PLD takes seconds, then never returns: its
+# grid grows with the square of 1/z.
+_SMALLEST_PLD_NOISE = 0.25
+
+
+@dataclass(frozen=True)
+class Epsilons:
+    """What a number of releases spends, by neighbouring relation.
+
+    Attributes:
+        zero_out: One client sends nothing.
+        replace_one: One client's data is replaced.
+        add_or_remove: A client joins or leaves; under Poisson sampling only, else None.
+        accountant: How it was computed.
+    """
+
+    zero_out: float
+    replace_one: float
+    add_or_remove: float | None
+    accountant: str
+
+
+def gaussian_epsilon(noise_multiplier: float, num_releases: int, delta: float) -> float:
+    """Return the exact epsilon of composed Gaussian mechanisms of sensitivity 1.
+
+    T releases with noise multiplier z are one with mu = sqrt(T)/z, for which delta =
+    Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu) (Balle and Wang 2018, theorem 8).
+
+    Args:
+        noise_multiplier: z > 0.
+        num_releases: T >= 0.
+        delta: In (0, 1).
+    """
+    if num_releases == 0:
+        return 0.0
+    mu = math.sqrt(num_releases) / noise_multiplier
+
+    def excess(epsilon: float) -> float:
+        return _log_delta(epsilon, mu) - math.log(delta)
+
+    if excess(0.0) <= 0:
+        return 0.0
+    highest = mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta)) + 1
+    root = brentq(excess, 0.0, highest, xtol=1e-12, rtol=1e-13, maxiter=500)
+    # The root is within the tolerance of the truth: state the upper end.
+    return float(root * (1 + 1e-12) + 1e-12)
+
+
+def epsilons(
+    noise_multiplier: float,
+    num_releases: int,
+    delta: float,
+    sampling: Sampling,
+    sampling_probability: float,
+) -> Epsilons:
+    """Return what `num_releases` rounds spend.
+
+    Args:
+        noise_multiplier: z > 0.
+        num_releases: Rounds.
+        delta: In (0, 1).
+        sampling: `all` and `fixed` claim no amplification.
+        sampling_probability: Each client's coin under `poisson`.
+
+    Guarantee:
+        Every value is an upper bound on the true epsilon of the relation it names.
+    """
+    plain = gaussian_epsilon(noise_multiplier, num_releases, delta)
+    plain_replaced = gaussian_epsilon(noise_multiplier / 2, num_releases, delta)
+    if sampling != "poisson" or sampling_probability >= 1 or num_releases == 0:
+        joined = plain if sampling == "poisson" else None
+        return Epsilons(plain, plain_replaced, joined, "exact Gaussian")
+    sampled = _poisson(noise_multiplier, sampling_probability, num_releases, delta)
+    # Sampling never costs privacy, so the unsampled value is a bound too, and at tiny z
+    # it is below the one that RDP gives.
+    return Epsilons(
+        min(sampled.zero_out, plain),
+        min(sampled.replace_one, plain_replaced),
+        min(sampled.add_or_remove or math.inf, plain),
+        sampled.accountant,
+    )
+
+
+def calibrate(
+    target_epsilon: float,
+    num_releases: int,
+    delta: float,
+    sampling: Sampling,
+    sampling_probability: float,
+) -> float:
+    """Return the smallest noise multiplier, to 1e-6 of it, that keeps zero-out epsilon.
+
+    Args:
+        target_epsilon: > 0, not to be passed.
+        num_releases: Rounds, at least 1.
+        delta: In (0, 1).
+        sampling: As in `epsilons`.
+        sampling_probability: As in `epsilons`.
+
+    Guarantee:
+        `epsilons(result, ...).zero_out <= target_epsilon`.
+    """
+
+    def fits(noise_multiplier: float) -> bool:
+        if sampling == "poisson" and sampling_probability < 1:
+            if noise_multiplier >= _SMALLEST_PLD_NOISE:
+                spent = _pld(
+                    noise_multiplier,
+                    sampling_probability,
+                    num_releases,
+                    delta,
+                    "REPLACE_SPECIAL",
+                )
+                return spent <= target_epsilon
+            args = (num_releases, delta, sampling, sampling_probability)
+            return epsilons(noise_multiplier, *args).zero_out <= target_epsilon
+        spent = gaussian_epsilon(noise_multiplier, num_releases, delta)
+        return spent <= target_epsilon
+
+    low, high = 1e-6, 1.0
+    while not fits(high):
+        low, high = high, high * 2
+    while high > low * (1 + 1e-6):
+        middle = math.sqrt(low * high) if low < high / 4 else (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def default_delta(population_size: int) -> float:
+    """Return min(1e-5, N^-1.1)."""
+    return float(min(1e-5, population_size**-1.1))
+
+
+def strength(epsilon: float | None) -> str:
+    """Say an epsilon in words (tiers of Ponomareva et al. 2023, How to DP-fy ML)."""
+    if epsilon is None:
+        return "none"
+    if epsilon <= 1:
+        return "strong"
+    if epsilon <= 10:
+        return "reasonable"
+    return "weak" if epsilon <= 50 else "none to speak of"
+
+
+def _log_delta(epsilon: float, mu: float) -> float:
+    """Return log delta(epsilon) of the Gaussian mechanism, without cancellation."""
+    t = mu / 2 - epsilon / mu
+    s = mu / 2 + epsilon / mu
+    first = float(log_ndtr(t))
+    # log(e^eps Phi(-s)), where eps - s^2/2 = -t^2/2.
+    second = -t * t / 2 + math.log(float(erfcx(s / math.sqrt(2))) / 2)
+    return first + math.log(-math.expm1(min(second - first, -1e-300)))
+
+
+@lru_cache(maxsize=64)
+def _poisson(z: float, q: float, releases: int, delta: float) -> Epsilons:
+    """Account for Poisson-subsampled Gaussians with dp-accounting."""
+    if z >= _SMALLEST_PLD_NOISE:
+        values = [
+            _pld(z, q, releases, delta, relation)
+            for relation in ("REPLACE_SPECIAL", "REPLACE_ONE", "ADD_OR_REMOVE_ONE")
+        ]
+        return Epsilons(values[0], values[1], values[2], "PLD (dp-accounting)")
+    import dp_accounting
+    from dp_accounting import rdp
+
+    # It says of every order that fails to converge that it leaves it out.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    relation = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
+    accountant = rdp.RdpAccountant(neighboring_relation=relation)
+    accountant.compose(_event(z, q, releases))
+    spent = float(accountant.get_epsilon(delta))
+    # RDP knows no replace-one under Poisson sampling: the caller's bound stands.
+    return Epsilons(spent, math.inf, spent, "RDP (dp-accounting)")
+
+
+@lru_cache(maxsize=256)
+def _pld(z: float, q: float, releases: int, delta: float, relation: str) -> float:
+    """Return the epsilon of a privacy loss distribution."""
+    import dp_accounting
+    from dp_accounting import pld
+
+    neighbours = dp_accounting.NeighboringRelation[relation]
+    accountant = pld.PLDAccountant(neighbours)
+    accountant.compose(_event(z, q, releases))
+    return float(accountant.get_epsilon(delta))
+
+
+def _event(z: float, q: float, releases: int) -> Any:
+    """Make dp-accounting's event of all releases."""
+    import dp_accounting as dp
+
+    sampled = dp.PoissonSampledDpEvent(q, dp.GaussianDpEvent(z))
+    return dp.SelfComposedDpEvent(sampled, releases)

@@ -1,0 +1,275 @@
+"""What a run has spent, on disk before anything is released: privacy.json."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fedllm.errors import PrivacyError
+from fedllm.privacy.accounting import Epsilons, Sampling, epsilons, strength
+from fedllm.privacy.planning import noise_to_signal
+
+_NOT_COVERED = [
+    "the server, which sees each client's update before it is clipped",
+    "the choice of settings, where it was made on private data",
+    "who is connected, and when each client answers (timing)",
+    "attacks on the lowest bits of floating-point noise",
+    "earlier and later runs over the same clients: their epsilons add up",
+    "a client with several nodes: the bound is for one node",
+]
+_SAMPLING_WORDS = {
+    "all": "all {size} clients in each",
+    "fixed": "{n:g} of {size} clients in each, no amplification claimed",
+    "poisson": "each of {size} clients by its own secret coin of probability {q:.3g}",
+}
+
+
+@dataclass(frozen=True)
+class PrivacySettings:
+    """What is promised, fixed before round 1.
+
+    Attributes:
+        unit: `client`.
+        sampling: `all`, `fixed` or `poisson`.
+        population_size: Clients N.
+        num_sampled_clients: n, by which the sum is divided: q*N under `poisson`.
+        clipping_norm: C.
+        noise_multiplier: z.
+        delta: Delta.
+        target_epsilon: What z was calibrated to; 0.0: z was given.
+        max_epsilon: Where training stops; 0.0: nowhere.
+        num_trainable: d.
+        planned_rounds: Rounds that z was calibrated for.
+    """
+
+    unit: str
+    sampling: Sampling
+    population_size: int
+    num_sampled_clients: float
+    clipping_norm: float
+    noise_multiplier: float
+    delta: float
+    target_epsilon: float
+    max_epsilon: float
+    num_trainable: int
+    planned_rounds: int
+
+
+class Ledger:
+    """The releases of one run. Make it with `create` or `load`.
+
+    Guarantee:
+        A release is on disk, file and folder synced, before `spend` returns; a crash
+        afterwards loses the round, never its cost. With `target_epsilon` no more
+        releases are admitted than it was calibrated for.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: PrivacySettings,
+        releases: list[int],
+        noise_probe: Mapping[str, float] | None,
+    ) -> None:
+        self.settings = settings
+        self._path = path
+        self._releases = releases
+        self._noise_probe = noise_probe
+
+    @classmethod
+    def create(cls, path: Path, settings: PrivacySettings) -> "Ledger":
+        """Start a ledger on disk.
+
+        Raises:
+            PrivacyError: There is one already.
+        """
+        if path.exists():
+            raise PrivacyError(f"{path}: there is a ledger already; a run keeps its own")
+        ledger = cls(path, settings, [], None)
+        ledger._write()
+        return ledger
+
+    @classmethod
+    def load(cls, path: Path) -> "Ledger":
+        """Go on with a ledger.
+
+        Raises:
+            PrivacyError: It is missing or damaged: nothing may be released without it.
+        """
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            values = {f.name: content[f.name] for f in fields(PrivacySettings)}
+            releases = [int(r) for r in content["releases"]]
+            return cls(path, PrivacySettings(**values), releases, content["noise_probe"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PrivacyError(f"{path}: the ledger cannot be read: {error}") from None
+
+    def check_same(self, settings: PrivacySettings) -> None:
+        """Refuse to go on with other settings.
+
+        Raises:
+            PrivacyError: Names each setting that differs, with both values.
+        """
+        old, new = asdict(self.settings), asdict(settings)
+        changed = [
+            f"{key} was {old[key]!r} and is now {new[key]!r}"
+            for key in old
+            if old[key] != new[key]
+        ]
+        if changed:
+            raise PrivacyError("privacy settings have changed: " + "; ".join(changed))
+
+    def spend(self, server_round: int) -> None:
+        """Enter a round's release.
+
+        Raises:
+            PrivacyError: The round was released before, or the budget is spent.
+            OSError: It cannot be written; then nothing may be released.
+        """
+        if server_round in self._releases:
+            raise PrivacyError(f"round {server_round} was released already")
+        if not self.may_spend(self.settings.max_epsilon):
+            raise PrivacyError("one more release would pass the budget")
+        self._releases.append(server_round)
+        try:
+            self._write()
+        except BaseException:
+            self._releases.pop()
+            raise
+
+    def may_spend(self, max_epsilon: float) -> bool:
+        """Tell whether one more release keeps max_epsilon (0.0: not set) and target."""
+        settings = self.settings
+        more = len(self._releases) + 1
+        if settings.target_epsilon > 0 and more > settings.planned_rounds:
+            return False
+        return max_epsilon == 0 or self.epsilon_after(more).zero_out <= max_epsilon
+
+    def epsilons(self) -> Epsilons:
+        """Return what is spent."""
+        return self.epsilon_after(len(self._releases))
+
+    def epsilon_after(self, num_releases: int) -> Epsilons:
+        """Return what a number of releases spends in all."""
+        settings = self.settings
+        return epsilons(
+            settings.noise_multiplier,
+            num_releases,
+            settings.delta,
+            settings.sampling,
+            self.sampling_probability,
+        )
+
+    @property
+    def sampling_probability(self) -> float:
+        """Return q: each client's chance to be in a round."""
+        return self.settings.num_sampled_clients / self.settings.population_size
+
+    def note_probe(self, probe: Mapping[str, float]) -> None:
+        """Remember what noise alone did to the loss on public rows."""
+        self._noise_probe = dict(probe)
+        self._write()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of privacy.json; what is not bounded is None."""
+        settings, spent = self.settings, self.epsilons()
+        epsilon = _bounded(spent.zero_out)
+        covered_not = list(_NOT_COVERED)
+        if settings.sampling == "poisson":
+            covered_not.append(
+                "Flower's own log and database, which know each cohort and are trusted "
+                "with the server"
+            )
+        return {
+            **asdict(settings),
+            "neighbouring_relation": "zero-out",
+            "epsilon": epsilon,
+            "epsilon_replace_one": _bounded(spent.replace_one),
+            "epsilon_add_or_remove": _bounded(spent.add_or_remove),
+            "sampling_probability": self.sampling_probability,
+            "num_rounds": len(self._releases),
+            "releases": self._releases,
+            "noise_to_signal": noise_to_signal(
+                settings.noise_multiplier,
+                settings.num_trainable,
+                settings.num_sampled_clients,
+            ),
+            "noise_probe": self._noise_probe,
+            "accountant": spent.accountant,
+            "not_covered": covered_not,
+            "strength": strength(math.inf if epsilon is None else epsilon),
+            "statement": self._statement(spent),
+        }
+
+    def _statement(self, spent: Epsilons) -> str:
+        """Return the sentences that a person reads."""
+        settings = self.settings
+        words = _SAMPLING_WORDS[settings.sampling].format(
+            size=settings.population_size,
+            n=settings.num_sampled_clients,
+            q=self.sampling_probability,
+        )
+        return (
+            f"Client-level differential privacy with epsilon {_plain(spent.zero_out)} at "
+            f"delta {settings.delta:g}, comparing the run with one in which one client "
+            f"sends nothing (zero-out): protection is {strength(spent.zero_out)}. "
+            f"Comparing it with one in which one client has other data (replace-one), "
+            f"epsilon is {_plain(spent.replace_one)}. Spent in {len(self._releases)} "
+            f"rounds, {words}. The server is trusted with each client's update; whoever "
+            "sees only the released adapters is not."
+        )
+
+    def _write(self) -> None:
+        """Write the file so that it is there whole, and survives a power cut."""
+        fresh = self._path.with_suffix(".tmp")
+        with fresh.open("w", encoding="utf-8") as file:
+            json.dump(self.as_dict(), file, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self._path)
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def no_privacy(population_size: int, num_trainable: int) -> dict[str, Any]:
+    """Return privacy.json of a run that protects nothing: epsilon is None, not 0."""
+    empty = dict.fromkeys(f.name for f in fields(PrivacySettings))
+    return {
+        **empty,
+        "unit": "none",
+        "population_size": population_size,
+        "num_trainable": num_trainable,
+        "neighbouring_relation": None,
+        "epsilon": None,
+        "epsilon_replace_one": None,
+        "epsilon_add_or_remove": None,
+        "sampling_probability": None,
+        "num_rounds": 0,
+        "releases": [],
+        "noise_to_signal": None,
+        "noise_probe": None,
+        "accountant": None,
+        "not_covered": ["everything: no noise was added"],
+        "strength": strength(None),
+        "statement": "No differential privacy: no noise was added, and what the adapter "
+        "tells about a client's data is not bounded.",
+    }
+
+
+def _bounded(value: float | None) -> float | None:
+    """Return None for what JSON has no number for."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _plain(value: float) -> str:
+    """Write an epsilon plainly."""
+    if not math.isfinite(value):
+        return "not bounded"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"

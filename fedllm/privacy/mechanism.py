@@ -1,0 +1,259 @@
+"""The mechanism: clip each update, sum exactly, add secure Gaussian noise once.
+
+NumPy and SciPy only. What changes privacy is in the arguments; nothing here reads a
+configuration, and no draw can be seeded.
+"""
+
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from scipy.special import ndtri
+
+Vector = npt.NDArray[np.float64]
+
+WRONG_NAMES = "wrong-names"
+WRONG_SHAPE = "wrong-shape"
+WRONG_TYPE = "wrong-type"
+NOT_FINITE = "not-finite"
+OUT_OF_RANGE = "out-of-range"
+MALFORMED = "malformed"
+
+REASONS = (WRONG_NAMES, WRONG_SHAPE, WRONG_TYPE, NOT_FINITE, OUT_OF_RANGE, MALFORMED)
+"""Why an update may count as zero."""
+
+# Rounding in a norm over 1e8 values is below 1e-12 of it: what is clipped to this share
+# of C has a true norm of at most C.
+_MARGIN = 1 - 1e-12
+_CHUNK = 1 << 18
+
+
+class SecureGenerator:
+    """Draws that privacy rests on: AES in counter mode, keyed by the operating system.
+
+    Guarantee:
+        No configuration, seed or global generator influences a draw, and no two
+        generators, processes or forks of one share a key. Uniforms have 53 bits and are
+        never 0 or 1, so a normal draw lies within 8.3 standard deviations. The noise is
+        a floating-point approximation of the Gaussian: attacks on its lowest bits
+        (Mironov 2012) are not covered.
+    """
+
+    def __init__(self) -> None:
+        self._new_key()
+
+    def __reduce__(self) -> str:
+        """Refuse to be copied: a copy would repeat every draw."""
+        raise TypeError("a secure generator cannot be copied or pickled")
+
+    def standard_normal(self, size: int) -> Vector:
+        """Draw (size,) float64 standard normal values by the inverse CDF."""
+        out = np.empty(size, np.float64)
+        for start in range(0, size, _CHUNK):
+            part = out[start : start + _CHUNK]
+            part[:] = self._bits53(len(part))
+            part += 0.5
+            part *= 2.0**-53
+            ndtri(part, out=part)
+        return out
+
+    def bernoulli(self, probability: float, size: int) -> npt.NDArray[np.bool_]:
+        """Draw (size,) independent coins that are True with this probability."""
+        return self._bits53(size) < probability * 2.0**53
+
+    def sample_without_replacement(self, population: int, size: int) -> list[int]:
+        """Draw `size` different integers below `population`, every subset alike."""
+        return secrets.SystemRandom().sample(range(population), size)
+
+    def _bits53(self, size: int) -> npt.NDArray[np.uint64]:
+        """Draw (size,) integers below 2**53."""
+        if os.getpid() != self._pid:
+            # A fork would go on with its parent's stream.
+            self._new_key()
+        words = np.frombuffer(self._stream.update(bytes(8 * size)), np.uint64)
+        return words >> np.uint64(11)
+
+    def _new_key(self) -> None:
+        cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16)))
+        self._stream = cipher.encryptor()
+        self._pid = os.getpid()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One client's update, or why it counts as zero.
+
+    Attributes:
+        update: (d,) client adapter minus global adapter in the order of the global
+            adapter's names; None for a zero update.
+        reason: None, or one of REASONS.
+    """
+
+    update: Vector | None
+    reason: str | None = None
+
+
+def checked_update(
+    arrays: object, reference: Mapping[str, npt.NDArray[np.float32]], limit: float
+) -> Checked:
+    """Return the update that a reply carries. Total: it never raises.
+
+    Args:
+        arrays: What the client sent: name -> array. Anything else is malformed.
+        reference: The global adapter.
+        limit: Largest size of one value.
+    """
+    checked = _difference(arrays, reference)
+    update = checked.update
+    if update is not None and update.size and np.abs(update).max() > limit:
+        return Checked(None, OUT_OF_RANGE)
+    return checked
+
+
+def clipped_update(
+    arrays: object,
+    reference: Mapping[str, npt.NDArray[np.float32]],
+    clipping_norm: float,
+) -> Checked:
+    """Return the update scaled to a norm of at most C. Total: it never raises.
+
+    Args:
+        arrays: What the client sent: name -> array. Anything else is malformed.
+        reference: The global adapter.
+        clipping_norm: C > 0.
+
+    Guarantee:
+        The result is None, which counts as zero, or a finite vector whose exact L2 norm
+        is at most C. It is a function of this one reply: no other reply enters.
+    """
+    checked = _difference(arrays, reference)
+    update = checked.update
+    if update is None:
+        return checked
+    largest = float(np.abs(update).max()) if update.size else 0.0
+    if largest == 0.0:
+        return checked
+    # Scaling by the largest value first: squares of 1e308 or 1e-320 leave the range.
+    direction = update / largest
+    length = float(np.sqrt(np.dot(direction, direction)))
+    bound = clipping_norm * _MARGIN
+    if largest <= bound / length:
+        return checked
+    return Checked(direction * (bound / length))
+
+
+class FixedPointSum:
+    """A sum that is the same in every order: integers of limit * 2**-40.
+
+    Values are cut toward zero, so that no vector's norm grows. Each is held as at most
+    2**40 units, times a weight; high and low 20 bits are summed apart in 64 bits.
+
+    Args:
+        size: Length d of the vectors.
+        limit: Largest size of one value: the clipping norm, where updates are clipped.
+    """
+
+    _UNITS = 2.0**40
+    _MAX_WEIGHT = 1 << 42
+
+    def __init__(self, size: int, limit: float) -> None:
+        self._limit = limit
+        self._high = np.zeros(size, np.int64)
+        self._low = np.zeros(size, np.int64)
+        self._weight = 0
+
+    @property
+    def weight(self) -> int:
+        """Sum of the weights so far."""
+        return self._weight
+
+    def add(self, vector: Vector, weight: int = 1) -> None:
+        """Add weight * vector.
+
+        Args:
+            vector: (d,) finite values of size at most `limit`.
+            weight: A positive whole number.
+
+        Raises:
+            ValueError: A value is above the limit, or the weights pass 2**42.
+        """
+        if weight < 1 or self._weight + weight > self._MAX_WEIGHT:
+            raise ValueError(f"the weights of a sum must stay within 1 and 2**42: {weight}")
+        for start in range(0, len(vector), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            scaled = np.trunc(vector[part] / self._limit * self._UNITS)
+            if not np.all(np.abs(scaled) <= self._UNITS):
+                raise ValueError(f"a value of the sum is above {self._limit}")
+            units = scaled.astype(np.int64)
+            self._high[part] += (units >> 20) * weight
+            self._low[part] += (units & 0xFFFFF) * weight
+        self._weight += weight
+
+    def total(self) -> Vector:
+        """Return the sum, (d,) float64."""
+        # Exact integers until here; what follows is one fixed sequence of roundings.
+        units = self._high.astype(np.float64) * 2.0**20 + self._low
+        return units * (self._limit / self._UNITS)
+
+
+def noised_sum(
+    total: FixedPointSum,
+    noise_multiplier: float,
+    clipping_norm: float,
+    generator: SecureGenerator,
+) -> Vector:
+    """Return S = sum + N(0, (zC)^2 I), (d,) float64: the one release of a round.
+
+    Args:
+        total: Sum of clipped updates, each added once with weight 1.
+        noise_multiplier: z > 0.
+        clipping_norm: C > 0.
+        generator: Where the noise comes from.
+
+    Raises:
+        ValueError: z or C is not positive: without noise nothing is private.
+
+    Guarantee:
+        With updates of norm at most C, one client sending nothing changes the sum by at
+        most C: a Gaussian mechanism with noise multiplier z under zero-out, and z/2
+        under replace-one.
+    """
+    if not (noise_multiplier > 0 and clipping_norm > 0):
+        raise ValueError("a release needs a positive noise multiplier and clipping norm")
+    released = total.total()
+    noise = generator.standard_normal(len(released))
+    noise *= noise_multiplier * clipping_norm
+    released += noise
+    return released
+
+
+def _difference(
+    arrays: object, reference: Mapping[str, npt.NDArray[np.float32]]
+) -> Checked:
+    """Return arrays - reference by name, flat, in float64, or why it cannot be had."""
+    try:
+        if not isinstance(arrays, Mapping):
+            return Checked(None, MALFORMED)
+        if len(arrays) != len(reference) or set(arrays) != set(reference):
+            return Checked(None, WRONG_NAMES)
+        parts = []
+        for name, start in reference.items():
+            value = arrays[name]
+            # A subclass could answer every question below as it likes.
+            if type(value) is not np.ndarray:
+                return Checked(None, WRONG_TYPE)
+            if value.dtype.kind != "f" or value.dtype.itemsize > 8:
+                return Checked(None, WRONG_TYPE)
+            if value.shape != start.shape:
+                return Checked(None, WRONG_SHAPE)
+            part = value.astype(np.float64).ravel() - start.astype(np.float64).ravel()
+            if not np.isfinite(part).all():
+                return Checked(None, NOT_FINITE)
+            parts.append(part)
+        return Checked(np.concatenate(parts) if parts else np.zeros(0))
+    except Exception:  # noqa: BLE001 - total: whatever a reply does, it counts as zero
+        return Checked(None, MALFORMED)

@@ -1,0 +1,157 @@
+"""How a row becomes a conversation, and a conversation tokens.
+
+With a chat template the tokens are those of TRL 1.16's SFTTrainer for conversational
+prompt and completion columns; without one the text is Alpaca's, as TRL would take it
+from plain prompt and completion columns.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fedllm.config import DataConfig
+from fedllm.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MESSAGES = "messages"
+PREAMBLE = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
+
+Row = dict[str, Any]
+Message = dict[str, str]
+
+
+def to_prompt_completion(
+    config: DataConfig, row: Row
+) -> tuple[list[Message], list[Message]] | None:
+    """Return the conversation before the answer, and the answer, as chat messages.
+
+    These are TRL's conversational prompt and completion. In a `messages` column the
+    last turn of the assistant is the answer, and later turns are ignored.
+
+    Returns:
+        (prompt, completion), or None where the question or the answer is missing or
+        blank.
+
+    Raises:
+        DataError: A question or answer that is not text, or messages without role and
+            content.
+    """
+    if row.get(MESSAGES) is not None:
+        turns = _read_messages(row[MESSAGES])
+    else:
+        question = _read_text(row.get(config.prompt_column), config.prompt_column)
+        answer = _read_text(row.get(config.response_column), config.response_column)
+        turns = [_message("user", question), _message("assistant", answer)]
+    last = max((i for i, t in enumerate(turns) if t["role"] == "assistant"), default=0)
+    prompt, completion = turns[:last], turns[last : last + 1]
+    asked = any(turn["content"].strip() for turn in prompt if turn["role"] == "user")
+    if not asked or not completion[0]["content"].strip():
+        return None
+    return prompt, completion
+
+
+def chat_prompt(tokenizer: "PreTrainedTokenizerBase", question: str) -> str:
+    """Return the text that asks a question the way the training rows do.
+
+    It holds every special token: encode it with `add_special_tokens=False`.
+    """
+    prompt = [_message("user", question)]
+    if tokenizer.chat_template:
+        return str(
+            tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=True
+            )
+        )
+    text = _alpaca(prompt)
+    first = tokenizer(text)["input_ids"][:1]
+    if tokenizer.bos_token and first == [tokenizer.bos_token_id]:
+        return f"{tokenizer.bos_token}{text}"
+    return text
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: list[Message],
+    completion: list[Message],
+) -> tuple[list[int], list[int]]:
+    """Return the tokens of the prompt alone, and of the whole conversation."""
+    if not tokenizer.chat_template:
+        text = _alpaca(prompt)
+        answer = completion[0]["content"]
+        end = tokenizer.eos_token or ""
+        if not answer.endswith(end):
+            answer += end
+        # Not verbose: what is longer than the model allows is cut and counted by us.
+        return (
+            tokenizer(text=text, verbose=False)["input_ids"],
+            tokenizer(text=text + answer, verbose=False)["input_ids"],
+        )
+
+    def render(messages: list[Message], **options: bool) -> list[int]:
+        encoded = tokenizer.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},
+            **options,
+        )
+        return list(encoded["input_ids"])
+
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return render(prompt, add_generation_prompt=True), render(prompt + completion)
+    except TemplateError as error:
+        raise DataError(
+            f"the model's chat template refuses the conversation: {error}"
+        ) from None
+
+
+def _alpaca(prompt: list[Message]) -> str:
+    """Return a conversation as one text that ends where the answer begins."""
+    system = [turn["content"] for turn in prompt if turn["role"] == "system"]
+    parts = ["\n".join(system) or PREAMBLE]
+    for turn in prompt:
+        if turn["role"] != "system":
+            name = "Response" if turn["role"] == "assistant" else "Instruction"
+            parts.append(f"### {name}:\n{turn['content']}")
+    return "\n\n".join([*parts, "### Response:\n"])
+
+
+def common_prefix_length(ids: list[int], other_ids: list[int]) -> int:
+    """Return how many leading tokens two sequences share."""
+    length = 0
+    for one, other in zip(ids, other_ids, strict=False):
+        if one != other:
+            break
+        length += 1
+    return length
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _read_text(value: object, column: str) -> str:
+    """Return a cell as text, an absent one as the empty text."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"column {column!r}: must be text (got {value!r:.80})")
+    return value
+
+
+def _read_messages(value: object) -> list[Message]:
+    """Return the turns of a `messages` cell, an absent one as none."""
+    turns = []
+    for turn in value if isinstance(value, list) else [value] if value else []:
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            raise DataError(
+                "column 'messages': each turn must be an object with role and content "
+                f"(got {turn!r:.80})"
+            )
+        turns.append(_message(turn["role"], _read_text(turn.get("content"), MESSAGES)))
+    return turns

@@ -1,0 +1,97 @@
+"""Rows declared public: validation rows choose a round, test rows only report.
+
+The base model is loaded when the first row is scored, so that a server without such rows
+never needs it.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedllm.adapters import AdapterSpec
+from fedllm.config import RunConfig
+from fedllm.evaluation import HeldOut
+
+logger = logging.getLogger(__name__)
+
+
+class PublicRows:
+    """Scores adapters on public rows.
+
+    Args:
+        config: The run config.
+        base_name: Folder or hub id of the base model.
+        spec: The run's adapter.
+        home: Where models are cached.
+    """
+
+    def __init__(
+        self, config: RunConfig, base_name: str, spec: AdapterSpec, home: Path
+    ) -> None:
+        self._config = config
+        self._base_name = base_name
+        self._spec = spec
+        self._home = home
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._examples: dict[str, list[dict[str, Any]]] = {}
+
+    def validation_loss(self, arrays: Mapping[str, Any]) -> float | None:
+        """Return the loss on the fixed validation subset; None without such rows."""
+        if self._config.strategy.evaluate_examples == 0:
+            return None
+        score = self._score("validation", arrays)
+        return None if score is None else score.loss
+
+    def test_loss(self, arrays: Mapping[str, Any]) -> HeldOut | None:
+        """Return the score on all test rows; None without such rows."""
+        return self._score("test", arrays)
+
+    def _score(self, split: str, arrays: Mapping[str, Any]) -> HeldOut | None:
+        from fedllm.adapters import set_trained
+        from fedllm.evaluation import held_out
+
+        examples = self._load_examples(split)
+        if not examples:
+            return None
+        model = self._load_model()
+        set_trained(model, self._spec, arrays)
+        return held_out(model, examples, self._tokenizer.pad_token_id or 0)
+
+    def _load_examples(self, split: str) -> list[dict[str, Any]]:
+        """Tokenise the rows of a split once."""
+        if split not in self._examples:
+            from fedllm.data import load_public, tokenize
+            from fedllm.evaluation import labelled
+
+            rows = load_public(self._config.data, split)
+            examples: list[dict[str, Any]] = []
+            if rows is not None:
+                if split == "validation":
+                    count = min(len(rows), self._config.strategy.evaluate_examples)
+                    rows = rows.shuffle(seed=self._config.seed).select(range(count))
+                tokenizer = self._load_tokenizer()
+                length = self._config.train.max_length
+                tokenized = tokenize(rows, tokenizer, self._config.data, length)
+                examples = labelled(tokenized)
+            self._examples[split] = examples
+        return self._examples[split]
+
+    def _load_tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            from fedllm.models import load_tokenizer
+
+            self._tokenizer = load_tokenizer(self._base_name)
+        return self._tokenizer
+
+    def _load_model(self) -> Any:
+        if self._model is None:
+            from fedllm.adapters import attach
+            from fedllm.models import load_base
+
+            logger.info("loading the base model to evaluate on public rows")
+            bits = self._config.model.quantization
+            base = load_base(self._base_name, bits, self._home)
+            self._model = attach(base, self._spec)
+        return self._model

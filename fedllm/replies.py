@@ -1,0 +1,184 @@
+"""What travels between the apps, and reading it without trusting the sender."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+ARRAYS = "arrays"
+CONFIG = "config"
+METRICS = "metrics"
+ERROR = "error"
+
+ERROR_CODES = (
+    "no-data",
+    "out-of-memory",
+    "time-limit",
+    "bad-config",
+    "budget-spent",
+    "failed",
+)
+"""All that a client may say of its failure under differential privacy."""
+
+_MAX_HEADER_BYTES = 1024
+_MAX_EXAMPLES = 2**31
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One client's reply, decoded as far as it can be trusted.
+
+    Attributes:
+        node_id: Who sent it.
+        arrays: Name -> array for every declared name that decodes; None on an error.
+        num_examples: Examples behind the update; None where not sent or absurd.
+        train_loss: Mean training loss; None where not sent or not finite.
+        eval_loss: Loss on the client's own rows; None where not sent or not finite.
+        code: None, or why there is no update: one of ERROR_CODES or `malformed`.
+        text: The client's own words on its failure, for runs without DP only.
+        num_bytes: Size of the arrays on the wire.
+    """
+
+    node_id: int
+    arrays: Mapping[str, npt.NDArray[Any]] | None = None
+    num_examples: int | None = None
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    code: str | None = None
+    text: str = ""
+    num_bytes: int = 0
+
+
+def error_content(code: str, text: str | None) -> RecordDict:
+    """Make a client's reply that says why it has no update.
+
+    Args:
+        code: One of ERROR_CODES.
+        text: The error's own words; None under differential privacy.
+    """
+    record: dict[str, Any] = {"code": code}
+    if text is not None:
+        record["text"] = text[:2000]
+    return RecordDict({ERROR: ConfigRecord(record)})
+
+
+def read_reply(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> Reply:
+    """Decode a reply. Total: whatever the client sent, it never raises.
+
+    Memory is bounded by the declared shapes: an array whose bytes cannot be one of
+    those is not decoded. Pickled bytes are never unpickled.
+
+    Args:
+        message: The reply, as Flower inflated it.
+        shapes: Name -> shape of the arrays that the adapter declares; empty for a
+            reply without arrays.
+    """
+    node_id = 0
+    try:
+        node_id = int(message.metadata.src_node_id)
+        if message.has_error():
+            reason = str(message.error.reason or "")[:2000]
+            return Reply(node_id, code="failed", text=reason)
+        content = message.content
+        if ERROR in content.config_records:
+            record = content.config_records[ERROR]
+            code = record.get("code")
+            known = code if isinstance(code, str) and code in ERROR_CODES else "failed"
+            return Reply(node_id, code=known, text=str(record.get("text", ""))[:2000])
+        metrics = _metrics(content)
+        if not shapes:
+            return Reply(node_id, **metrics)
+        arrays, num_bytes = _read_arrays(content.array_records.get(ARRAYS), shapes)
+    except Exception as error:  # a hostile reply may raise anything anywhere
+        return Reply(node_id, code="malformed", text=type(error).__name__)
+    if isinstance(arrays, str):
+        return Reply(node_id, code="malformed", text=arrays, num_bytes=num_bytes)
+    return Reply(node_id, arrays=arrays, num_bytes=num_bytes, **metrics)
+
+
+def array_record(arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
+    """Make Flower's record of named arrays."""
+    return ArrayRecord({name: Array(value) for name, value in arrays.items()})
+
+
+def read_global(
+    record: ArrayRecord, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, npt.NDArray[Any]]:
+    """Decode the server's arrays.
+
+    Raises:
+        ValueError: They are not exactly the declared ones.
+    """
+    arrays, _ = _read_arrays(record, shapes)
+    if isinstance(arrays, str):
+        raise ValueError(f"the server's adapter cannot be used: {arrays}")
+    return arrays
+
+
+def _read_arrays(
+    record: ArrayRecord | None, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, npt.NDArray[Any]] | str, int]:
+    """Return the arrays by name or what is wrong with them, and their bytes."""
+    if record is None:
+        return "no arrays", 0
+    if len(record) != len(shapes):
+        return f"{len(record)} arrays where {len(shapes)} are declared", 0
+    num_bytes = 0
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for name, shape in shapes.items():
+        item = record.get(name)
+        if item is None:
+            return f"array {name} is missing", num_bytes
+        num_bytes += len(item.data)
+        if item.stype != "numpy.ndarray":
+            return f"array {name} is not in NumPy's format", num_bytes
+        if len(item.data) > int(np.prod(shape)) * 8 + _MAX_HEADER_BYTES:
+            return f"array {name} is too large", num_bytes
+        array = _read_npy(item.data, shape)
+        if isinstance(array, str):
+            return f"array {name} {array}", num_bytes
+        arrays[name] = array
+    return arrays, num_bytes
+
+
+def _read_npy(data: bytes, shape: tuple[int, ...]) -> npt.NDArray[Any] | str:
+    """Decode NumPy's file format for one expected shape, or say what is wrong.
+
+    `numpy.load` allocates what the header claims before it looks at the bytes.
+    """
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        return "has an unexpected format version"
+    got, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if tuple(got) != tuple(shape):
+        return f"has shape {tuple(got)}, not {tuple(shape)}"
+    if dtype.kind != "f" or dtype.itemsize > 8:
+        return f"has type {dtype}, not a float of at most 64 bits"
+    values = np.frombuffer(data, dtype=dtype, offset=stream.tell())
+    if values.size != int(np.prod(shape)):
+        return "is cut short"
+    return values.reshape(shape, order="F" if fortran else "C")
+
+
+def _metrics(content: RecordDict) -> dict[str, Any]:
+    """Return the metrics that are present and credible."""
+    record: MetricRecord | Mapping[str, Any] = content.metric_records.get(METRICS, {})
+    count = record.get("num-examples")
+    sane = type(count) is int and 0 < count <= _MAX_EXAMPLES
+    return {
+        "num_examples": count if sane else None,
+        "train_loss": _loss(record.get("train-loss")),
+        "eval_loss": _loss(record.get("eval-loss")),
+    }
+
+
+def _loss(value: object) -> float | None:
+    """Return a loss if it is a finite, non-negative number below 1000."""
+    if isinstance(value, float | int) and 0 <= value < 1000:
+        return float(value)
+    return None

@@ -1,0 +1,145 @@
+"""What a run leaves on disk: one folder a run, written so that a crash loses nothing."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from fedllm.adapters import AdapterSpec, save_adapter
+from fedllm.errors import FederationError, FedllmError
+
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+PRIVACY_FILE = "privacy.json"
+RESULT_FILE = "result.json"
+
+
+class RunDirectory:
+    """The folder of one run.
+
+    Attributes:
+        path: Absolute path of the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, home: Path, run_id: int) -> "RunDirectory":
+        """Make `runs/<time>_<run id>/` and point `runs/latest` at it.
+
+        Raises:
+            FederationError: The disk is full or the folder may not be written.
+        """
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+        path = home / "runs" / f"{stamp}_{run_id}"
+        with _disk_errors(path):
+            path.mkdir(parents=True)
+            link = path.parent / "latest"
+            fresh = path.parent / f".latest-{run_id}"
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(path.name, target_is_directory=True)
+            fresh.replace(link)
+        return cls(path)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write one JSON file so that it is there whole or not at all."""
+        text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+        target = self.path / name
+        fresh = target.with_suffix(".tmp")
+        with _disk_errors(target), fresh.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            fresh.replace(target)
+
+    def add_metrics(self, line: Mapping[str, Any]) -> None:
+        """Append one round to metrics.jsonl; what is not finite becomes null."""
+        target = self.path / METRICS_FILE
+        text = json.dumps(_finite(line), allow_nan=False) + "\n"
+        with _disk_errors(target), target.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save_round(
+        self,
+        server_round: int,
+        spec: AdapterSpec,
+        arrays: Mapping[str, npt.NDArray[Any]],
+        base_name: str,
+        origin: Mapping[str, Any],
+    ) -> Path:
+        """Write `peft_<round>/`, whole or not at all, and return its path."""
+        target = self.path / f"peft_{server_round}"
+        fresh = self.path / f".peft_{server_round}"
+        with _disk_errors(target):
+            about = {**origin, "server_round": server_round}
+            save_adapter(fresh, spec, arrays, base_name, about)
+            fresh.replace(target)
+        return target
+
+    def copy_adapter(self, server_round: int, name: str) -> Path:
+        """Make `peft_best` or `peft_final` a copy of a saved round."""
+        target = self.path / name
+        with _disk_errors(target):
+            fresh = self.path / f".{name}"
+            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.copytree(self.path / f"peft_{server_round}", fresh)
+            shutil.rmtree(target, ignore_errors=True)
+            fresh.replace(target)
+        return target
+
+    def drop_round(self, server_round: int) -> None:
+        """Remove a saved round that nobody asked to keep."""
+        shutil.rmtree(self.path / f"peft_{server_round}", ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that `RunDirectory` wrote.
+
+    Raises:
+        FedllmError: It is missing or not JSON.
+    """
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except OSError as error:
+        raise FedllmError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise FedllmError(f"{path}: is damaged: not JSON") from None
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise FederationError(
+                f"{path}: no space left on the disk: free some, or set FEDLLM_HOME to a "
+                "folder on another disk"
+            ) from None
+        raise FederationError(
+            f"{path}: cannot be written: {error.strerror}; set FEDLLM_HOME to a folder "
+            "that can"
+        ) from None
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no number for by null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

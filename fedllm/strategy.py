@@ -1,0 +1,482 @@
+"""FedAvg over adapters, and the client-level differential privacy that wraps it.
+
+The composition is that of Flower's own wrappers: `ClientLevelDP(AdapterFedAvg(...))`.
+Replies are read one at a time and added to a fixed-point sum, so that neither memory
+nor the result depends on how many there are or in which order they come.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import (
+    FedAvg,
+    FedMedian,
+    FedTrimmedAvg,
+    Krum,
+    Strategy,
+)
+
+from fedllm.config import RunConfig, StrategyConfig
+from fedllm.errors import PrivacyError
+from fedllm.privacy.ledger import Ledger
+from fedllm.privacy.mechanism import (
+    FixedPointSum,
+    SecureGenerator,
+    checked_update,
+    clipped_update,
+    noised_sum,
+)
+from fedllm.replies import ARRAYS, CONFIG, METRICS, Reply, array_record, read_reply
+
+logger = logging.getLogger(__name__)
+
+Vector = npt.NDArray[np.float64]
+
+# Without DP an update is bounded only by what the fixed-point sum can hold.
+_LARGEST_VALUE = 1024.0
+
+
+@dataclass
+class Round:
+    """What happened in one round, for the log and metrics.jsonl.
+
+    Attributes:
+        asked: Clients that were sent the adapter.
+        answered: Replies that came, usable or not.
+        rejected: (node id, code, text) of each reply without a usable update.
+        train_loss: Mean training loss weighted by examples; None under DP.
+        bytes_down: Bytes of adapter arrays sent.
+        bytes_up: Bytes of adapter arrays received.
+    """
+
+    asked: int = 0
+    answered: int = 0
+    rejected: list[tuple[int, str, str]] = field(default_factory=list)
+    train_loss: float | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+    @property
+    def usable(self) -> int:
+        """Replies whose update counts."""
+        return self.answered - len(self.rejected)
+
+
+@dataclass
+class ServerOptimizer:
+    """What the server makes of the (noised) mean update: post-processing.
+
+    Source: Reddi et al. 2021 (arXiv 2003.00295), with their second-moment decay 0.99
+    and adaptivity 1e-3.
+    """
+
+    name: str
+    momentum: float
+    first: Vector | None = None
+    second: Vector | None = None
+
+    def step(self, update: Vector, learning_rate: float) -> Vector:
+        """Return what to add to the adapter, and remember the moments."""
+        if self.name == "none":
+            return learning_rate * update
+        if self.first is None or self.second is None:
+            self.first, self.second = np.zeros_like(update), np.zeros_like(update)
+        if self.name == "momentum":
+            self.first = self.momentum * self.first + update
+            return learning_rate * self.first
+        self.first = self.momentum * self.first + (1 - self.momentum) * update
+        square = update**2
+        if self.name == "adam":
+            self.second = 0.99 * self.second + 0.01 * square
+        else:
+            self.second -= 0.01 * square * np.sign(self.second - square)
+        return learning_rate * self.first / (np.sqrt(self.second) + 1e-3)
+
+
+def cosine(first: float, last: float, server_round: int, num_rounds: int) -> float:
+    """Return a half cosine from `first` in round 1 to `last` in the last round."""
+    if num_rounds == 1:
+        return first
+    share = (server_round - 1) / (num_rounds - 1)
+    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
+
+
+class AdapterFedAvg(FedAvg):
+    """FedAvg that trusts no reply, streams the sum, and has a server optimiser.
+
+    Args:
+        config: The run config.
+        reference: The global adapter's trained values by name.
+        population: Node ids of all clients, fixed for the run.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        reference: dict[str, npt.NDArray[np.float32]],
+        population: list[int],
+    ) -> None:
+        super().__init__(min_train_nodes=0, min_evaluate_nodes=0)
+        self.config = config
+        self.population = sorted(population)
+        self.reference = {k: np.array(v, np.float32) for k, v in reference.items()}
+        self.shapes = {k: v.shape for k, v in self.reference.items()}
+        self.optimizer = ServerOptimizer(
+            config.strategy.server_optimizer, config.strategy.server_momentum
+        )
+        self.round = Round()
+        self.fraction_evaluate = config.strategy.fraction_evaluate
+        self._generator = SecureGenerator()
+
+    @property
+    def num_sampled_clients(self) -> int:
+        """Number of clients in a round, where it is fixed."""
+        return num_sampled(self.config.strategy, len(self.population))
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Choose the cohort and make its messages, one at a time."""
+        record = ConfigRecord(dict(config.items()))
+        train = self.config.train
+        record["server-round"] = server_round
+        record["learning-rate"] = cosine(
+            train.learning_rate,
+            train.learning_rate_min,
+            server_round,
+            self.config.num_server_rounds,
+        )
+        content = RecordDict({ARRAYS: arrays, CONFIG: record})
+        cohort = self._cohort(server_round)
+        size = sum(len(array.data) for array in arrays.values())
+        self.round = Round(asked=len(cohort), bytes_down=size * len(cohort))
+        return self._messages(content, cohort, MessageType.TRAIN, server_round)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Average the usable updates, weighted by examples."""
+        if self.config.strategy.aggregator != "mean":
+            return self._aggregate_robustly(server_round, replies)
+        total = FixedPointSum(self._size, _LARGEST_VALUE)
+        losses = 0.0
+        for reply in self.read(replies):
+            checked = checked_update(reply.arrays, self.reference, _LARGEST_VALUE)
+            update = checked.update
+            if update is None:
+                self.reject(reply, checked.reason or "malformed")
+                continue
+            weight = reply.num_examples or 1
+            total.add(update, weight)
+            losses += weight * (reply.train_loss or 0.0)
+        if total.weight == 0:
+            return None, None
+        self.round.train_loss = losses / total.weight
+        arrays = self.apply_update(server_round, total.total() / total.weight)
+        return arrays, MetricRecord({"train-loss": self.round.train_loss})
+
+    def apply_update(self, server_round: int, update: Vector) -> ArrayRecord:
+        """Move the global adapter by the server optimiser's step.
+
+        Args:
+            server_round: Sets the server learning rate.
+            update: (d,) mean update in the order of the reference's names.
+
+        Returns:
+            The new global adapter, float32.
+        """
+        step = self.optimizer.step(update, self._server_learning_rate(server_round))
+        start = 0
+        for name, array in self.reference.items():
+            part = step[start : start + array.size].reshape(array.shape)
+            self.reference[name] = (array + part).astype(np.float32)
+            start += array.size
+        return array_record(self.reference)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask a share of the clients for the loss on their own rows."""
+        count = round(self.fraction_evaluate * len(self.population))
+        if count == 0:
+            return []
+        record = ConfigRecord({**dict(config.items()), "server-round": server_round})
+        chosen = self._draw(server_round + 2**31, count)
+        content = RecordDict({ARRAYS: arrays, CONFIG: record})
+        return self._messages(content, chosen, MessageType.EVALUATE, server_round)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the clients' losses, weighted by examples."""
+        total, weights = 0.0, 0
+        for message in replies:
+            reply = read_reply(message, {})
+            if reply.code is None and reply.eval_loss is not None:
+                weight = reply.num_examples or 1
+                total, weights = total + weight * reply.eval_loss, weights + weight
+        return MetricRecord({"client-loss": total / weights}) if weights else None
+
+    def summary(self) -> None:
+        """Say nothing: the run says what it does before round 1."""
+
+    def read(self, replies: Iterable[Message]) -> Iterator[Reply]:
+        """Decode replies one at a time, and count them; yield those with arrays."""
+        for message in replies:
+            reply = read_reply(message, self.shapes)
+            self.round.answered += 1
+            self.round.bytes_up += reply.num_bytes
+            if reply.code is None:
+                yield reply
+            else:
+                self.reject(reply, reply.code)
+
+    def reject(self, reply: Reply, code: str) -> None:
+        """Note a reply whose update counts as zero; its text only without DP."""
+        text = reply.text if self.config.privacy.unit == "none" else ""
+        self.round.rejected.append((reply.node_id, code, text))
+
+    @property
+    def _size(self) -> int:
+        return sum(array.size for array in self.reference.values())
+
+    def _server_learning_rate(self, server_round: int) -> float:
+        strategy = self.config.strategy
+        return cosine(
+            strategy.server_learning_rate,
+            strategy.server_learning_rate_min,
+            server_round,
+            self.config.num_server_rounds,
+        )
+
+    def _cohort(self, server_round: int) -> list[int]:
+        """Choose who takes part in a round."""
+        strategy = self.config.strategy
+        if strategy.sampling == "all":
+            return self.population
+        if strategy.sampling == "poisson":
+            # Amplification rests on coins that nobody can predict.
+            size = len(self.population)
+            coins = self._generator.bernoulli(strategy.fraction_train, size)
+            return [n for n, coin in zip(self.population, coins, strict=True) if coin]
+        if self.config.privacy.unit != "none":
+            size, count = len(self.population), self.num_sampled_clients
+            chosen = self._generator.sample_without_replacement(size, count)
+            return [self.population[index] for index in sorted(chosen)]
+        return self._draw(server_round, self.num_sampled_clients)
+
+    def _draw(self, stream: int, count: int) -> list[int]:
+        """Draw clients reproducibly, for runs without privacy."""
+        generator = np.random.default_rng([self.config.seed, stream])
+        chosen = generator.choice(len(self.population), size=count, replace=False)
+        return [self.population[index] for index in sorted(chosen)]
+
+    def _messages(
+        self, content: RecordDict, nodes: list[int], kind: str, server_round: int
+    ) -> list[Message]:
+        return [
+            Message(
+                content=content,
+                dst_node_id=node,
+                message_type=kind,
+                # A message that is too late to count need not be worked on.
+                ttl=self.config.strategy.round_timeout,
+                group_id=str(server_round),
+            )
+            for node in nodes
+        ]
+
+    def _aggregate_robustly(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Hand the validated replies to Flower's robust aggregator, all at once."""
+        kept: list[Message] = []
+        losses: list[float] = []
+        messages: dict[int, Message] = {}
+
+        def remembered() -> Iterator[Message]:
+            for message in replies:
+                messages[message.metadata.src_node_id] = message
+                yield message
+
+        for reply in self.read(remembered()):
+            checked = checked_update(reply.arrays, self.reference, _LARGEST_VALUE)
+            if checked.update is None:
+                self.reject(reply, checked.reason or "malformed")
+                continue
+            message = messages.pop(reply.node_id)
+            metrics = MetricRecord({"num-examples": reply.num_examples or 1})
+            arrays = array_record({k: (reply.arrays or {})[k] for k in self.shapes})
+            message.content = RecordDict({ARRAYS: arrays, METRICS: metrics})
+            kept.append(message)
+            losses.append(reply.train_loss or 0.0)
+        if not kept:
+            return None, None
+        robust = _robust_strategy(self.config.strategy, len(kept))
+        combined, _ = robust.aggregate_train(server_round, kept)
+        if combined is None:
+            return None, None
+        named = combined.to_numpy_ndarrays()
+        updates = [
+            np.asarray(value, np.float64).ravel() - self.reference[name].ravel()
+            for name, value in zip(combined, named, strict=True)
+        ]
+        self.round.train_loss = float(np.mean(losses))
+        arrays = self.apply_update(server_round, np.concatenate(updates))
+        return arrays, MetricRecord({"train-loss": self.round.train_loss})
+
+
+class ClientLevelDP(Strategy):
+    """Client-level differential privacy around `AdapterFedAvg`.
+
+    Each round releases S = sum of clip_C(update) + N(0, (zC)^2 I) and nothing else;
+    division by n, the server optimiser and rounding are post-processing.
+
+    Guarantee:
+        With `all` or `fixed` sampling each release is one Gaussian mechanism of
+        sensitivity C under zero-out and 2C under replace-one, with noise multiplier z;
+        with `poisson` it is its Poisson-subsampled form. Any reply, hostile, malformed
+        or missing, counts as a vector of norm at most C. n is fixed before the round.
+        The ledger is on disk before the new adapter is returned.
+        Not covered: what the ledger's `not_covered` lists.
+
+    Args:
+        strategy: The wrapped strategy.
+        ledger: What the run has spent; also holds z, C and n.
+    """
+
+    def __init__(self, strategy: AdapterFedAvg, ledger: Ledger) -> None:
+        self.strategy = strategy
+        self.ledger = ledger
+        self._generator = SecureGenerator()
+
+    @property
+    def round(self) -> Round:
+        """What happened in the latest round."""
+        return self.strategy.round
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Choose the cohort, unless the budget is spent.
+
+        Raises:
+            PrivacyError: The round would pass `privacy.max-epsilon`.
+        """
+        if not self.ledger.may_spend(self.strategy.config.privacy.max_epsilon):
+            raise PrivacyError("the next round would pass privacy.max-epsilon")
+        return self.strategy.configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Clip, sum, add noise once, enter the ledger, then move the adapter.
+
+        Guarantee:
+            Total over `replies`: a reply adds at most C to the sum whatever it holds,
+            and an empty cohort is a release of noise.
+        """
+        settings = self.ledger.settings
+        clipping_norm = settings.clipping_norm
+        total = FixedPointSum(self.strategy._size, clipping_norm)
+        for reply in self.strategy.read(replies):
+            clipped = clipped_update(
+                reply.arrays, self.strategy.reference, clipping_norm
+            )
+            if clipped.update is None:
+                self.strategy.reject(reply, clipped.reason or "malformed")
+            else:
+                total.add(clipped.update)
+        released = noised_sum(
+            total, settings.noise_multiplier, clipping_norm, self._generator
+        )
+        self.ledger.spend(server_round)
+        update = released / settings.num_sampled_clients
+        return self.strategy.apply_update(server_round, update), None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nobody: a loss on private rows would leave un-noised."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return nothing."""
+        return None
+
+    def summary(self) -> None:
+        """Say nothing: the run says what it does before round 1."""
+
+    def noise_alone(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Return the adapter after all rounds if no client had any data.
+
+        Fresh noise goes through the real server update, optimiser and learning rates
+        included; it costs no privacy, since no client's data is read.
+        """
+        twin = copy.copy(self.strategy)
+        twin.reference = dict(self.strategy.reference)
+        twin.optimizer = copy.deepcopy(self.strategy.optimizer)
+        settings = self.ledger.settings
+        for server_round in range(1, twin.config.num_server_rounds + 1):
+            empty = FixedPointSum(twin._size, settings.clipping_norm)
+            noise = noised_sum(
+                empty,
+                settings.noise_multiplier,
+                settings.clipping_norm,
+                self._generator,
+            )
+            twin.apply_update(server_round, noise / settings.num_sampled_clients)
+        return twin.reference
+
+
+def num_sampled(config: StrategyConfig, population_size: int) -> int:
+    """Return how many clients a round asks under `all` and `fixed`, at least 1."""
+    if config.sampling == "all":
+        return population_size
+    return max(1, round(config.fraction_train * population_size))
+
+
+def make_strategy(
+    config: RunConfig,
+    reference: dict[str, npt.NDArray[np.float32]],
+    population: list[int],
+    ledger: Ledger | None,
+) -> AdapterFedAvg | ClientLevelDP:
+    """Make the strategy of a run: FedAvg, wrapped in DP where there is a ledger.
+
+    Args:
+        config: The run config.
+        reference: The first global adapter's trained values by name.
+        population: Node ids of all clients.
+        ledger: The run's privacy ledger; None under `privacy.unit="none"`.
+    """
+    strategy = AdapterFedAvg(config, reference, population)
+    return strategy if ledger is None else ClientLevelDP(strategy, ledger)
+
+
+def _robust_strategy(config: StrategyConfig, num_replies: int) -> FedAvg:
+    """Make Flower's robust aggregator."""
+    keys: dict[str, Any] = {"arrayrecord_key": ARRAYS, "weighted_by_key": "num-examples"}
+    if config.aggregator == "median":
+        return FedMedian(**keys)
+    if config.aggregator == "trimmed-mean":
+        return FedTrimmedAvg(beta=config.malicious_share, **keys)
+    malicious = int(config.malicious_share * num_replies)
+    return Krum(num_malicious_nodes=malicious, **keys)

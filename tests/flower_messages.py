@@ -1,0 +1,52 @@
+"""Flower messages and contexts outside a run.
+
+A Message takes who it is from out of the task of its process, which Flower keeps
+private: the one place of the tests that reaches for it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedllm.replies import ARRAYS, CONFIG, array_record
+
+
+def instruction(
+    content: RecordDict | None = None, message_type: str = "train", node_id: int = 7
+) -> Message:
+    """Return a message from the server to a node."""
+    TaskIdentity.task_id = TaskIdentity.run_id = 1
+    TaskIdentity.node_id = 1
+    return Message(RecordDict() if content is None else content, node_id, message_type)
+
+
+def reply(content: RecordDict | Error, node_id: int = 7) -> Message:
+    """Return a node's reply to an instruction."""
+    return Message(content, reply_to=instruction(node_id=node_id))
+
+
+def train_instruction(
+    arrays: Mapping[str, Any],
+    server_round: int = 1,
+    learning_rate: float = 0.5,
+    message_type: str = "train",
+) -> Message:
+    """Return what the server asks of a client in a round."""
+    config = {"server-round": server_round, "learning-rate": learning_rate}
+    content = RecordDict({ARRAYS: array_record(arrays), CONFIG: ConfigRecord(config)})
+    return instruction(content, message_type)
+
+
+def context(
+    run_config: Mapping[str, Any], node_config: Mapping[str, Any] | None = None
+) -> Context:
+    """Return what Flower hands an app."""
+    return Context(
+        run_id=1,
+        node_id=7,
+        node_config=dict(node_config or {}),
+        state=RecordDict(),
+        run_config=dict(run_config),
+    )

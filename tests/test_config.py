@@ -1,0 +1,169 @@
+"""The run config: defaults, errors, and that every key is used."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedllm.config import RunConfig, fedllm_home, flat, parse_run_config
+from fedllm.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def flatten(section: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            out |= flatten(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def read_toml(path: Path) -> dict:
+    return tomllib.loads(path.read_text("utf-8"))
+
+
+def test_pyproject_states_every_key_with_its_default():
+    stated = flatten(read_toml(ROOT / "pyproject.toml")["tool"]["flwr"]["app"]["config"])
+
+    assert stated == flat(RunConfig())
+    assert {k: type(v) for k, v in stated.items()} == {
+        k: type(v) for k, v in flat(RunConfig()).items()
+    }
+
+
+def test_every_key_is_read_somewhere_in_the_package():
+    code = "\n".join(
+        path.read_text("utf-8")
+        for path in (ROOT / "fedllm").rglob("*.py")
+        if path.name != "config.py"
+    )
+
+    unread = [
+        key
+        for key in flat(RunConfig())
+        if f".{key.rpartition('.')[2].replace('-', '_')}" not in code
+    ]
+
+    assert unread == []
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "configs").glob("*.toml")))
+def test_a_preset_is_valid_and_its_keys_are_known_to_flower(preset: Path):
+    values = flatten(read_toml(preset))
+
+    parse_run_config({**flat(RunConfig()), **values})
+
+    assert set(values) <= set(flat(RunConfig()))
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "configs").glob("*.toml")))
+def test_a_preset_says_its_whole_command(preset: Path):
+    text = preset.read_text("utf-8")
+
+    clients = read_toml(preset)["strategy"]["num-clients"]
+
+    assert f"--run-config configs/{preset.name}" in text
+    assert f"num-supernodes={clients}" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("bogus", 1, "bogus: unknown key"),
+        ("train.batch-sise", 8, "did you mean train.batch-size?"),
+        ("train.batch-size", "8", "must be an integer (got '8')"),
+        ("train.batch-size", True, "must be an integer (got True)"),
+        ("train.batch-size", 0, "must be >= 1 (got 0)"),
+        ("train.learning-rate", float("nan"), "must be a finite number (got nan)"),
+        ("train.learning-rate", float("inf"), "must be a finite number (got inf)"),
+        ("train.learning-rate", -1.0, "must be greater than 0 (got -1.0)"),
+        ("model.quantization", 5, "must be 0, 4 or 8 (got 5)"),
+        ("model.quantization", False, "must be an integer (got False)"),
+        ("model.name", "", "model.name"),
+        ("adapter.kind", "qlora", "'ffa-lora', 'lora-core' or 'lora' (got 'qlora')"),
+        ("adapter.rank", 0, "adapter.rank"),
+        ("privacy.clipping-norm", -1, "privacy.clipping-norm: must be greater than 0"),
+        ("privacy.delta", 1.0, "privacy.delta"),
+        ("privacy.noise-multiplier", 1.0, "not both"),
+        ("privacy.target-epsilon", 0.0, "must be above 0.0"),
+        ("privacy.max-epsilon", 1.0, "privacy.max-epsilon"),
+        ("privacy.unit", "none", None),
+        ("privacy.unit", "recrod", "privacy.unit"),
+        ("strategy.fraction-train", 0.5, "must be 1.0 where strategy.sampling is 'all'"),
+        ("strategy.fraction-evaluate", 0.5, "clients' losses would leave un-noised"),
+        ("strategy.aggregator", "krum", "the bound is proved for a sum"),
+        ("strategy.num-clients", 1, "strategy.num-clients"),
+        ("train.learning-rate-min", 5.0, "must be <= train.learning-rate"),
+        ("model", 3, "model"),
+        ("num-server-rounds", 2.5, "num-server-rounds: must be an integer"),
+    ],
+)
+def test_a_bad_setting_is_named_with_what_is_allowed(key, value, said):
+    mapping = {**flat(RunConfig()), key: value}
+
+    if said is None:
+        parse_run_config(mapping)
+        return
+    with pytest.raises(ConfigError) as caught:
+        parse_run_config(mapping)
+
+    assert said in str(caught.value)
+
+
+def test_all_bad_settings_are_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        parse_run_config({"a": 1, "train.batch-size": 0, "adapter.rank": -3, "seed": 1.5})
+
+    lines = str(caught.value).splitlines()
+
+    assert [line.split(":")[0] for line in lines] == [
+        "a",
+        "adapter.rank",
+        "seed",
+        "train.batch-size",
+    ]
+
+
+def test_no_privacy_does_not_silently_ignore_a_noise_setting():
+    with pytest.raises(ConfigError, match="adds no noise"):
+        parse_run_config(
+            {"privacy.unit": "none", "privacy.target-epsilon": 0.0}
+            | {"privacy.noise-multiplier": 1.0}
+        )
+
+
+def test_a_noise_multiplier_is_allowed_where_target_epsilon_is_unset():
+    config = parse_run_config(
+        {"privacy.noise-multiplier": 0.02, "privacy.target-epsilon": 0.0}
+    )
+
+    assert config.privacy.noise_multiplier == 0.02
+
+
+@given(
+    key=st.sampled_from(sorted(flat(RunConfig()))),
+    value=st.one_of(
+        st.booleans(),
+        st.integers(),
+        st.floats(allow_nan=True, allow_infinity=True),
+        st.text(max_size=20),
+    ),
+)
+def test_any_value_gives_a_config_or_a_config_error(key, value):
+    try:
+        config = parse_run_config({**flat(RunConfig()), key: value})
+    except ConfigError as error:
+        assert key in str(error) or "privacy" in str(error) or "strategy" in str(error)
+    else:
+        assert flat(config)[key] == value
+
+
+def test_the_home_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "elsewhere"))
+
+    assert fedllm_home() == tmp_path / "elsewhere"
