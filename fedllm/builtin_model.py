@@ -103,7 +103,7 @@ def _locked(path: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         logger.info("waiting: another process is making %s", path.parent)
-        pass
+        lock.acquire()
     try:
         yield
     finally:

@@ -143,7 +143,7 @@ def partition(
         # Those partitioners cut contiguous pieces: the shuffle makes them random.
         rows = rows.shuffle(seed=seed)
     if len(rows) < num_partitions:
-        return rows.select(range(partition_id, min(partition_id + 1, len(rows))))
+        return rows.select([partition_id] if partition_id < len(rows) else [])
     partitioner = _make_partitioner(config, len(rows), num_partitions, seed)
     partitioner.dataset = rows
     # NaturalIdPartitioner draws a progress bar, which would show for each client.

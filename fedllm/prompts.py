@@ -66,10 +66,14 @@ def chat_prompt(tokenizer: "PreTrainedTokenizerBase", question: str) -> str:
             )
         )
     text = _alpaca(prompt)
-    first = tokenizer(text)["input_ids"][:1]
-    if tokenizer.bos_token and first == [tokenizer.bos_token_id]:
-        return f"{tokenizer.bos_token}{text}"
-    return text
+    shown = tokenizer(text=text)["input_ids"]
+    # A sentencepiece tokenizer puts a space before the first word of a text, but not
+    # before a word that follows a special token.
+    bos = tokenizer.bos_token or ""
+    for candidate in (text, f"{bos}{text}", f"{bos} {text}"):
+        if tokenizer(text=candidate, add_special_tokens=False)["input_ids"] == shown:
+            return candidate
+    return f"{bos}{text}"
 
 
 def encode(

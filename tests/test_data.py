@@ -240,7 +240,7 @@ def test_a_missing_path_is_not_taken_for_a_hub_id(name: str) -> None:
 
 
 def test_a_folder_without_data_says_which_endings_count(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no file that ends in .jsonl"):
+    with pytest.raises(DataError, match=r"no file that ends in \.jsonl, \.json"):
         load_rows(DataConfig(name=str(tmp_path)))
 
 
@@ -406,7 +406,8 @@ PROBE = """
 import sys
 from fedllm.config import DataConfig
 from fedllm import data
-assert not {"datasets", "flwr_datasets", "torch", "transformers", "trl"} & set(sys.modules)
+slow = {"datasets", "flwr_datasets", "torch", "transformers", "trl"}
+assert not slow & set(sys.modules), slow & set(sys.modules)
 import hashlib
 for kind, count in (("iid", 7), ("dirichlet", 7), ("size-skew", 7), ("natural", 11)):
     config = DataConfig(name=sys.argv[1], partition=kind)
@@ -559,6 +560,7 @@ def our_examples(tokenized: Any) -> list[Any]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("max_length", [512, 100])
 @pytest.mark.parametrize("kind", ["tiny_llama", "tiny_chat_llama"])
 def test_the_tokens_are_those_of_sft_trainer(
@@ -659,7 +661,7 @@ SYNSETS = """\
   1 This software and database is being provided to you, the LICENSEE
 01348530 05 n 02 bacteria 0 bacterium 0 000 | considered to be plants
 01350994 05 n 01 coccobacillus 0 001 @ 01348530 n 0000 | a very short bacillus
-01370698 05 n 01 erwinia 0 001 @ 01348530 n 0000 | rod-shaped bacteria that attack plants
+01370698 05 n 01 erwinia 0 001 @ 01348530 n 0000 | bacteria that attack plants
 03247620 06 n 01 drug 0 000 | a substance that is used as a medicine
 14777104 27 n 01 Brioschi 0 001 @ 03247620 n 0000 | an antacid
 14034177 26 n 01 physical_condition 0 000 | the state of the body

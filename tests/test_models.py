@@ -349,6 +349,19 @@ def test_a_machine_without_a_backend_is_said_before_anything_loads(
         load_base(str(tiny_llama), 4, tmp_path, "cpu")
 
 
+def test_a_machine_without_the_native_library_is_told_before_anything_loads(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitsandbytes import cextension
+
+    absent = cextension.ErrorHandlerMockBNBNativeLibrary("absent")
+    monkeypatch.setattr(cextension, "lib", absent)
+    monkeypatch.setattr(models, "_load", None)
+
+    with pytest.raises(ModelError, match=r"no library.*model\.quantization=0"):
+        load_base(str(tiny_llama), 8, tmp_path, "cpu")
+
+
 def test_a_machine_without_bitsandbytes_is_told_what_to_do(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,7 +190,7 @@ def hostile_arrays():
         "renamed": {"a": shifted(9.0)["a"], "c": shifted(9.0)["b"]},
         "wrong shape": {"a": shifted(9.0)["a"], "b": np.ones((2, 3), np.float32)},
         "broadcastable": {"a": np.ones(1, np.float32), "b": np.ones((1, 2), "f4")},
-        "0-d": {"a": np.float32(1.0).reshape(()), "b": shifted(9.0)["b"]},
+        "0-d": {"a": np.array(1.0, np.float32), "b": shifted(9.0)["b"]},
         "integers": {k: np.ones(v.shape, np.int64) for k, v in START.items()},
         "rescaled": {k: v * 1e6 for k, v in START.items()},
         "half": {k: v.astype(np.float16) for k, v in shifted(9.0).items()},
@@ -433,7 +433,11 @@ def test_memory_does_not_grow_with_the_number_of_replies(tmp_path):
         tracemalloc.stop()
         return top
 
-    assert peak(1000) < 1.2 * peak(10)
+    peak(10)  # what is imported or cached at first use
+
+    grown = peak(1000) - peak(10)
+
+    assert grown < 0.03 * 990 * size * 4  # 990 replies held would be 79 MB
 
 
 def test_the_wrapper_is_a_flower_strategy_around_fedavg(tmp_path):

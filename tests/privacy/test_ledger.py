@@ -1,0 +1,185 @@
+"""The ledger: on disk first, never forgetting, never forgiving."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+
+from fedllm.errors import PrivacyError
+from fedllm.privacy.accounting import calibrate, gaussian_epsilon
+from fedllm.privacy.ledger import Ledger, PrivacySettings, no_privacy
+
+SETTINGS = PrivacySettings(
+    unit="client",
+    sampling="all",
+    population_size=20,
+    num_sampled_clients=20,
+    clipping_norm=0.5,
+    noise_multiplier=1.5,
+    delta=1e-5,
+    target_epsilon=0.0,
+    max_epsilon=0.0,
+    num_trainable=1000,
+    planned_rounds=3,
+)
+KEYS = {
+    "unit",
+    "neighbouring_relation",
+    "epsilon",
+    "epsilon_replace_one",
+    "delta",
+    "noise_multiplier",
+    "clipping_norm",
+    "num_sampled_clients",
+    "population_size",
+    "sampling",
+    "num_rounds",
+    "num_trainable",
+    "noise_to_signal",
+    "noise_probe",
+    "accountant",
+    "not_covered",
+    "strength",
+    "statement",
+}
+
+
+def test_the_file_has_every_key_and_the_spent_epsilon(tmp_path):
+    ledger = Ledger.create(tmp_path / "privacy.json", SETTINGS)
+    ledger.spend(1)
+    ledger.spend(2)
+
+    content = json.loads((tmp_path / "privacy.json").read_text())
+
+    assert set(content) >= KEYS
+    assert content["epsilon"] == gaussian_epsilon(1.5, 2, 1e-5)
+    assert content["epsilon_replace_one"] == gaussian_epsilon(0.75, 2, 1e-5)
+    assert content["num_rounds"] == 2
+    assert content["noise_to_signal"] == pytest.approx(1.5 * 1000**0.5 / 20)
+    assert f"epsilon {content['epsilon']:.2f}" in content["statement"]
+    assert f"{content['epsilon_replace_one']:.2f}" in content["statement"]
+    assert content["strength"] in content["statement"]
+
+
+def test_a_loaded_ledger_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "privacy.json"
+    first = Ledger.create(path, SETTINGS)
+    first.note_probe({"before": 3.6, "noise_alone": 3.7})
+    first.spend(1)
+
+    second = Ledger.load(path)
+    second.check_same(SETTINGS)
+
+    assert second.as_dict() == first.as_dict()
+    with pytest.raises(PrivacyError, match="round 1 was released already"):
+        second.spend(1)
+
+
+def test_a_second_ledger_does_not_overwrite_the_first(tmp_path):
+    Ledger.create(tmp_path / "privacy.json", SETTINGS)
+
+    with pytest.raises(PrivacyError, match="already"):
+        Ledger.create(tmp_path / "privacy.json", SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"noise_multiplier": 0.1},
+        {"clipping_norm": 1.0},
+        {"sampling": "poisson"},
+        {"num_sampled_clients": 10},
+        {"delta": 1e-3},
+        {"population_size": 200},
+    ],
+)
+def test_changed_settings_are_refused_with_both_values(tmp_path, change):
+    ledger = Ledger.create(tmp_path / "privacy.json", SETTINGS)
+    ((key, value),) = change.items()
+
+    with pytest.raises(PrivacyError) as caught:
+        ledger.check_same(replace(SETTINGS, **change))
+
+    assert f"{key} was {getattr(SETTINGS, key)!r} and is now {value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "{" * 5, '{"unit": "client"}'])
+def test_a_damaged_ledger_stops_everything(tmp_path, content):
+    path = tmp_path / "privacy.json"
+    path.write_text(content)
+
+    with pytest.raises(PrivacyError, match="cannot be read"):
+        Ledger.load(path)
+
+
+def test_a_calibrated_run_never_passes_its_target(tmp_path):
+    z = calibrate(8.0, 3, 1e-5, "all", 1.0)
+    settings = replace(SETTINGS, noise_multiplier=z, target_epsilon=8.0)
+    ledger = Ledger.create(tmp_path / "privacy.json", settings)
+    for server_round in (1, 2, 3):
+        ledger.spend(server_round)
+
+    assert ledger.epsilons().zero_out <= 8.0
+    assert not ledger.may_spend(0.0)
+    with pytest.raises(PrivacyError, match="budget"):
+        ledger.spend(4)
+
+
+def test_max_epsilon_stops_before_it_is_passed(tmp_path):
+    limit = gaussian_epsilon(1.5, 2, 1e-5)
+    settings = replace(SETTINGS, max_epsilon=limit)
+    ledger = Ledger.create(tmp_path / "privacy.json", settings)
+    ledger.spend(1)
+    assert ledger.may_spend(limit)
+    ledger.spend(2)
+
+    assert not ledger.may_spend(limit)
+
+
+def test_a_release_that_cannot_be_written_is_not_made(tmp_path, monkeypatch):
+    ledger = Ledger.create(tmp_path / "privacy.json", SETTINGS)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        ledger.spend(1)
+    monkeypatch.undo()
+
+    assert Ledger.load(tmp_path / "privacy.json").epsilons().zero_out == 0
+    assert ledger.epsilons().zero_out == 0
+
+
+def test_file_and_folder_are_synced_before_spend_returns(tmp_path, monkeypatch):
+    ledger = Ledger.create(tmp_path / "privacy.json", SETTINGS)
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced.append(os.fstat(fd).st_mode >> 12) or real(fd)
+    )
+
+    ledger.spend(1)
+
+    assert synced == [0o10, 0o4]  # a file, then a folder
+
+
+def test_what_protects_nothing_says_null_and_never_zero():
+    content = no_privacy(20, 1000)
+
+    assert set(content) >= KEYS
+    assert content["epsilon"] is None
+    assert content["strength"] == "none"
+    assert "No differential privacy" in content["statement"]
+
+
+def test_poisson_names_flowers_own_log_as_trusted(tmp_path):
+    settings = replace(SETTINGS, sampling="poisson", num_sampled_clients=4)
+    ledger = Ledger.create(tmp_path / "privacy.json", settings)
+
+    content = ledger.as_dict()
+
+    assert any("Flower's own log" in line for line in content["not_covered"])
+    assert content["sampling_probability"] == pytest.approx(0.2)
+    assert "secret coin" in content["statement"]
