@@ -19,8 +19,6 @@ def show_log() -> None:
         _LOGGER.addHandler(handler)
         _LOGGER.setLevel(logging.INFO)
         _LOGGER.propagate = False
-        # bitsandbytes misses a kernel for a packing that fedllm.models switches off.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def one_line_failure(error: FedllmError) -> None:

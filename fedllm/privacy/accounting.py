@@ -18,6 +18,8 @@ Sampling = Literal["all", "fixed", "poisson"]
 # Below this noise multiplier dp-accounting's PLD takes seconds, then never returns: its
 # grid grows with the square of 1/z.
 _SMALLEST_PLD_NOISE = 0.25
+_INTERVAL = 1e-4
+"""dp-accounting's own grid of privacy losses."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ def calibrate(
     sampling: Sampling,
     sampling_probability: float,
 ) -> float:
-    """Return the smallest noise multiplier, to 1e-6 of it, that keeps zero-out epsilon.
+    """Return the smallest noise multiplier that keeps the zero-out epsilon.
+
+    It is the smallest to 1e-6 of it, and to about 1e-2 under Poisson sampling.
 
     Args:
         target_epsilon: > 0, not to be passed.
@@ -118,28 +122,30 @@ def calibrate(
         `epsilons(result, ...).zero_out <= target_epsilon`.
     """
 
-    def fits(noise_multiplier: float) -> bool:
-        if sampling == "poisson" and sampling_probability < 1:
-            if noise_multiplier >= _SMALLEST_PLD_NOISE:
-                spent = _pld(
-                    noise_multiplier,
-                    sampling_probability,
-                    num_releases,
-                    delta,
-                    "REPLACE_SPECIAL",
-                )
-                return spent <= target_epsilon
-            args = (num_releases, delta, sampling, sampling_probability)
-            return epsilons(noise_multiplier, *args).zero_out <= target_epsilon
-        spent = gaussian_epsilon(noise_multiplier, num_releases, delta)
+    sampled = sampling == "poisson" and sampling_probability < 1
+    rest = (num_releases, delta, sampling, sampling_probability)
+
+    def fits(noise_multiplier: float, interval: float) -> bool:
+        if sampled and noise_multiplier >= _SMALLEST_PLD_NOISE:
+            relation = "REPLACE_SPECIAL"
+            q = sampling_probability
+            spent = _pld(noise_multiplier, q, num_releases, delta, relation, interval)
+        else:
+            spent = epsilons(noise_multiplier, *rest).zero_out
         return spent <= target_epsilon
 
-    low, high = 1e-6, 1.0
-    while not fits(high):
+    # A coarser grid is pessimistic, so it only ever gives more noise, and much sooner.
+    coarse, tolerance = (1e-3, 1e-3) if sampled else (_INTERVAL, 1e-6)
+    low, high = (_SMALLEST_PLD_NOISE, 1.0) if sampled else (1e-6, 1.0)
+    if sampled and fits(low, coarse):
+        low, high = 1e-6, low
+    while not fits(high, coarse):
         low, high = high, high * 2
-    while high > low * (1 + 1e-6):
-        middle = math.sqrt(low * high) if low < high / 4 else (low + high) / 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
+    while high > low * (1 + tolerance):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if fits(middle, coarse) else (middle, high)
+    while not fits(high, _INTERVAL):
+        high *= 1 + tolerance
     return high
 
 
@@ -192,13 +198,20 @@ def _poisson(z: float, q: float, releases: int, delta: float) -> Epsilons:
 
 
 @lru_cache(maxsize=256)
-def _pld(z: float, q: float, releases: int, delta: float, relation: str) -> float:
-    """Return the epsilon of a privacy loss distribution."""
+def _pld(
+    z: float,
+    q: float,
+    releases: int,
+    delta: float,
+    relation: str,
+    interval: float = _INTERVAL,
+) -> float:
+    """Return the epsilon of a privacy loss distribution, rounded up to its grid."""
     import dp_accounting
     from dp_accounting import pld
 
     neighbours = dp_accounting.NeighboringRelation[relation]
-    accountant = pld.PLDAccountant(neighbours)
+    accountant = pld.PLDAccountant(neighbours, interval)
     accountant.compose(_event(z, q, releases))
     return float(accountant.get_epsilon(delta))
 
