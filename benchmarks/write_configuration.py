@@ -8,6 +8,9 @@ from the sections themselves; the sentences on refused combinations are what
     python benchmarks/write_configuration.py --check
 """
 
+# What is quoted below is Markdown, where a table's row is one line.
+# ruff: noqa: E501
+
 import argparse
 import sys
 from dataclasses import fields, is_dataclass
@@ -35,10 +38,10 @@ A run is told what to do by dotted keys. Their defaults stand in `[tool.flwr.app
 flwr run . --stream --run-config "num-server-rounds=5 privacy.target-epsilon=4.0"
 ```
 
-Text values need quotes of their own (`model.name='...'`), a float needs its point (`8.0`), and
-nothing is converted: `8` for a float is accepted, `"8"` is not. An unknown key is refused, all
-bad keys are named at once, and that happens before a model is loaded or a client is asked. Flower's
-run config has no null, so 0, 0.0 or an empty text means "not set" where the explanation says so.
+Text values need quotes of their own (`model.name='...'`); write a float with its point (`8.0`).
+An unknown key, a wrong type or a value out of range is refused, with all bad keys named at once,
+before a model is loaded or a client is asked. Flower's run config has no null, so 0, 0.0 or an
+empty text means "not set" where the explanation says so.
 """
 
 # Each is refused; the page quotes the refusal.

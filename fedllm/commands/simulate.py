@@ -49,6 +49,8 @@ def _simulate(app: Path, args: argparse.Namespace, home: Path) -> int:
         "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
         # Flower starts programs by name: those of this environment, activated or not.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        # Ray announces a change of a default that does not concern us.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_raylet_start_wait_time_s": os.environ.get(
             "RAY_raylet_start_wait_time_s", "120"
         ),
@@ -62,6 +64,8 @@ def _simulate(app: Path, args: argparse.Namespace, home: Path) -> int:
         "127.0.0.1",
         "--port",
         str(port),
+        "--control-api-address",
+        f"127.0.0.1:{_free_port()}",
     ]
     with log.open("w", encoding="utf-8") as output:
         superlink = subprocess.Popen(

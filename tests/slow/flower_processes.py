@@ -1,0 +1,83 @@
+"""Real Flower processes on loopback, each ended by whoever started it."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+
+
+def environment(flwr_home: Path, fedllm_home: Path) -> dict[str, str]:
+    """An environment that shares nothing with the user's Flower."""
+    return {
+        **os.environ,
+        "FLWR_HOME": str(flwr_home),
+        "FEDLLM_HOME": str(fedllm_home),
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "HF_HUB_OFFLINE": "1",
+        "RAY_raylet_start_wait_time_s": "120",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "COLUMNS": "200",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(command: list[str], env: dict[str, str], log: Path) -> Iterator[None]:
+    """Run a process, and end it and what it started at the end."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=env, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        yield
+    finally:
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, sign)
+                process.wait(timeout=20)
+
+
+def wait_for_port(port: int, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"nothing listens on {port}")
+
+
+def end_daemon(flwr_home: Path) -> None:
+    """End the SuperLink that `flwr run` left, told by its Flower home."""
+    wanted = f"FLWR_HOME={flwr_home}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            started_by_us = wanted in (folder / "environ").read_bytes().split(b"\0")
+            name = (folder / "cmdline").read_bytes()
+            if started_by_us and b"flower-superlink" in name:
+                os.kill(int(folder.name), signal.SIGTERM)
+
+
+def readme_command(heading: str) -> str:
+    """Return the first bash block under a README heading: one line."""
+    text = (ROOT / "README.md").read_text("utf-8").split(f"## {heading}\n", 1)[1]
+    block = text.split("```bash\n", 1)[1].split("```", 1)[0].strip()
+    assert "\n" not in block
+    return block
+
+
+def latest_run(fedllm_home: Path) -> Path:
+    return (fedllm_home / "runs" / "latest").resolve()

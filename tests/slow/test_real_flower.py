@@ -1,0 +1,138 @@
+"""Real Flower: the bare `flwr run .`, a SuperLink with SuperNodes, and refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slow.flower_processes import (
+    BIN,
+    ROOT,
+    end_daemon,
+    environment,
+    free_port,
+    latest_run,
+    running,
+    wait_for_port,
+)
+from tests.test_federation import MARKER, write_rows
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+def run_config(tiny_llama: Path, folder: Path, **more: object) -> str:
+    """Key=value pairs for `flwr run --run-config`."""
+    values = {
+        "model.name": str(tiny_llama),
+        "model.quantization": 4,
+        "data.name": write_rows(folder / "rows.jsonl", 24),
+        "data.public-validation": write_rows(folder / "validation.jsonl", 6, 100),
+        "data.public-test": write_rows(folder / "test.jsonl", 6, 200),
+        "num-server-rounds": 2,
+        "train.batch-size": 4,
+        **more,
+    }
+    return " ".join(f"{k}={json.dumps(v)}" for k, v in values.items())
+
+
+def simulate(config: str, env: dict[str, str], clients: int = 3):
+    command = [sys.executable, "-m", "fedllm.commands.simulate"]
+    command += ["--num-supernodes", str(clients), "--run-config", config]
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False
+    )
+
+
+@pytest.fixture
+def env(tmp_path):
+    return environment(tmp_path / "flwr", tmp_path / "fedllm")
+
+
+def test_the_openllama_path_runs_in_a_simulation(tiny_llama, tmp_path, env):
+    done = simulate(run_config(tiny_llama, tmp_path), env)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = latest_run(tmp_path / "fedllm")
+    assert f"run folder: {run}" in done.stdout
+    assert json.loads((run / "privacy.json").read_text())["num_rounds"] == 2
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("train.batch-size=0", "ConfigError: train.batch-size: must be >= 1 (got 0)"),
+        (
+            "model.name='nobody/no-such-model'",
+            "ModelError: ",
+        ),
+        ("strategy.num-clients=20 strategy.wait-for-clients=1.0", "num-supernodes=20"),
+    ],
+)
+def test_a_wrong_setting_fails_the_run_with_one_line(config, said, tmp_path, env):
+    done = simulate(config, env)
+
+    assert done.returncode == 1
+    assert said in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_bare_flwr_run_works_on_two_supernodes(tiny_llama, tmp_path, env):
+    # Flower's own installation of the dependencies stays on: this is what a user types.
+    env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(free_port())
+    env["FLWR_LOCAL_CONTROL_API_PORT"] = str(free_port())
+    env.pop("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", None)
+    command = [str(BIN / "flwr"), "run", ".", "--stream"]
+    command += ["--run-config", run_config(tiny_llama, tmp_path)]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1000, check=False
+        )
+    finally:
+        end_daemon(tmp_path / "flwr")
+
+    assert "run folder: " in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    result = json.loads((latest_run(tmp_path / "fedllm") / "result.json").read_text())
+    assert result["num_rounds"] == 2
+    assert "2 clients" in done.stdout
+
+
+def test_the_same_app_runs_on_a_superlink_with_two_supernodes(tiny_llama, tmp_path, env):
+    port = free_port()
+    env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
+    (tmp_path / "flwr").mkdir()
+    (tmp_path / "flwr" / "config.toml").write_text(
+        f'[superlink.remote]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    superlink = [str(BIN / "flower-superlink"), "--insecure", "--port", str(port)]
+    superlink += ["--control-api-address", f"127.0.0.1:{free_port()}"]
+    config = run_config(
+        tiny_llama,
+        tmp_path,
+        **{"privacy.unit": "none", "privacy.target-epsilon": 0.0}
+        | {"train.local-steps": 6, "train.learning-rate": 5.0},
+    )
+    with running(superlink, env, tmp_path / "superlink.log"):
+        wait_for_port(port)
+        nodes = []
+        for index in range(2):
+            rows = write_rows(tmp_path / f"hospital-{index}.jsonl", 12, 12 * index)
+            node = [str(BIN / "flower-supernode"), "--insecure"]
+            node += ["--superlink", f"127.0.0.1:{port}", "--port", str(free_port())]
+            node += ["--node-config", f'data-path="{rows}"']
+            log = tmp_path / f"node-{index}.log"
+            nodes.append(running(node, env, log))
+        with nodes[0], nodes[1]:
+            command = [str(BIN / "flwr"), "run", ".", "remote", "--stream"]
+            done = subprocess.run(
+                [*command, "--run-config", config],
+                cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False,
+            )
+
+    assert "ask it: python evaluate.py" in done.stdout, done.stdout + done.stderr
+    run = latest_run(tmp_path / "fedllm")
+    result = json.loads((run / "result.json").read_text())
+    assert result["test_loss_after"] < result["test_loss_before"]
+    assert MARKER not in (tmp_path / "superlink.log").read_text()
