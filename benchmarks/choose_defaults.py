@@ -1,9 +1,9 @@
 """Measure settings of a private federation of SmolLM2 on wordnet-medical.
 
 Every client takes its local steps from the same adapter through fedllm's own trainer;
-clipping, noise and the server's step are then tried in memory, so that one pass over the
-clients serves many settings of the first round. Noise comes from a seeded generator, so
-that a table can be made again; a run of fedllm never does that.
+clipping, noise and the server's step are then tried in memory, so that one pass over
+the clients serves many settings of the first round. Noise comes from a seeded
+generator, so that a table can be made again; a run of fedllm never does that.
 
     python benchmarks/choose_defaults.py screen --kind ffa-lora --seed 0
     python benchmarks/choose_defaults.py rounds --kind ffa-lora --seed 0 \
@@ -60,7 +60,9 @@ class Bench:
             self.clients.append(labelled(tokenize(part, self.tokenizer, data, 512)))
         public = load_public(data, "validation").shuffle(seed=42).select(range(128))
         self.validation = labelled(tokenize(public, self.tokenizer, data, 512))
-        self.test = labelled(tokenize(load_public(data, "test"), self.tokenizer, data, 512))
+        self.test = labelled(
+            tokenize(load_public(data, "test"), self.tokenizer, data, 512)
+        )
 
     def updates(self, arrays: dict[str, Any], server_round: int, lr: float) -> Any:
         """Return (clients, d) updates of one round."""
@@ -69,7 +71,14 @@ class Bench:
         for index, examples in enumerate(self.clients):
             seed = training_seed(self.args.seed, server_round, index)
             trained = train_adapter(
-                self.model, self.spec, self.tokenizer, examples, arrays, self.train, lr, seed
+                self.model,
+                self.spec,
+                self.tokenizer,
+                examples,
+                arrays,
+                self.train,
+                lr,
+                seed,
             )
             out.append(flatten(trained.arrays) - start)
         return np.stack(out)
@@ -82,7 +91,9 @@ class Bench:
         arrays, start = {}, 0
         for name, shape in self.spec.trained_shapes.items():
             size = int(np.prod(shape))
-            arrays[name] = vector[start : start + size].reshape(shape).astype(np.float32)
+            arrays[name] = (
+                vector[start : start + size].reshape(shape).astype(np.float32)
+            )
             start += size
         return arrays
 

@@ -2,6 +2,6 @@
 
 import logging
 
-# PEFT imports bitsandbytes before we do, which then misses, aloud, a kernel for a packing
-# that fedllm.models switches off.
+# PEFT imports bitsandbytes before we do, which then misses, aloud, a kernel for a
+# packing that fedllm.models switches off.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -2,10 +2,10 @@
 
 Every kind is a LoRA, delta W = alpha/rank * B @ A, for each target module:
 
-| kind | trained | fixed | trained values a module | mean of clients exact |
+| kind | trained | fixed, orthonormal | values a module | mean is exact |
 |---|---|---|---|---|
-| `ffa-lora` | B (out x r) | A (r x in), orthonormal rows | out * r | yes |
-| `lora-core` | core (r x r), B = left @ core | left (out x r), A, orthonormal | r * r | yes |
+| `ffa-lora` | B (out x r) | A (r x in) | out * r | yes |
+| `lora-core` | core (r x r), B = left @ core | left (out x r), A | r * r | yes |
 | `lora` | A and B | - | (in + out) * r | no |
 
 Fixed factors come from the public seed and the module's name, so they never travel and
@@ -307,7 +307,9 @@ def read_base_name(folder: Path) -> str:
         config = json.loads((folder / _CONFIG_FILE).read_text("utf-8"))
         return str(config["base_model_name_or_path"])
     except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{folder / _CONFIG_FILE}: cannot be read: {error}") from None
+        raise AdapterError(
+            f"{folder / _CONFIG_FILE}: cannot be read: {error}"
+        ) from None
 
 
 def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
@@ -322,7 +324,10 @@ def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
     read_base_name(folder)
     try:
         with safe_open(str(folder / _WEIGHTS_FILE), framework="np") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            shapes = {
+                key: tuple(file.get_slice(key).get_shape())
+                for key in file.keys()  # noqa: SIM118 - not a dict
+            }
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{folder / _WEIGHTS_FILE}: damaged: {error}") from None
     for key, shape in shapes.items():
@@ -336,7 +341,9 @@ def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
                 f"{folder}: made for another base model: it adapts {module}, which "
                 "this one lacks"
             ) from None
-        index, size = (1, layer.in_features) if side == "lora_A" else (0, layer.out_features)
+        index, size = (
+            (1, layer.in_features) if side == "lora_A" else (0, layer.out_features)
+        )
         if shape[index] != size:
             raise AdapterError(
                 f"{folder}: made for another base model: {key} has shape {shape}, and "
@@ -406,15 +413,17 @@ def _fixed_left_module(left: "torch.Tensor") -> Any:
     import torch
 
     class FixedLeft(torch.nn.Module):
+        left: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("left", left)
 
         def forward(self, core: torch.Tensor) -> torch.Tensor:
-            return torch.as_tensor(self.left @ core)
+            return self.left @ core
 
         def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
-            return torch.as_tensor(self.left.T @ weight)
+            return self.left.T @ weight
 
     return FixedLeft()
 

@@ -107,7 +107,10 @@ def partition_of(context: Context) -> tuple[int, int]:
     """
     node = context.node_config
     if "data-path" in node:
-        return int(node.get("partition-id", zlib.crc32(str(node["data-path"]).encode()))), 1
+        return (
+            int(node.get("partition-id", zlib.crc32(str(node["data-path"]).encode()))),
+            1,
+        )
     try:
         return int(node["partition-id"]), int(node["num-partitions"])
     except KeyError:
@@ -170,8 +173,9 @@ def _evaluate(message: Message, context: Context, config: RunConfig) -> RecordDi
     set_trained(resident.model, resident.spec, arrays)
     examples = examples[: config.strategy.evaluate_examples or None]
     score = held_out(resident.model, examples, resident.tokenizer.pad_token_id or 0)
-    metrics = {"num-examples": score.num_examples, "eval-loss": score.loss}
-    return RecordDict({METRICS: MetricRecord(metrics)})
+    record = MetricRecord({"num-examples": score.num_examples})
+    record["eval-loss"] = score.loss
+    return RecordDict({METRICS: record})
 
 
 def _load(config: RunConfig) -> _Resident:
@@ -207,8 +211,8 @@ def _examples(
 
     partition_id, num_partitions = partition_of(context)
     path = context.node_config.get("data-path")
-    key = (config.data, config.train.max_length, config.seed, path, partition_id)
-    key = (*key, num_partitions)
+    share = (path, partition_id, num_partitions, config.seed)
+    key = (config.data, config.train.max_length, share)
     if key not in resident.partitions:
         rows = load_rows(config.data, str(path) if path is not None else None)
         if path is None:

@@ -171,8 +171,11 @@ def generate(
     def work() -> None:
         try:
             with torch.inference_mode():
-                model.generate(  # type: ignore[operator]
-                    **inputs, generation_config=settings, streamer=streamer, use_cache=True
+                model.generate(
+                    **inputs,
+                    generation_config=settings,
+                    streamer=streamer,
+                    use_cache=True,
                 )
         except BaseException as error:  # noqa: BLE001 - handed to the caller below
             failure.append(error)
@@ -215,7 +218,9 @@ def load_questions(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             question, options, answer = row["question"], row["options"], row["answer"]
             fine = isinstance(question, str) and type(answer) is int
-            fine = fine and all(isinstance(option, str) and option for option in options)
+            fine = fine and all(
+                isinstance(option, str) and option for option in options
+            )
             fine = fine and len(options) >= 2 and 0 <= answer < len(options)
         except (ValueError, KeyError, TypeError):
             fine = False
@@ -249,7 +254,9 @@ def multiple_choice(
     pad = tokenizer.pad_token_id or 0
     right, chance = 0, 0.0
     for row in questions:
-        prompt = tokenizer(prompt_of(row["question"]), add_special_tokens=False)["input_ids"]
+        prompt = tokenizer(prompt_of(row["question"]), add_special_tokens=False)[
+            "input_ids"
+        ]
         examples = []
         for option in row["options"]:
             answer = tokenizer(option, add_special_tokens=False)["input_ids"]
@@ -278,7 +285,9 @@ def _wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return (middle - spread) / scale, (middle + spread) / scale
 
 
-def _batches(examples: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+def _batches(
+    examples: Sequence[Mapping[str, Any]],
+) -> Iterator[list[Mapping[str, Any]]]:
     """Yield batches of similar length, so that little of a batch is padding."""
     batch: list[Mapping[str, Any]] = []
     for example in sorted(examples, key=lambda row: len(row["input_ids"])):

@@ -180,6 +180,8 @@ class Federation:
             return
         before = self.best.loss
         after = self.public.validation_loss(strategy.noise_alone())
+        if after is None:
+            return
         harm = after - before
         ledger.note_probe({"before": before, "noise_alone": after})
         verdict = "harmless" if harm <= _DESTRUCTIVE else "destructive"
@@ -279,8 +281,10 @@ class Federation:
     def _save(self, server_round: int, loss: float | None) -> None:
         """Save the round where it is due, is the last, or is the best so far."""
         previous = server_round - 1
-        if previous and previous % self.config.output.save_every and not (
-            self.best is not None and self.best.server_round == previous
+        if (
+            previous
+            and previous % self.config.output.save_every
+            and not (self.best is not None and self.best.server_round == previous)
         ):
             self.directory.drop_round(previous)
         self.directory.save_round(
@@ -390,8 +394,12 @@ class Federation:
                 server_round,
                 node_id,
                 code,
-                f": {text}" if text else "; the reason is in that client's own log, "
-                "logs/client-<partition>.log under its ~/.fedllm",
+                (
+                    f": {text}"
+                    if text
+                    else "; the reason is in that client's own log, "
+                    "logs/client-<partition>.log under its ~/.fedllm"
+                ),
             )
         missing = seen.asked - seen.answered
         if missing:
@@ -407,7 +415,9 @@ class Federation:
         """Fail a run that trained nothing."""
         if self.trained:
             return
-        causes = ", ".join(f"{text} ({n} times)" for text, n in self._failures.most_common(3))
+        causes = ", ".join(
+            f"{text} ({n} times)" for text, n in self._failures.most_common(3)
+        )
         raise FederationError(
             "no client ever returned a usable update, so nothing was trained: "
             f"{causes or 'no client answered in time'}; each client's own log "
@@ -577,4 +587,8 @@ def _number(value: float | None) -> str:
     """Write an epsilon plainly."""
     if value is None or value != value or value == float("inf"):
         return "not bounded"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 1 else f"{value:.2f}"
+    return (
+        f"{value:,.0f}"
+        if value >= 1000
+        else f"{value:.3g}" if value < 1 else f"{value:.2f}"
+    )

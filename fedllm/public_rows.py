@@ -7,13 +7,15 @@ never needs it.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedllm.adapters import AdapterSpec
 from fedllm.config import RunConfig
 from fedllm.evaluation import HeldOut
 
 logger = logging.getLogger(__name__)
+
+_Split = Literal["validation", "test"]
 
 
 class PublicRows:
@@ -48,7 +50,7 @@ class PublicRows:
         """Return the score on all test rows; None without such rows."""
         return self._score("test", arrays)
 
-    def _score(self, split: str, arrays: Mapping[str, Any]) -> HeldOut | None:
+    def _score(self, split: _Split, arrays: Mapping[str, Any]) -> HeldOut | None:
         from fedllm.adapters import set_trained
         from fedllm.evaluation import held_out
 
@@ -59,7 +61,7 @@ class PublicRows:
         set_trained(model, self._spec, arrays)
         return held_out(model, examples, self._tokenizer.pad_token_id or 0)
 
-    def _load_examples(self, split: str) -> list[dict[str, Any]]:
+    def _load_examples(self, split: _Split) -> list[dict[str, Any]]:
         """Tokenise the rows of a split once."""
         if split not in self._examples:
             from fedllm.data import load_public, tokenize

@@ -93,7 +93,7 @@ def read_reply(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> Reply
         if not shapes:
             return Reply(node_id, **metrics)
         arrays, num_bytes = _read_arrays(content.array_records.get(ARRAYS), shapes)
-    except Exception as error:  # a hostile reply may raise anything anywhere
+    except Exception as error:  # noqa: BLE001 - a hostile reply may raise anything
         return Reply(node_id, code="malformed", text=type(error).__name__)
     if isinstance(arrays, str):
         return Reply(node_id, code="malformed", text=arrays, num_bytes=num_bytes)

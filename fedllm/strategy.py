@@ -473,7 +473,10 @@ def make_strategy(
 
 def _robust_strategy(config: StrategyConfig, num_replies: int) -> FedAvg:
     """Make Flower's robust aggregator."""
-    keys: dict[str, Any] = {"arrayrecord_key": ARRAYS, "weighted_by_key": "num-examples"}
+    keys: dict[str, Any] = {
+        "arrayrecord_key": ARRAYS,
+        "weighted_by_key": "num-examples",
+    }
     if config.aggregator == "median":
         return FedMedian(**keys)
     if config.aggregator == "trimmed-mean":

@@ -40,7 +40,7 @@ class Trained:
     num_steps: int
 
 
-class AdapterTrainer(SFTTrainer):
+class AdapterTrainer(SFTTrainer):  # type: ignore[misc] # TRL has no types
     """TRL's trainer, whose loss scores the answer's positions only.
 
     The loss is that of SFTTrainer (a test compares the adapters), but SFTTrainer scores

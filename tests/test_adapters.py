@@ -226,12 +226,16 @@ def test_only_declared_values_are_trained_and_travel(attached, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.differing_executors]
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.differing_executors],
 )
 @given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(-30, 30))
 def test_values_that_are_set_come_back_bit_for_bit(attached, kind, seed, exponent):
     model, spec = attached[kind]
-    arrays = {n: a * np.float32(2.0**exponent) for n, a in random_arrays(spec, seed).items()}
+    arrays = {
+        n: a * np.float32(2.0**exponent) for n, a in random_arrays(spec, seed).items()
+    }
 
     set_trained(model, spec, dict(reversed(arrays.items())))
 
@@ -259,13 +263,17 @@ def test_foreign_missing_and_misshapen_arrays_are_named(tiny_llama):
         check_arrays(spec, {n: a for n, a in good.items() if n != name})
     with pytest.raises(AdapterError, match="z: not of this adapter"):
         check_arrays(spec, {**good, "z": np.zeros(1)})
-    with pytest.raises(AdapterError, match=r"shape must be \(64, 4\) \(got \(4, 64\)\)"):
+    with pytest.raises(
+        AdapterError, match=r"shape must be \(64, 4\) \(got \(4, 64\)\)"
+    ):
         check_arrays(spec, {**good, name: good[name].T})
 
 
 def test_a_rank_above_the_smallest_side_is_refused(tiny_llama):
     assert make_spec(tiny_llama, rank=32).rank == 32
-    with pytest.raises(AdapterError, match=r"adapter.rank: must be at most 32.*\(got 33\)"):
+    with pytest.raises(
+        AdapterError, match=r"adapter.rank: must be at most 32.*\(got 33\)"
+    ):
         make_spec(tiny_llama, rank=33)
 
 
@@ -363,7 +371,9 @@ def test_pickled_weights_are_refused(saved, tiny_llama):
         load_adapter(load_base(tiny_llama), saved)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"base_model_name_or_path": null}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"base_model_name_or_path": null}']
+)
 def test_an_adapter_config_that_names_no_base_is_refused(saved, text):
     (saved / "adapter_config.json").write_text(text)
 

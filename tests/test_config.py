@@ -28,7 +28,9 @@ def read_toml(path: Path) -> dict:
 
 
 def test_pyproject_states_every_key_with_its_default():
-    stated = flatten(read_toml(ROOT / "pyproject.toml")["tool"]["flwr"]["app"]["config"])
+    stated = flatten(
+        read_toml(ROOT / "pyproject.toml")["tool"]["flwr"]["app"]["config"]
+    )
 
     assert stated == flat(RunConfig())
     assert {k: type(v) for k, v in stated.items()} == {
@@ -93,8 +95,12 @@ def test_a_preset_says_its_whole_command(preset: Path):
         ("privacy.target-epsilon", 0.0, "must be above 0.0"),
         ("privacy.max-epsilon", 1.0, "privacy.max-epsilon"),
         ("privacy.unit", "none", None),
-        ("privacy.unit", "recrod", "privacy.unit"),
-        ("strategy.fraction-train", 0.5, "must be 1.0 where strategy.sampling is 'all'"),
+        ("privacy.unit", "recordd", "privacy.unit"),
+        (
+            "strategy.fraction-train",
+            0.5,
+            "must be 1.0 where strategy.sampling is 'all'",
+        ),
         ("strategy.fraction-evaluate", 0.5, "clients' losses would leave un-noised"),
         ("strategy.aggregator", "krum", "the bound is proved for a sum"),
         ("strategy.num-clients", 1, "strategy.num-clients"),
@@ -117,7 +123,9 @@ def test_a_bad_setting_is_named_with_what_is_allowed(key, value, said):
 
 def test_all_bad_settings_are_named_at_once():
     with pytest.raises(ConfigError) as caught:
-        parse_run_config({"a": 1, "train.batch-size": 0, "adapter.rank": -3, "seed": 1.5})
+        parse_run_config(
+            {"a": 1, "train.batch-size": 0, "adapter.rank": -3, "seed": 1.5}
+        )
 
     lines = str(caught.value).splitlines()
 

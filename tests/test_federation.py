@@ -78,12 +78,19 @@ def test_a_private_run_leaves_a_whole_run_folder(settings, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     lines = lines_of(federation)
     assert {p.name for p in folder.iterdir()} >= {
-        "config.json", "metrics.jsonl", "privacy.json", "result.json", "peft_1",
-        "peft_2", "peft_final",
+        "config.json",
+        "metrics.jsonl",
+        "privacy.json",
+        "result.json",
+        "peft_1",
+        "peft_2",
+        "peft_final",
     }
     assert (tmp_path / "home/runs/latest").resolve() == folder.resolve()
     assert 7.9 < privacy["epsilon"] <= 8.0
-    assert privacy["noise_probe"]["before"] == pytest.approx(lines[0]["validation_loss"])
+    assert privacy["noise_probe"]["before"] == pytest.approx(
+        lines[0]["validation_loss"]
+    )
     assert [line["server_round"] for line in lines] == [0, 1, 2]
     assert [line["epsilon"] for line in lines][-1] == privacy["epsilon"]
     assert [line["train_loss"] for line in lines] == [None] * 3
@@ -108,7 +115,9 @@ def test_what_a_round_says_can_be_recomputed_from_privacy_json_alone(settings):
     event = dp_accounting.GaussianDpEvent(told["noise_multiplier"])
     accountant.compose(dp_accounting.SelfComposedDpEvent(event, told["num_rounds"]))
 
-    assert accountant.get_epsilon(told["delta"]) == pytest.approx(told["epsilon"], rel=2e-3)
+    assert accountant.get_epsilon(told["delta"]) == pytest.approx(
+        told["epsilon"], rel=2e-3
+    )
 
 
 def test_peft_alone_opens_the_final_adapter(settings):
@@ -120,7 +129,9 @@ def test_peft_alone_opens_the_final_adapter(settings):
     base = AutoModelForCausalLM.from_pretrained(settings["model.name"])
 
     with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
-        model = PeftModel.from_pretrained(base, federation.directory.path / "peft_final")
+        model = PeftModel.from_pretrained(
+            base, federation.directory.path / "peft_final"
+        )
     weights = {k: v for k, v in model.state_dict().items() if "lora_B" in k}
 
     assert max(float(v.abs().max()) for v in weights.values()) > 0
@@ -363,7 +374,7 @@ def test_poisson_runs_say_nothing_of_who_or_how_many_took_part(settings, caplog)
         "strategy.sampling": "poisson",
         "strategy.fraction-train": 0.5,
     }
-    federation, grid = start(coins, nodes=partitions(6))
+    federation, _ = start(coins, nodes=partitions(6))
     federation.run()
 
     for line in lines_of(federation)[1:]:

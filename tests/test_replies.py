@@ -277,7 +277,9 @@ def test_what_is_no_message_at_all_is_malformed():
 HEADERS = st.one_of(
     st.binary(max_size=80),
     st.builds(
-        lambda *parts: repr(dict(zip(("descr", "fortran_order", "shape"), parts, strict=True))),
+        lambda *parts: repr(
+            dict(zip(("descr", "fortran_order", "shape"), parts, strict=True))
+        ),
         st.sampled_from(["<f4", "<f8", "|O", "<i8", "<U9", "|V8", "", 3, None, ["x"]]),
         st.sampled_from([True, False, None, 2]),
         st.one_of(

@@ -57,9 +57,15 @@ def test_latest_still_holds_when_the_home_is_moved(tmp_path):
 
 
 def test_json_has_null_for_what_is_not_finite(folder):
-    folder.write_json("x.json", {"a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": 1.5})
+    folder.write_json(
+        "x.json", {"a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": 1.5}
+    )
 
-    assert read_json(folder.path / "x.json") == {"a": None, "b": [None, {"c": None}], "d": 1.5}
+    assert read_json(folder.path / "x.json") == {
+        "a": None,
+        "b": [None, {"c": None}],
+        "d": 1.5,
+    }
 
 
 def test_a_metrics_line_is_added_a_round(folder):
@@ -109,7 +115,9 @@ def test_a_full_disk_is_one_line_that_names_the_way_out(folder, tmp_path, monkey
     monkeypatch.setattr(Path, "mkdir", full_disk)
 
     for attempt in attempts.values():
-        with pytest.raises(FederationError, match="no space left.*FEDLLM_HOME") as caught:
+        with pytest.raises(
+            FederationError, match="no space left.*FEDLLM_HOME"
+        ) as caught:
             attempt()
         assert "\n" not in str(caught.value)
 

@@ -291,8 +291,10 @@ def test_a_round_cannot_be_released_twice(tmp_path):
 
 
 def test_a_round_that_would_pass_max_epsilon_is_not_asked_for(tmp_path):
-    run = private(**{"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
-                  | {"privacy.max-epsilon": 6.0})
+    run = private(
+        **{"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
+        | {"privacy.max-epsilon": 6.0}
+    )
     ledger = open_ledger(tmp_path, 1.0, max_epsilon=6.0)
     strategy = make_strategy(run, START, [1, 2, 3, 4], ledger)
     strategy.aggregate_train(1, ask(strategy) and [])
@@ -345,9 +347,7 @@ def test_without_dp_the_cohorts_come_from_the_seed():
 
     def cohorts():
         strategy = make_strategy(public(**keys), START, list(range(1, 11)), None)
-        return [
-            [m.metadata.dst_node_id for m in ask(strategy, r)] for r in range(1, 6)
-        ]
+        return [[m.metadata.dst_node_id for m in ask(strategy, r)] for r in range(1, 6)]
 
     assert cohorts() == cohorts()
     assert len({tuple(cohort) for cohort in cohorts()}) > 1
@@ -381,7 +381,9 @@ def test_server_optimizers_follow_their_formulas():
     yogi = ServerOptimizer("yogi", 0.9)
     np.testing.assert_allclose(yogi.step(update, 1.0), expected)
 
-    np.testing.assert_allclose(ServerOptimizer("none", 0.9).step(update, 2.0), 2 * update)
+    np.testing.assert_allclose(
+        ServerOptimizer("none", 0.9).step(update, 2.0), 2 * update
+    )
 
 
 def test_the_learning_rate_falls_as_a_half_cosine():
@@ -390,8 +392,10 @@ def test_the_learning_rate_falls_as_a_half_cosine():
 
 
 def test_the_server_sends_round_and_learning_rate():
-    run = public(**{"num-server-rounds": 3, "train.learning-rate": 1.0}
-                 | {"train.learning-rate-min": 0.5})
+    run = public(
+        **{"num-server-rounds": 3, "train.learning-rate": 1.0}
+        | {"train.learning-rate-min": 0.5}
+    )
     strategy = make_strategy(run, START, [1, 2], None)
 
     record = ask(strategy, 3)[0].content.config_records["config"]
@@ -401,9 +405,7 @@ def test_the_server_sends_round_and_learning_rate():
 
 
 def test_noise_alone_moves_a_twin_and_not_the_adapter(tmp_path):
-    strategy = make_strategy(
-        private(), START, [1, 2, 3, 4], open_ledger(tmp_path, 1.0)
-    )
+    strategy = make_strategy(private(), START, [1, 2, 3, 4], open_ledger(tmp_path, 1.0))
 
     arrays = strategy.noise_alone()
 

@@ -37,7 +37,10 @@ PLAIN = TrainConfig(batch_size=4, local_steps=3, learning_rate=0.5)
 
 def rows() -> list[dict[str, str]]:
     """Ten questions with answers of uneven length."""
-    cut = [text.partition("? ") if "? " in text else text.partition(". ") for text in SENTENCES]
+    cut = [
+        text.partition("? ") if "? " in text else text.partition(". ")
+        for text in SENTENCES
+    ]
     return [{"instruction": q, "response": a} for q, _, a in cut]
 
 
@@ -319,7 +322,9 @@ def test_training_starts_from_the_given_values_alone(client):
 
 
 def test_seeds_differ_by_run_round_and_partition():
-    seeds = {training_seed(s, r, p) for s in range(5) for r in range(5) for p in range(5)}
+    seeds = {
+        training_seed(s, r, p) for s in range(5) for r in range(5) for p in range(5)
+    }
 
     assert len(seeds) == 125
     assert all(0 <= seed < 2**32 for seed in seeds)
@@ -366,7 +371,9 @@ def test_fedprox_leaves_no_pull_for_the_next_training(client):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_weight_decay_takes_its_share_of_every_trained_value(make_client, kind, optimizer):
+def test_weight_decay_takes_its_share_of_every_trained_value(
+    make_client, kind, optimizer
+):
     client = make_client(kind)
     config = replace(PLAIN, local_steps=1, learning_rate=0.1, optimizer=optimizer)
     without = client.train(config).arrays
@@ -392,7 +399,9 @@ def test_the_gradient_of_a_step_is_clipped_to_its_norm(client):
 
     way = combined((1.0, client.train(config).arrays), (-1.0, client.start()))
 
-    norm = np.sqrt(sum(float((value.astype(float) ** 2).sum()) for value in way.values()))
+    norm = np.sqrt(
+        sum(float((value.astype(float) ** 2).sum()) for value in way.values())
+    )
     assert norm == pytest.approx(2.0 * 1e-3, rel=1e-2)
 
 
@@ -414,7 +423,8 @@ def test_accumulation_equals_the_large_batch(client, batch_size):
 
 
 @pytest.mark.parametrize(
-    ("epochs", "accumulation", "steps"), [(1.0, 1, 3), (2.0, 1, 6), (0.5, 1, 2), (1.0, 2, 2)]
+    ("epochs", "accumulation", "steps"),
+    [(1.0, 1, 3), (2.0, 1, 6), (0.5, 1, 2), (1.0, 2, 2)],
 )
 def test_epochs_count_where_no_steps_are_set(client, epochs, accumulation, steps):
     config = replace(

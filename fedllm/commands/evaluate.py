@@ -41,7 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     if not (args.question or args.interactive or args.benchmark or args.held_out):
-        parser.error("say what to do: --question, --interactive, --benchmark, --held-out")
+        parser.error(
+            "say what to do: --question, --interactive, --benchmark, --held-out"
+        )
     try:
         _run(args)
     except FedllmError as error:
@@ -94,7 +96,9 @@ class _Asker:
 
         return chat_prompt(self.tokenizer, question)
 
-    def answer(self, question: str, args: argparse.Namespace, tuned: bool) -> Iterator[str]:
+    def answer(
+        self, question: str, args: argparse.Namespace, tuned: bool
+    ) -> Iterator[str]:
         from fedllm.evaluation import generate
 
         with self.adapter(tuned):
@@ -150,13 +154,13 @@ def find_subject(peft_path: str | None, home: Path) -> Subject:
         peft_path = str(latest.resolve() / Path(recommended).name)
     folder = Path(peft_path).expanduser().absolute()
     base_name, origin = read_base_name(folder), read_origin(folder)
-    config = None
+    of_run: RunConfig | None = None
     if (folder.parent / CONFIG_FILE).exists() and origin:
-        config = parse_run_config(read_json(folder.parent / CONFIG_FILE)["run_config"])
+        of_run = parse_run_config(read_json(folder.parent / CONFIG_FILE)["run_config"])
     round_text = f", round {origin['server_round']}" if origin else ""
     name = origin.get("model", base_name)
     text = f"answers: {name} with the adapter {folder}{round_text}"
-    return Subject(folder, base_name, int(origin.get("quantization", 4)), text, config)
+    return Subject(folder, base_name, int(origin.get("quantization", 4)), text, of_run)
 
 
 def _answer(args: argparse.Namespace, asker: _Asker, question: str) -> dict[str, str]:
@@ -184,7 +188,9 @@ def _held_out(args: argparse.Namespace, asker: _Asker) -> dict[str, Any]:
     length = config.train.max_length if config else RunConfig().train.max_length
     rows = load_public(data, "test")
     if rows is None:
-        raise DataError("--held-out: this run has no public test rows (data.public-test)")
+        raise DataError(
+            "--held-out: this run has no public test rows (data.public-test)"
+        )
     examples = labelled(tokenize(rows, asker.tokenizer, data, length))
     scores = {}
     for name, tuned in asker.names(args):
@@ -269,7 +275,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.jsonl",
         help="multiple choice: lines with question, options, answer (an index)",
     )
-    parser.add_argument("--interactive", action="store_true", help="ask again and again")
+    parser.add_argument(
+        "--interactive", action="store_true", help="ask again and again"
+    )
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     parser.add_argument("--max-new-tokens", type=int, default=96, metavar="N")
     parser.add_argument(

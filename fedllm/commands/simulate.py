@@ -74,7 +74,9 @@ def _simulate(app: Path, args: argparse.Namespace, home: Path) -> int:
     try:
         if not _wait_until_up(superlink, port):
             sys.stderr.write(log.read_text("utf-8")[-4000:])
-            sys.stderr.write("error: Flower's SuperLink did not start; its log is above\n")
+            sys.stderr.write(
+                "error: Flower's SuperLink did not start; its log is above\n"
+            )
             return 1
         run = [_program("flwr"), "run", str(app), "private", "--stream"]
         run += ["--federation-config", f"num-supernodes={args.num_supernodes}"]
@@ -91,7 +93,9 @@ def _simulate(app: Path, args: argparse.Namespace, home: Path) -> int:
 def _run_status(env: dict[str, str]) -> int:
     """Return 0 if the run completed, else 1: `flwr run --stream` does not tell."""
     command = [_program("flwr"), "list", "private", "--format", "json"]
-    listed = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        command, env=env, capture_output=True, text=True, check=False
+    )
     try:
         runs = json.loads(listed.stdout)["runs"]
         return 0 if all("completed" in str(run["status"]) for run in runs) else 1

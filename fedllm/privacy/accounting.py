@@ -121,7 +121,6 @@ def calibrate(
     Guarantee:
         `epsilons(result, ...).zero_out <= target_epsilon`.
     """
-
     sampled = sampling == "poisson" and sampling_probability < 1
     rest = (num_releases, delta, sampling, sampling_probability)
 

@@ -87,7 +87,9 @@ class Ledger:
             PrivacyError: There is one already.
         """
         if path.exists():
-            raise PrivacyError(f"{path}: there is a ledger already; a run keeps its own")
+            raise PrivacyError(
+                f"{path}: there is a ledger already; a run keeps its own"
+            )
         ledger = cls(path, settings, [], None)
         ledger._write()
         return ledger
@@ -103,7 +105,9 @@ class Ledger:
             content = json.loads(path.read_text("utf-8"))
             values = {f.name: content[f.name] for f in fields(PrivacySettings)}
             releases = [int(r) for r in content["releases"]]
-            return cls(path, PrivacySettings(**values), releases, content["noise_probe"])
+            return cls(
+                path, PrivacySettings(**values), releases, content["noise_probe"]
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PrivacyError(f"{path}: the ledger cannot be read: {error}") from None
 

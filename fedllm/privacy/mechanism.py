@@ -182,7 +182,9 @@ class FixedPointSum:
             ValueError: A value is above the limit, or the weights pass 2**42.
         """
         if weight < 1 or self._weight + weight > self._MAX_WEIGHT:
-            raise ValueError(f"the weights of a sum must stay within 1 and 2**42: {weight}")
+            raise ValueError(
+                f"the weights of a sum must stay within 1 and 2**42: {weight}"
+            )
         for start in range(0, len(vector), _CHUNK):
             part = slice(start, start + _CHUNK)
             scaled = np.trunc(vector[part] / self._limit * self._UNITS)
@@ -223,7 +225,9 @@ def noised_sum(
         under replace-one.
     """
     if not (noise_multiplier > 0 and clipping_norm > 0):
-        raise ValueError("a release needs a positive noise multiplier and clipping norm")
+        raise ValueError(
+            "a release needs a positive noise multiplier and clipping norm"
+        )
     released = total.total()
     noise = generator.standard_normal(len(released))
     noise *= noise_multiplier * clipping_norm

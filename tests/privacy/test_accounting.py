@@ -50,9 +50,7 @@ def test_calibration_gives_the_published_noise(row):
     assert found == pytest.approx(noise, abs=0.012)
 
 
-@pytest.mark.parametrize(
-    ("z", "expected"), [(0.5, 9.997), (1.0, 4.377), (2.0, 1.993)]
-)
+@pytest.mark.parametrize(("z", "expected"), [(0.5, 9.997), (1.0, 4.377), (2.0, 1.993)])
 def test_one_release_has_the_published_epsilon(z, expected):
     assert gaussian_epsilon(z, 1, 1e-5) == pytest.approx(expected, abs=6e-4)
 

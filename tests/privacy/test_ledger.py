@@ -101,7 +101,9 @@ def test_changed_settings_are_refused_with_both_values(tmp_path, change):
     with pytest.raises(PrivacyError) as caught:
         ledger.check_same(replace(SETTINGS, **change))
 
-    assert f"{key} was {getattr(SETTINGS, key)!r} and is now {value!r}" in str(caught.value)
+    assert f"{key} was {getattr(SETTINGS, key)!r} and is now {value!r}" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "{" * 5, '{"unit": "client"}'])

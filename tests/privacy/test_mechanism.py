@@ -123,7 +123,8 @@ def test_an_update_within_the_clip_is_left_alone():
     clipped = clipped_update(arrays, REFERENCE, C)
 
     expected = [
-        (arrays[k].astype(float) - REFERENCE[k].astype(float)).ravel() for k in REFERENCE
+        (arrays[k].astype(float) - REFERENCE[k].astype(float)).ravel()
+        for k in REFERENCE
     ]
     np.testing.assert_array_equal(clipped.update, np.concatenate(expected))
 
@@ -134,7 +135,9 @@ def test_a_large_update_keeps_its_direction_and_gets_norm_c():
     update = clipped_update(arrays, REFERENCE, C).update
 
     assert np.linalg.norm(update) == pytest.approx(C, rel=1e-11)
-    np.testing.assert_allclose(update / np.linalg.norm(update), 1 / np.sqrt(7), rtol=1e-6)
+    np.testing.assert_allclose(
+        update / np.linalg.norm(update), 1 / np.sqrt(7), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,11 @@ def test_r_has_the_published_value(d, clients, rounds, expected):
 
 @pytest.mark.parametrize(
     ("rounds", "epsilon", "d", "clients"),
-    [(10, 1.0, 2_662_400, 19_250), (10, 8.0, 3_328, 110), (100, 8.0, 50_900_000, 43_188)],
+    [
+        (10, 1.0, 2_662_400, 19_250),
+        (10, 8.0, 3_328, 110),
+        (100, 8.0, 50_900_000, 43_188),
+    ],
 )
 def test_the_published_number_of_clients_brings_r_to_1(rounds, epsilon, d, clients):
     z = calibrate(epsilon, rounds, 1e-5, "all", 1.0)

@@ -54,7 +54,10 @@ def running(command: list[str], env: dict[str, str], log: Path) -> Iterator[None
 def wait_for_port(port: int, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", port), 1),
+        ):
             return
         time.sleep(0.2)
     raise AssertionError(f"nothing listens on {port}")

@@ -114,7 +114,13 @@ def test_evaluate_answers_and_measures_what_the_run_recommends(job):
     command += ["--question", "What are some symptoms of covid-19?"]
     command += ["--max-new-tokens", "24"]
     done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=True
+        command,
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
     )
 
     report = json.loads(done.stdout)

@@ -41,7 +41,13 @@ def simulate(config: str, env: dict[str, str], clients: int = 3):
     command = [sys.executable, "-m", "fedllm.commands.simulate"]
     command += ["--num-supernodes", str(clients), "--run-config", config]
     return subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False
+        command,
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
     )
 
 
@@ -88,7 +94,13 @@ def test_bare_flwr_run_works_on_two_supernodes(tiny_llama, tmp_path, env):
     command += ["--run-config", run_config(tiny_llama, tmp_path)]
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1000, check=False
+            command,
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=1000,
+            check=False,
         )
     finally:
         end_daemon(tmp_path / "flwr")
@@ -99,7 +111,9 @@ def test_bare_flwr_run_works_on_two_supernodes(tiny_llama, tmp_path, env):
     assert "2 clients" in done.stdout
 
 
-def test_the_same_app_runs_on_a_superlink_with_two_supernodes(tiny_llama, tmp_path, env):
+def test_the_same_app_runs_on_a_superlink_with_two_supernodes(
+    tiny_llama, tmp_path, env
+):
     port = free_port()
     env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
     (tmp_path / "flwr").mkdir()
@@ -128,7 +142,12 @@ def test_the_same_app_runs_on_a_superlink_with_two_supernodes(tiny_llama, tmp_pa
             command = [str(BIN / "flwr"), "run", ".", "remote", "--stream"]
             done = subprocess.run(
                 [*command, "--run-config", config],
-                cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False,
+                cwd=ROOT,
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=900,
+                check=False,
             )
 
     assert "ask it: python evaluate.py" in done.stdout, done.stdout + done.stderr
