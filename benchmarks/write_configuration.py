@@ -9,7 +9,6 @@ from the sections themselves; the sentences on refused combinations are what
 """
 
 # What is quoted below is Markdown, where a table's row is one line.
-# ruff: noqa: E501
 
 import argparse
 import sys

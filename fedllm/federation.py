@@ -8,22 +8,25 @@ import logging
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
 from fedllm.adapters import AdapterSpec, Arrays, adapter_spec, initial_arrays
 from fedllm.config import RunConfig, fedllm_home, flat
-from fedllm.errors import FederationError, PrivacyError
-from fedllm.privacy.accounting import calibrate, default_delta
-from fedllm.privacy.ledger import Ledger, PrivacySettings, no_privacy
-from fedllm.privacy.planning import noise_to_signal
+from fedllm.errors import FederationError
+from fedllm.gathering import Gathering, wait_for_clients
+from fedllm.outcome import say_outcome
+from fedllm.privacy.accounting import plain
+from fedllm.privacy.ledger import Ledger, no_privacy
+from fedllm.promise import privacy_settings, probe_noise, say_promise
 from fedllm.public_rows import PublicRows
 from fedllm.replies import array_record, read_global
+from fedllm.report import write_report
 from fedllm.run_directory import (
     CONFIG_FILE,
     PRIVACY_FILE,
@@ -35,12 +38,10 @@ from fedllm.strategy import (
     Round,
     cosine,
     make_strategy,
-    num_sampled,
 )
 
 logger = logging.getLogger(__name__)
 
-_DESTRUCTIVE = 0.1
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
@@ -75,7 +76,11 @@ class Federation:
         self.spec: AdapterSpec = adapter_spec(config.adapter, model_config, config.seed)
         self.public = PublicRows(config, self.base_name, self.spec, home)
         self.population = wait_for_clients(grid, config)
-        self.ledger = self._open_ledger() if config.privacy.unit != "none" else None
+        self.ledger: Ledger | None = None
+        if config.privacy.unit != "none":
+            size, d = len(self.population), self.spec.num_trainable
+            settings = privacy_settings(config, size, d)
+            self.ledger = Ledger.create(self.directory.path / PRIVACY_FILE, settings)
         self.strategy = make_strategy(
             config, initial_arrays(self.spec), self.population, self.ledger
         )
@@ -101,7 +106,9 @@ class Federation:
         """
         self._evaluate_base()
         if isinstance(self.strategy, ClientLevelDP):
-            self._say_promise(self.strategy)
+            say_promise(self.strategy.ledger)
+            if self.config.privacy.noise_probe and self.best is not None:
+                probe_noise(self.strategy, self.public, self.best.loss)
         for server_round in range(1, self.config.num_server_rounds + 1):
             limit = self.config.privacy.max_epsilon
             if self.ledger is not None and not self.ledger.may_spend(limit):
@@ -117,89 +124,6 @@ class Federation:
         self._require_training()
         return self._finish()
 
-    def _open_ledger(self) -> Ledger:
-        """Fix the noise before round 1 and start the ledger."""
-        config = self.config
-        privacy, strategy = config.privacy, config.strategy
-        size, rounds = len(self.population), config.num_server_rounds
-        delta = privacy.delta or default_delta(size)
-        sampled: float = num_sampled(strategy, size)
-        if strategy.sampling == "poisson":
-            sampled = strategy.fraction_train * size
-        noise = privacy.noise_multiplier or calibrate(
-            privacy.target_epsilon,
-            rounds,
-            delta,
-            strategy.sampling,
-            strategy.fraction_train,
-        )
-        settings = PrivacySettings(
-            unit="client",
-            sampling=strategy.sampling,
-            population_size=size,
-            num_sampled_clients=sampled,
-            clipping_norm=privacy.clipping_norm,
-            noise_multiplier=noise,
-            delta=delta,
-            target_epsilon=privacy.target_epsilon,
-            max_epsilon=privacy.max_epsilon,
-            num_trainable=self.spec.num_trainable,
-            planned_rounds=rounds,
-        )
-        return Ledger.create(self.directory.path / PRIVACY_FILE, settings)
-
-    def _say_promise(self, strategy: ClientLevelDP) -> None:
-        """Say before round 1 what is promised, and what the noise alone does."""
-        ledger, config = strategy.ledger, self.config
-        settings = ledger.settings
-        planned = ledger.epsilon_after(config.num_server_rounds)
-        ratio = noise_to_signal(
-            settings.noise_multiplier,
-            settings.num_trainable,
-            settings.num_sampled_clients,
-        )
-        logger.info(
-            "privacy: %d rounds will spend epsilon %s (replace-one %s) at delta %g; "
-            "noise multiplier %.4g, clipping norm %g",
-            config.num_server_rounds,
-            _number(planned.zero_out),
-            _number(planned.replace_one),
-            settings.delta,
-            settings.noise_multiplier,
-            settings.clipping_norm,
-        )
-        logger.info(
-            "noise to signal R = %.3g (%d trained values, %g clients a round)",
-            ratio,
-            settings.num_trainable,
-            settings.num_sampled_clients,
-        )
-        if planned.zero_out is None or planned.zero_out > 50:
-            logger.warning("this is no protection to speak of: epsilon above 50")
-        if not config.privacy.noise_probe or self.best is None:
-            return
-        before = self.best.loss
-        after = self.public.validation_loss(strategy.noise_alone())
-        if after is None:
-            return
-        harm = after - before
-        ledger.note_probe({"before": before, "noise_alone": after})
-        verdict = "harmless" if harm <= _DESTRUCTIVE else "destructive"
-        logger.info(
-            "noise alone moves the validation loss from %.3f to %.3f: %s",
-            before,
-            after,
-            verdict,
-        )
-        if harm > _DESTRUCTIVE:
-            advice = "; ".join(self._advice())
-            if config.privacy.on_destructive_noise == "refuse":
-                raise PrivacyError(
-                    f"noise alone raises the validation loss by {harm:.2f}, and "
-                    f"privacy.on-destructive-noise is 'refuse'. What helps: {advice}"
-                )
-            logger.warning("noise alone does harm. What helps: %s", advice)
-
     def _run_round(self, server_round: int) -> None:
         """Send, gather, aggregate, evaluate, save, and say so in one line."""
         config = self.config
@@ -209,7 +133,7 @@ class Federation:
                 server_round, array_record(self.arrays), ConfigRecord(), self.grid
             )
         )
-        waiting = _Gathering(self.grid, messages, config.strategy.round_timeout)
+        waiting = Gathering(self.grid, messages, config.strategy.round_timeout)
         waiting.describe(server_round, config.num_server_rounds, self._may_count())
         record, _ = self.strategy.aggregate_train(server_round, waiting)
         gathered = time.monotonic()
@@ -242,7 +166,7 @@ class Federation:
         if loss is not None:
             parts.append(f"validation loss {loss:.3f}")
         if self.ledger is not None:
-            parts.append(f"epsilon {_number(self.ledger.epsilons().zero_out)}")
+            parts.append(f"epsilon {plain(self.ledger.epsilons().zero_out)}")
         parts.append(f"{done - started:.0f} s")
         logger.info("%s", ", ".join(parts))
 
@@ -274,7 +198,7 @@ class Federation:
         if not messages:
             return None
         timeout = self.config.strategy.round_timeout
-        gathering = _Gathering(self.grid, messages, timeout)
+        gathering = Gathering(self.grid, messages, timeout)
         metrics = self.strategy.aggregate_evaluate(server_round, gathering)
         return None if metrics is None else float(metrics["client-loss"])  # type: ignore[arg-type]
 
@@ -302,82 +226,20 @@ class Federation:
             best = str(self.directory.path / "peft_best")
             recommended = best if self.best.server_round > 0 else "base"
             arrays = self.best.arrays
-        tested = self._test(arrays)
+        before = self.public.test_loss(initial_arrays(self.spec))
+        after = self.public.test_loss(arrays)
         result = {
             "recommended": recommended,
             "num_rounds": self.last_round,
             "best_round": self.best.server_round if self.best else None,
-            **tested,
-        }
-        self.directory.write_json(RESULT_FILE, result)
-        self._say_result(result)
-        return result
-
-    def _test(self, arrays: Arrays) -> dict[str, Any]:
-        """Measure the base and the recommended adapter on public test rows."""
-        before = self.public.test_loss(initial_arrays(self.spec))
-        after = self.public.test_loss(arrays)
-        return {
             "test_loss_before": before.loss if before else None,
             "test_loss_after": after.loss if after else None,
             "test_examples": before.num_examples if before else 0,
         }
-
-    def _say_result(self, result: Mapping[str, Any]) -> None:
-        """End with what a person needs: path, loss, epsilon, what to type next."""
-        before, after = result["test_loss_before"], result["test_loss_after"]
-        if before is not None:
-            logger.info(
-                "test loss: %.3f before, %.3f after (%d public test questions)",
-                before,
-                after,
-                result["test_examples"],
-            )
-        if result["recommended"] == "base":
-            logger.warning(
-                "the model does not beat the base on public rows: keep the base. "
-                "What helps: %s",
-                "; ".join(self._advice()),
-            )
-        elif before is not None:
-            logger.info("the tuned model beats the base")
-        if self.ledger is not None:
-            spent = self.ledger.epsilons()
-            logger.info(
-                "epsilon: %s zero-out, %s replace-one, at delta %g",
-                _number(spent.zero_out),
-                _number(spent.replace_one),
-                self.ledger.settings.delta,
-            )
-            logger.info("privacy: %s", self.ledger.as_dict()["statement"])
-            heavy = len(self.population) < 10
-            if heavy and result["recommended"] != "base":
-                logger.info(
-                    "with %d clients the noise on each is heavy; more clients would "
-                    "help most",
-                    len(self.population),
-                )
-        else:
-            logger.info("privacy: none: no noise was added, and epsilon is not bounded")
-        logger.info("run folder: %s", self.directory.path)
-        logger.info(
-            'ask it: python evaluate.py --question "What are some symptoms of '
-            'covid-19?" --base'
-        )
-
-    def _advice(self) -> list[str]:
-        """Say what would help against the noise."""
-        from fedllm.privacy.planning import advice
-
-        if self.ledger is None:
-            return ["more rounds", "a lower train.learning-rate"]
-        settings = self.ledger.settings
-        return advice(
-            settings.noise_multiplier,
-            settings.num_trainable,
-            settings.num_sampled_clients,
-            settings.planned_rounds,
-        )
+        self.directory.write_json(RESULT_FILE, result)
+        write_report(self.directory.path)
+        say_outcome(result, self.ledger, self.directory.path)
+        return result
 
     def _may_count(self) -> bool:
         """Tell whether numbers of clients may be said: not under secret cohorts."""
@@ -482,113 +344,3 @@ class Federation:
                 **{name: version(name) for name in _PACKAGES},
             },
         }
-
-
-class _Gathering:
-    """Replies of one round, yielded as they arrive.
-
-    Iterating asks for one message id a call, since Grid inflates all that it is asked
-    for; so at most one reply is in memory. Each message is answered at most once.
-    """
-
-    def __init__(self, grid: Grid, messages: list[Message], timeout: float) -> None:
-        self._grid = grid
-        self._timeout = timeout
-        self._started = time.monotonic()
-        self._pending = [i for i in grid.push_messages(messages) if i is not None]
-        self._asked = len(messages)
-        self._title: str | None = None
-        self.seconds = 0.0
-        """Seconds spent waiting for clients, as opposed to aggregating."""
-
-    def describe(self, server_round: int, num_rounds: int, may_count: bool) -> None:
-        """Report progress under this title; not at all where counts are secret."""
-        if may_count:
-            self._title = f"round {server_round}/{num_rounds}"
-
-    def __iter__(self) -> Iterator[Message]:
-        """Yield replies until all are there or the time is up."""
-        pause, answered, told = 0.05, 0, self._started
-        while self._pending:
-            arrived = False
-            for message_id in list(self._pending):
-                began = time.monotonic()
-                replies = self._pull(message_id)
-                self.seconds += time.monotonic() - began
-                if replies is None:
-                    continue
-                self._pending.remove(message_id)
-                arrived = True
-                answered += 1
-                if replies:
-                    yield replies[0]
-                now = time.monotonic()
-                if self._title and (now - told > 5 or answered == self._asked):
-                    logger.info(
-                        "%s: %d of %d clients answered after %.0f s",
-                        self._title,
-                        answered,
-                        self._asked,
-                        now - self._started,
-                    )
-                    told = now
-            left = self._started + self._timeout - time.monotonic()
-            if left <= 0 or not self._pending:
-                return
-            pause = 0.05 if arrived else min(1.0, pause * 1.5)
-            time.sleep(min(pause, left))
-            self.seconds += min(pause, left)
-
-    def _pull(self, message_id: str) -> list[Message] | None:
-        """Return the reply to one message; None while there is none.
-
-        A reply that cannot even be inflated is dropped, and counts as zero.
-        """
-        try:
-            replies = list(self._grid.pull_messages([message_id]))
-        except (ConnectionError, TimeoutError):
-            return None
-        except Exception as error:  # noqa: BLE001 - hostile bytes must not stop a round
-            logger.warning("a reply could not be read: %s", type(error).__name__)
-            return []
-        return replies[:1] or None
-
-
-def wait_for_clients(grid: Grid, config: RunConfig) -> list[int]:
-    """Wait until enough clients are connected and return their node ids.
-
-    Raises:
-        FederationError: They are too few when the time is up.
-    """
-    wanted = config.strategy.num_clients
-    deadline = time.monotonic() + config.strategy.wait_for_clients
-    told = False
-    while True:
-        nodes = sorted(grid.get_node_ids())
-        if len(nodes) >= max(wanted, 2):
-            # More than were asked for: the first by id, which Flower draws at random.
-            return nodes[:wanted] if wanted else nodes
-        if time.monotonic() > deadline:
-            raise FederationError(
-                f"strategy.num-clients: {max(wanted, 2)} clients are asked for, but "
-                f"{len(nodes)} are connected after {config.strategy.wait_for_clients:g} "
-                "s; start more SuperNodes (in simulation add --federation-config "
-                f'"num-supernodes={max(wanted, 2)}"), or lower strategy.num-clients '
-                "(0 takes those that are there)"
-            )
-        if not told:
-            count = max(wanted, 2)
-            logger.info("waiting for clients: %d of %d connected", len(nodes), count)
-            told = True
-        time.sleep(0.5)
-
-
-def _number(value: float | None) -> str:
-    """Write an epsilon plainly."""
-    if value is None or value != value or value == float("inf"):
-        return "not bounded"
-    return (
-        f"{value:,.0f}"
-        if value >= 1000
-        else f"{value:.3g}" if value < 1 else f"{value:.2f}"
-    )

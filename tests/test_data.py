@@ -363,6 +363,13 @@ def test_a_smaller_alpha_makes_clients_more_one_sided() -> None:
     assert one_sidedness(0.05) > one_sidedness(100.0) + 0.2
 
 
+def test_a_small_alpha_may_leave_a_client_without_a_row() -> None:
+    config = DataConfig(partition="dirichlet", partition_alpha=0.01)
+    sizes = [len(part) for part in ids_of(config, 40)]
+    assert min(sizes) == 0
+    assert sum(sizes) == 4863
+
+
 def test_natural_needs_as_many_clients_as_there_are_groups() -> None:
     config = DataConfig(partition="natural")
     with pytest.raises(ConfigError, match=r"each of the 11 values.*\(got 20 clients\)"):

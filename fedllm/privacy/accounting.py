@@ -164,6 +164,15 @@ def strength(epsilon: float | None) -> str:
     return "weak" if epsilon <= 50 else "none to speak of"
 
 
+def plain(epsilon: float | None) -> str:
+    """Write an epsilon for a person; rounded up, so that it is never understated."""
+    if epsilon is None or not math.isfinite(epsilon):
+        return "not bounded"
+    if epsilon >= 1000:
+        return f"{math.ceil(epsilon):,}"
+    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"
+
+
 def _log_delta(epsilon: float, mu: float) -> float:
     """Return log delta(epsilon) of the Gaussian mechanism, without cancellation."""
     t = mu / 2 - epsilon / mu

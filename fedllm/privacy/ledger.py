@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.errors import PrivacyError
-from fedllm.privacy.accounting import Epsilons, Sampling, epsilons, strength
+from fedllm.privacy.accounting import Epsilons, Sampling, epsilons, plain, strength
 from fedllm.privacy.planning import noise_to_signal
 
 _NOT_COVERED = [
     "the server, which sees each client's update before it is clipped",
     "the choice of settings, where it was made on private data",
-    "who is connected, and when each client answers (timing)",
+    "who is connected, when each client answers (timing), and, where cohorts are not "
+    "secret, which clients gave no usable update and by which code",
     "attacks on the lowest bits of floating-point noise",
     "earlier and later runs over the same clients: their epsilons add up",
     "a client with several nodes: the bound is for one node",
@@ -217,11 +218,11 @@ class Ledger:
             q=self.sampling_probability,
         )
         return (
-            f"Client-level differential privacy with epsilon {_plain(spent.zero_out)} at "
+            f"Client-level differential privacy with epsilon {plain(spent.zero_out)} at "
             f"delta {settings.delta:g}, comparing the run with one in which one client "
             f"sends nothing (zero-out): protection is {strength(spent.zero_out)}. "
             f"Comparing it with one in which one client has other data (replace-one), "
-            f"epsilon is {_plain(spent.replace_one)}. Spent in {len(self._releases)} "
+            f"epsilon is {plain(spent.replace_one)}. Spent in {len(self._releases)} "
             f"rounds, {words}. The server is trusted with each client's update; whoever "
             "sees only the released adapters is not."
         )
@@ -270,10 +271,3 @@ def no_privacy(population_size: int, num_trainable: int) -> dict[str, Any]:
 def _bounded(value: float | None) -> float | None:
     """Return None for what JSON has no number for."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _plain(value: float) -> str:
-    """Write an epsilon plainly."""
-    if not math.isfinite(value):
-        return "not bounded"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"

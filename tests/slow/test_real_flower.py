@@ -108,7 +108,7 @@ def test_bare_flwr_run_works_on_two_supernodes(tiny_llama, tmp_path, env):
     assert "run folder: " in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
     result = json.loads((latest_run(tmp_path / "fedllm") / "result.json").read_text())
     assert result["num_rounds"] == 2
-    assert "2 clients" in done.stdout
+    assert "with 2 clients the noise" in done.stdout
 
 
 def test_the_same_app_runs_on_a_superlink_with_two_supernodes(

@@ -1,0 +1,112 @@
+"""Waiting for clients, and for their replies, one at a time."""
+
+import logging
+import time
+from collections.abc import Iterator
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedllm.config import RunConfig
+from fedllm.errors import FederationError
+
+logger = logging.getLogger(__name__)
+
+
+class Gathering:
+    """Replies of one round, yielded as they arrive.
+
+    Iterating asks for one message id a call, since Grid inflates all that it is asked
+    for; so at most one reply is in memory. Each message is answered at most once.
+    """
+
+    def __init__(self, grid: Grid, messages: list[Message], timeout: float) -> None:
+        self._grid = grid
+        self._timeout = timeout
+        self._started = time.monotonic()
+        self._pending = [i for i in grid.push_messages(messages) if i is not None]
+        self._asked = len(messages)
+        self._title: str | None = None
+        self.seconds = 0.0
+        """Seconds spent waiting for clients, as opposed to aggregating."""
+
+    def describe(self, server_round: int, num_rounds: int, may_count: bool) -> None:
+        """Report progress under this title; not at all where counts are secret."""
+        if may_count:
+            self._title = f"round {server_round}/{num_rounds}"
+
+    def __iter__(self) -> Iterator[Message]:
+        """Yield replies until all are there or the time is up."""
+        pause, answered, told = 0.05, 0, self._started
+        while self._pending:
+            arrived = False
+            for message_id in list(self._pending):
+                began = time.monotonic()
+                replies = self._pull(message_id)
+                self.seconds += time.monotonic() - began
+                if replies is None:
+                    continue
+                self._pending.remove(message_id)
+                arrived = True
+                answered += 1
+                if replies:
+                    yield replies[0]
+                now = time.monotonic()
+                if self._title and (now - told > 5 or answered == self._asked):
+                    logger.info(
+                        "%s: %d of %d clients answered after %.0f s",
+                        self._title,
+                        answered,
+                        self._asked,
+                        now - self._started,
+                    )
+                    told = now
+            left = self._started + self._timeout - time.monotonic()
+            if left <= 0 or not self._pending:
+                return
+            pause = 0.05 if arrived else min(1.0, pause * 1.5)
+            time.sleep(min(pause, left))
+            self.seconds += min(pause, left)
+
+    def _pull(self, message_id: str) -> list[Message] | None:
+        """Return the reply to one message; None while there is none.
+
+        A reply that cannot even be inflated is dropped, and counts as zero.
+        """
+        try:
+            replies = list(self._grid.pull_messages([message_id]))
+        except (ConnectionError, TimeoutError):
+            return None
+        except Exception as error:  # noqa: BLE001 - hostile bytes must not stop a round
+            logger.warning("a reply could not be read: %s", type(error).__name__)
+            return []
+        return replies[:1] or None
+
+
+def wait_for_clients(grid: Grid, config: RunConfig) -> list[int]:
+    """Wait until enough clients are connected and return their node ids.
+
+    Raises:
+        FederationError: They are too few when the time is up.
+    """
+    wanted = config.strategy.num_clients
+    deadline = time.monotonic() + config.strategy.wait_for_clients
+    told = False
+    while True:
+        nodes = sorted(grid.get_node_ids())
+        if len(nodes) >= max(wanted, 2):
+            # More than were asked for: the first by id, which Flower draws at random.
+            return nodes[:wanted] if wanted else nodes
+        if time.monotonic() > deadline:
+            raise FederationError(
+                f"strategy.num-clients: {max(wanted, 2)} clients are asked for, but "
+                f"{len(nodes)} are connected after {config.strategy.wait_for_clients:g} "
+                "s; start more SuperNodes (in simulation add --federation-config "
+                f'"num-supernodes={max(wanted, 2)}"), or lower strategy.num-clients '
+                "(0 takes those that are there)"
+            )
+        if not told:
+            count = max(wanted, 2)
+            logger.info("waiting for clients: %d of %d connected", len(nodes), count)
+            told = True
+        time.sleep(0.5)
