@@ -1,0 +1,424 @@
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from fedllm import client
+from fedllm.adapters import adapter_spec, initial_arrays
+from fedllm.client import check_floors, partition_of, reply_to
+from fedllm.config import RunConfig, parse_run_config
+from fedllm.errors import ConfigError, DataError, FedllmError, ModelError
+from fedllm.models import load_config
+from fedllm.replies import (
+    ARRAYS,
+    CONFIG,
+    ERROR,
+    METRICS,
+    array_record,
+    error_content,
+    read_reply,
+)
+from tests.conftest import SENTENCES
+from tests.flower_messages import context, instruction, train_instruction
+
+Answer = Callable[..., Message]
+NODE = {"partition-id": 0, "num-partitions": 2}
+SECRET = "patient-4711"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"instruction": text[:20], "response": text[20:]} for text in SENTENCES]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_config(tiny_llama: Path, data_file: Path) -> dict[str, Any]:
+    return {
+        "model.name": str(tiny_llama),
+        "model.quantization": 0,
+        "adapter.rank": 2,
+        "data.name": str(data_file),
+        "train.batch-size": 2,
+    }
+
+
+@pytest.fixture(scope="module")
+def arrays(tiny_llama: Path, run_config: dict[str, Any]) -> dict[str, Any]:
+    config = parse_run_config(run_config)
+    spec = adapter_spec(config.adapter, load_config(str(tiny_llama)), config.seed)
+    return initial_arrays(spec)
+
+
+@pytest.fixture
+def answer(run_config: dict[str, Any], arrays: dict[str, Any]) -> Answer:
+    """Ask the client once."""
+
+    def ask(
+        changes: dict[str, Any] | None = None,
+        node: dict[str, Any] = NODE,
+        message: Message | None = None,
+        **more: Any,
+    ) -> Message:
+        message = message or train_instruction(arrays, **more)
+        return reply_to(message, context({**run_config, **(changes or {})}, node))
+
+    return ask
+
+
+WITHOUT_DP = {"privacy.unit": "none"}
+
+
+def code_of(reply: Message) -> str:
+    assert set(reply.content) == {ERROR}
+    return str(reply.content.config_records[ERROR]["code"])
+
+
+def text_of(reply: Message) -> str:
+    return str(reply.content.config_records[ERROR].get("text", ""))
+
+
+def values(reply: Message, arrays: dict[str, Any]) -> dict[str, Any]:
+    read = read_reply(reply, {name: a.shape for name, a in arrays.items()})
+    assert read.code is None
+    return dict(read.arrays or {})
+
+
+def test_under_dp_a_reply_holds_the_trained_arrays_and_nothing_else(answer, arrays):
+    reply = answer()
+
+    assert set(reply.content) == {ARRAYS}
+    got = values(reply, arrays)
+    assert set(got) == set(arrays)
+    assert max(np.abs(got[name] - arrays[name]).max() for name in got) > 0
+    assert all(a.dtype == np.float32 for a in got.values())
+
+
+def test_without_dp_the_examples_and_the_loss_come_along(answer, arrays):
+    reply = answer(WITHOUT_DP)
+
+    read = read_reply(reply, {name: a.shape for name, a in arrays.items()})
+    assert set(reply.content) == {ARRAYS, METRICS}
+    assert read.num_examples == 5
+    assert read.train_loss == pytest.approx(np.log(384), abs=0.5)
+
+
+def test_training_depends_on_seed_round_and_partition_and_nothing_else(answer, arrays):
+    def first(reply: Message) -> bytes:
+        got = values(reply, arrays)
+        return b"".join(got[name].tobytes() for name in sorted(got))
+
+    one = first(answer())
+    assert first(answer()) == one
+    assert first(answer(server_round=2)) != one
+    assert first(answer(node={**NODE, "partition-id": 1})) != one
+    assert first(answer(learning_rate=0.1)) != one
+
+
+def test_the_base_is_loaded_and_the_partition_tokenised_once(answer, monkeypatch):
+    from fedllm import data, models
+
+    answer()
+
+    def again(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("again")
+
+    monkeypatch.setattr(models, "load_base", again)
+    monkeypatch.setattr(data, "tokenize", again)
+    assert ARRAYS in answer().content
+
+
+def test_another_adapter_takes_the_place_of_the_resident_one(answer, run_config):
+    answer()
+    config = parse_run_config({**run_config, "adapter.kind": "lora-core"})
+    spec = adapter_spec(config.adapter, load_config(config.model.name), config.seed)
+    fresh = initial_arrays(spec)
+
+    reply = answer({"adapter.kind": "lora-core"}, message=train_instruction(fresh))
+
+    assert set(values(reply, fresh)) == set(fresh)
+    assert len(client._resident) == 1
+
+
+ERRORS = [
+    (ConfigError(SECRET), "bad-config"),
+    (DataError(SECRET), "no-data"),
+    (ModelError(SECRET), "failed"),
+    (MemoryError(SECRET), "out-of-memory"),
+    (torch.OutOfMemoryError(SECRET), "out-of-memory"),
+    (RuntimeError(SECRET), "failed"),
+    (KeyError(SECRET), "failed"),
+    (RecursionError(SECRET), "failed"),
+    (FedllmError(SECRET + "\udcff"), "failed"),
+]
+
+
+@pytest.mark.parametrize(("error", "code"), ERRORS)
+def test_under_dp_every_error_becomes_a_code_and_its_text_stays_here(
+    answer, home, monkeypatch, capfd, caplog, error, code
+):
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(client, "_train", fail)
+    with caplog.at_level(logging.DEBUG):
+        reply = answer()
+
+    assert code_of(reply) == code
+    assert dict(reply.content.config_records[ERROR]) == {"code": code}
+    out, err = capfd.readouterr()
+    assert SECRET not in out + err + caplog.text
+    log = (home / "logs" / "client-0.log").read_text(errors="replace")
+    assert f"code {code}" in log
+    assert SECRET in log
+    assert "Traceback" in log
+
+
+@pytest.mark.parametrize(("error", "code"), ERRORS[:-1])
+def test_without_dp_the_text_is_shown(answer, home, monkeypatch, error, code):
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(client, "_train", fail)
+    reply = answer(WITHOUT_DP)
+
+    assert code_of(reply) == code
+    assert SECRET in text_of(reply)
+    assert str(home / "logs" / "client-0.log") in text_of(reply)
+
+
+def test_running_out_of_memory_on_a_cpu_is_told_by_its_code(answer, monkeypatch):
+    def fail(*args: Any) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(client, "_train", fail)
+
+    assert code_of(answer()) == "out-of-memory"
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {},
+        {"partition-id": 0},
+        {"num-partitions": 2},
+        {"partition-id": "x", "num-partitions": 2},
+        {"partition-id": 2, "num-partitions": 2},
+        {"partition-id": -1, "num-partitions": 2},
+        {**NODE, "max-epsilon": "much"},
+        {**NODE, "delta": "small"},
+    ],
+)
+def test_a_node_config_that_cannot_be_used_is_a_bad_config(answer, node):
+    assert code_of(answer(node=node)) == "bad-config"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"train.batch-size": -1}, {"nonsense": 1}, {"privacy.unit": "nobody"}]
+)
+def test_a_bad_run_config_is_a_code_and_counts_as_private(answer, changes):
+    reply = answer(changes)
+
+    assert dict(reply.content.config_records[ERROR]) == {"code": "bad-config"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({CONFIG: ConfigRecord({"server-round": 1, "learning-rate": 1.0})}),
+        RecordDict({CONFIG: ConfigRecord({}), ARRAYS: array_record({})}),
+        RecordDict({CONFIG: ConfigRecord({"server-round": "x"}), ARRAYS: array_record({})}),
+    ],
+)
+@pytest.mark.parametrize("message_type", ["train", "evaluate", "query.x"])
+def test_a_servers_message_that_makes_no_sense_is_answered_with_a_code(
+    answer, content, message_type
+):
+    reply = answer(message=instruction(content, message_type))
+
+    assert code_of(reply) in ("failed", "bad-config")
+
+
+def test_a_full_disk_under_the_log_does_not_keep_the_reply_back(answer, home):
+    home.write_text("in the way of the folder")
+
+    assert code_of(answer(node={})) == "bad-config"
+
+
+def test_a_training_that_goes_well_needs_no_log(answer, home):
+    home.write_text("in the way of the folder")
+
+    assert ARRAYS in answer().content
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"instruction": "q", "response": ""}],
+        [{"instruction": "long " * 50, "response": "a"}],
+    ],
+    ids=["no answer", "answer cut off"],
+)
+def test_a_client_without_a_usable_example_says_no_data(answer, tmp_path, rows):
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    node = {"data-path": str(path)}
+    changes = {**WITHOUT_DP, "train.max-length": 16}
+
+    reply = answer(changes, node=node)
+
+    assert code_of(reply) == "no-data"
+    assert "no usable example" in text_of(reply)
+
+
+def test_a_client_with_an_empty_partition_says_no_data(answer):
+    node = {"partition-id": 11, "num-partitions": 12}
+
+    assert code_of(answer(node=node)) == "no-data"
+
+
+def test_data_path_is_the_nodes_own_whole_file(answer, arrays, tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text(
+        "".join(json.dumps({"instruction": "q", "response": r}) + "\n" for r in "abc")
+    )
+
+    reply = answer(WITHOUT_DP, node={"data-path": str(path)})
+
+    read = read_reply(reply, {name: a.shape for name, a in arrays.items()})
+    assert read.num_examples == 3
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "bad.jsonl", "other.jsonl"])
+def test_a_data_path_that_cannot_be_used_is_no_data(answer, tmp_path, name):
+    (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "other.jsonl").write_text('{"a": "b"}\n')
+
+    reply = answer(WITHOUT_DP, node={"data-path": str(tmp_path / name)})
+
+    assert code_of(reply) == "no-data"
+    assert name in text_of(reply)
+
+
+def test_the_partition_of_a_nodes_own_file_comes_from_its_path():
+    one = partition_of(context({}, {"data-path": "/data/a.jsonl"}))
+
+    assert one == partition_of(context({}, {"data-path": "/data/a.jsonl"}))
+    assert one != partition_of(context({}, {"data-path": "/data/b.jsonl"}))
+    assert one[1] == 1
+    own = {"data-path": "/data/a.jsonl", "partition-id": 3, "num-partitions": 9}
+    assert partition_of(context({}, own)) == (3, 1)
+
+
+def test_in_a_simulation_under_dp_nothing_about_the_client_is_shown(answer, capfd, caplog):
+    with caplog.at_level(logging.DEBUG, "fedllm"):
+        answer(server_round=5)
+    out, err = capfd.readouterr()
+    assert "client 0" not in caplog.text
+    assert "examples" not in caplog.text + out + err
+
+    with caplog.at_level(logging.INFO, "fedllm"):
+        answer(WITHOUT_DP, server_round=6)
+    assert "client 0: round 6: 1 steps on 5 examples" in caplog.text
+
+
+def test_a_clients_own_log_has_what_it_did(answer, home):
+    answer(server_round=5)
+
+    log = (home / "logs" / "client-0.log").read_text()
+    assert "run 1 client 0: round 5: 1 steps on 5 examples" in log
+
+
+def test_what_the_length_limit_cuts_is_said_once(answer, home):
+    for _ in range(2):
+        answer({"train.max-length": 120})
+
+    log = (home / "logs" / "client-0.log").read_text()
+    assert log.count("train.max-length 120 cut") == 1
+
+
+def test_without_dp_a_client_evaluates_on_its_own_rows(answer):
+    reply = answer(WITHOUT_DP, message_type="evaluate")
+
+    assert set(reply.content) == {METRICS}
+    read = read_reply(reply, {})
+    assert read.num_examples == 5
+    assert read.eval_loss == pytest.approx(np.log(384), abs=0.5)
+
+
+def test_evaluation_looks_at_no_more_examples_than_asked_for(answer):
+    changes = {**WITHOUT_DP, "strategy.evaluate-examples": 2}
+
+    reply = answer(changes, message_type="evaluate")
+
+    assert read_reply(reply, {}).num_examples == 2
+
+
+def test_under_dp_a_client_refuses_to_evaluate(answer):
+    assert code_of(answer(message_type="evaluate")) == "bad-config"
+
+
+def test_a_refused_floor_reaches_the_server_as_a_code(answer):
+    assert code_of(answer(node={**NODE, "max-epsilon": 1.0})) == "bad-config"
+    assert code_of(answer(WITHOUT_DP, {**NODE, "privacy-unit": "client"})) == "bad-config"
+    assert ARRAYS in answer(node={**NODE, "max-epsilon": 8.0}).content
+
+
+FIXED_NOISE = {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("node", "run", "refused"),
+    [
+        ({"privacy-unit": "client"}, {}, None),
+        ({"privacy-unit": "client"}, WITHOUT_DP, "privacy.unit"),
+        ({"privacy-unit": "record"}, {}, "privacy.unit"),
+        ({"max-epsilon": 8.0}, {}, None),
+        ({"max-epsilon": 8}, {}, None),
+        ({"max-epsilon": 7.9}, {}, "privacy.target-epsilon"),
+        ({"max-epsilon": 8.0}, WITHOUT_DP, "privacy.target-epsilon"),
+        ({"max-epsilon": 8.0}, FIXED_NOISE, "privacy.target-epsilon"),
+        ({"max-epsilon": 8.0}, {**FIXED_NOISE, "privacy.max-epsilon": 5.0}, None),
+        (
+            {"max-epsilon": 8.0},
+            {**FIXED_NOISE, "privacy.max-epsilon": 9.0},
+            "privacy.target-epsilon",
+        ),
+        ({"delta": 1e-5}, {"privacy.delta": 1e-6}, None),
+        ({"delta": 1e-5}, {"privacy.delta": 1e-4}, "privacy.delta"),
+        ({"delta": 1e-5}, {}, "privacy.delta"),
+        ({"delta": 1e-5}, {**WITHOUT_DP, "privacy.delta": 1e-6}, "privacy"),
+        ({}, WITHOUT_DP, None),
+    ],
+)
+def test_no_run_can_loosen_a_nodes_floors(node, run, refused):
+    config = parse_run_config(run)
+
+    if refused is None:
+        check_floors(node, config)
+    else:
+        with pytest.raises(ConfigError, match=f"{refused}.*this node demands"):
+            check_floors(node, config)
+
+
+def test_a_node_without_floors_takes_any_run():
+    check_floors({}, RunConfig())
+
+
+def test_an_error_reply_without_text_holds_the_code_alone():
+    assert dict(error_content("failed", None).config_records[ERROR]) == {"code": "failed"}
