@@ -113,7 +113,7 @@ class DataConfig:
 class TrainConfig:
     """Supervised fine-tuning on one client in one round."""
 
-    batch_size: Positive = 16
+    batch_size: Positive = 8
     """Examples in one micro-batch."""
     local_steps: Count = 1
     """Optimiser steps a round; 0: `train.local-epochs` counts instead."""
@@ -163,9 +163,9 @@ class StrategyConfig:
     """Share of hostile clients that `trimmed-mean` and `krum` allow for."""
     server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"
     """What the server does with the mean update, after the noise."""
-    server_learning_rate: PositiveAmount = 1.0
+    server_learning_rate: PositiveAmount = 0.5
     """Factor on the (noised) mean update in round 1."""
-    server_learning_rate_min: Amount = 1.0
+    server_learning_rate_min: Amount = 0.5
     """The same in the last round; between them a half cosine."""
     server_momentum: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment for `momentum`, `adam` and `yogi`."""
@@ -181,7 +181,7 @@ class PrivacyConfig:
 
     unit: Literal["client", "none"] = "client"
     """`client`: all data of one client is protected; `none`: nothing is."""
-    clipping_norm: PositiveAmount = 1.0
+    clipping_norm: PositiveAmount = 0.6
     """Largest L2 norm C of one client's update."""
     target_epsilon: Amount = 8.0
     """Calibrate the noise to spend this over all rounds; 0.0: not set."""
@@ -209,7 +209,7 @@ class OutputConfig:
 class RunConfig:
     """Everything that one run is told."""
 
-    num_server_rounds: Annotated[int, Strict(), Field(ge=1, le=100_000)] = 3
+    num_server_rounds: Annotated[int, Strict(), Field(ge=1, le=100_000)] = 6
     """Rounds of federated training."""
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**32)] = 42
     """Seed of everything but privacy's draws."""

@@ -134,6 +134,7 @@ def plain_sft(
         "optim": "sgd",
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
+        "activation_checkpointing": False,
         "seed": 1,
         **settings,
     }
