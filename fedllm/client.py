@@ -5,6 +5,7 @@ partition tokenised, once in each. On a SuperNode every message starts a new pro
 the caches are empty; the quantised base comes from disk.
 """
 
+import gc
 import logging
 import time
 import traceback
@@ -195,6 +196,10 @@ def _load(config: RunConfig) -> _Resident:
         if config.train.gradient_checkpointing:
             model.enable_input_require_grads()
         _resident[key] = _Resident(model, load_tokenizer(location), spec)
+        # Every trainer that is built collects garbage, which walks all that imports and
+        # the model left: a good part of a short training. None of it is garbage.
+        gc.collect()
+        gc.freeze()
     return _resident[key]
 
 

@@ -163,9 +163,9 @@ class StrategyConfig:
     """Share of hostile clients that `trimmed-mean` and `krum` allow for."""
     server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"
     """What the server does with the mean update, after the noise."""
-    server_learning_rate: PositiveAmount = 0.5
+    server_learning_rate: PositiveAmount = 0.6
     """Factor on the (noised) mean update in round 1."""
-    server_learning_rate_min: Amount = 0.5
+    server_learning_rate_min: Amount = 0.6
     """The same in the last round; between them a half cosine."""
     server_momentum: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment for `momentum`, `adam` and `yogi`."""
@@ -209,7 +209,7 @@ class OutputConfig:
 class RunConfig:
     """Everything that one run is told."""
 
-    num_server_rounds: Annotated[int, Strict(), Field(ge=1, le=100_000)] = 6
+    num_server_rounds: Annotated[int, Strict(), Field(ge=1, le=100_000)] = 5
     """Rounds of federated training."""
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**32)] = 42
     """Seed of everything but privacy's draws."""

@@ -242,7 +242,9 @@ def test_a_bad_run_config_is_a_code_and_counts_as_private(answer, changes):
         RecordDict(),
         RecordDict({CONFIG: ConfigRecord({"server-round": 1, "learning-rate": 1.0})}),
         RecordDict({CONFIG: ConfigRecord({}), ARRAYS: array_record({})}),
-        RecordDict({CONFIG: ConfigRecord({"server-round": "x"}), ARRAYS: array_record({})}),
+        RecordDict(
+            {CONFIG: ConfigRecord({"server-round": "x"}), ARRAYS: array_record({})}
+        ),
     ],
 )
 @pytest.mark.parametrize("message_type", ["train", "evaluate", "query.x"])
@@ -325,7 +327,9 @@ def test_the_partition_of_a_nodes_own_file_comes_from_its_path():
     assert partition_of(context({}, own)) == (3, 1)
 
 
-def test_in_a_simulation_under_dp_nothing_about_the_client_is_shown(answer, capfd, caplog):
+def test_in_a_simulation_under_dp_nothing_about_the_client_is_shown(
+    answer, capfd, caplog
+):
     with caplog.at_level(logging.DEBUG, "fedllm"):
         answer(server_round=5)
     out, err = capfd.readouterr()
@@ -375,7 +379,9 @@ def test_under_dp_a_client_refuses_to_evaluate(answer):
 
 def test_a_refused_floor_reaches_the_server_as_a_code(answer):
     assert code_of(answer(node={**NODE, "max-epsilon": 1.0})) == "bad-config"
-    assert code_of(answer(WITHOUT_DP, {**NODE, "privacy-unit": "client"})) == "bad-config"
+    assert (
+        code_of(answer(WITHOUT_DP, {**NODE, "privacy-unit": "client"})) == "bad-config"
+    )
     assert ARRAYS in answer(node={**NODE, "max-epsilon": 8.0}).content
 
 
@@ -421,4 +427,6 @@ def test_a_node_without_floors_takes_any_run():
 
 
 def test_an_error_reply_without_text_holds_the_code_alone():
-    assert dict(error_content("failed", None).config_records[ERROR]) == {"code": "failed"}
+    assert dict(error_content("failed", None).config_records[ERROR]) == {
+        "code": "failed"
+    }

@@ -119,7 +119,9 @@ def test_how_examples_are_batched_and_ordered_does_not_matter(model, monkeypatch
 
 
 def test_a_batch_never_holds_more_tokens_than_allowed_but_for_one_long_example(model):
-    examples = [{"input_ids": [5] * n, "labels": [5] * n} for n in (700, 700, 700, 3000)]
+    examples = [
+        {"input_ids": [5] * n, "labels": [5] * n} for n in (700, 700, 700, 3000)
+    ]
 
     sizes = [len(batch) for batch in evaluation._batches(examples)]
 
@@ -161,7 +163,10 @@ def test_answer_losses_have_the_gradient_of_the_full_loss(model):
 
 
 def test_collating_pads_on_the_right():
-    rows = [{"input_ids": [5, 6], "labels": [-100, 6]}, {"input_ids": [7], "labels": [7]}]
+    rows = [
+        {"input_ids": [5, 6], "labels": [-100, 6]},
+        {"input_ids": [7], "labels": [7]},
+    ]
 
     got = collate(rows, 9)
 
@@ -239,7 +244,11 @@ def test_the_prompt_is_the_template_around_the_question():
 
 def test_multiple_choice_on_a_real_model_is_a_plain_loop(model, tokenizer):
     questions = [
-        {"question": f"What is {name}?", "options": ["A bone.", "A vaccine", "x"], "answer": k}
+        {
+            "question": f"What is {name}?",
+            "options": ["A bone.", "A vaccine", "x"],
+            "answer": k,
+        }
         for k, name in enumerate(["the femur", "asthma", "an allergy"])
     ]
     right = 0

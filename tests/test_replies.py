@@ -127,6 +127,12 @@ def test_an_array_that_is_not_the_declared_one_makes_the_reply_malformed(item):
     assert got.text
 
 
+def test_bytes_that_cannot_be_the_declared_array_are_not_decoded():
+    got = read_reply(reply(with_a(HOSTILE["a megabyte of padding"])), SHAPES)
+
+    assert got.text == "array a is too large"
+
+
 def test_pickled_bytes_are_never_unpickled(tmp_path):
     class Bomb:
         def __reduce__(self):

@@ -26,8 +26,8 @@ MALFORMED = "malformed"
 REASONS = (WRONG_NAMES, WRONG_SHAPE, WRONG_TYPE, NOT_FINITE, OUT_OF_RANGE, MALFORMED)
 """Why an update may count as zero."""
 
-# Rounding in a norm over 1e8 values is below 1e-12 of it: what is clipped to this share
-# of C has a true norm of at most C.
+# Rounding in a norm summed pairwise is below 1e-13 of it at any length, in scaling one
+# rounding a value: what is clipped to this share of C has a true norm of at most C.
 _MARGIN = 1 - 1e-12
 _CHUNK = 1 << 18
 
@@ -37,8 +37,9 @@ class SecureGenerator:
 
     Guarantee:
         No configuration, seed or global generator influences a draw, and no two
-        generators, processes or forks of one share a key. Uniforms have 53 bits and are
-        never 0 or 1, so a normal draw lies within 8.3 standard deviations. The noise is
+        generators, processes or forks of one share a key. Uniforms are 2**52 midpoints,
+        symmetric and never 0 or 1, so a normal draw is finite and lies within 8.21
+        standard deviations. The noise is
         a floating-point approximation of the Gaussian: attacks on its lowest bits
         (Mironov 2012) are not covered.
     """
@@ -55,27 +56,29 @@ class SecureGenerator:
         out = np.empty(size, np.float64)
         for start in range(0, size, _CHUNK):
             part = out[start : start + _CHUNK]
-            part[:] = self._bits53(len(part))
+            # With 53 bits the half would be rounded away above 2**52, and the largest
+            # draw would be infinite.
+            part[:] = self._bits(52, len(part))
             part += 0.5
-            part *= 2.0**-53
+            part *= 2.0**-52
             ndtri(part, out=part)
         return out
 
     def bernoulli(self, probability: float, size: int) -> npt.NDArray[np.bool_]:
         """Draw (size,) independent coins that are True with this probability."""
-        return self._bits53(size) < probability * 2.0**53
+        return self._bits(53, size) < probability * 2.0**53
 
     def sample_without_replacement(self, population: int, size: int) -> list[int]:
         """Draw `size` different integers below `population`, every subset alike."""
         return secrets.SystemRandom().sample(range(population), size)
 
-    def _bits53(self, size: int) -> npt.NDArray[np.uint64]:
-        """Draw (size,) integers below 2**53."""
+    def _bits(self, bits: int, size: int) -> npt.NDArray[np.uint64]:
+        """Draw (size,) integers below 2**bits."""
         if os.getpid() != self._pid:
             # A fork would go on with its parent's stream.
             self._new_key()
         words = np.frombuffer(self._stream.update(bytes(8 * size)), np.uint64)
-        return words >> np.uint64(11)
+        return words >> np.uint64(64 - bits)
 
     def _new_key(self) -> None:
         cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16)))
@@ -139,7 +142,9 @@ def clipped_update(
         return checked
     # Scaling by the largest value first: squares of 1e308 or 1e-320 leave the range.
     direction = update / largest
-    length = float(np.sqrt(np.dot(direction, direction)))
+    # NumPy sums pairwise; a running sum (np.dot) loses small squares beside large ones,
+    # and a client could choose its values so that their true norm passes C.
+    length = float(np.sqrt(np.sum(np.square(direction))))
     bound = clipping_norm * _MARGIN
     if largest <= bound / length:
         return checked
@@ -254,7 +259,9 @@ def _difference(
                 return Checked(None, WRONG_TYPE)
             if value.shape != start.shape:
                 return Checked(None, WRONG_SHAPE)
-            part = value.astype(np.float64).ravel() - start.astype(np.float64).ravel()
+            with np.errstate(all="ignore"):  # a signalling NaN would warn
+                part = value.astype(np.float64).ravel()
+                part -= start.astype(np.float64).ravel()
             if not np.isfinite(part).all():
                 return Checked(None, NOT_FINITE)
             parts.append(part)

@@ -138,7 +138,11 @@ def test_an_adapter_of_plain_peft_answers(tiny_chat_llama, tmp_path, capsys):
 def test_a_benchmark_scores_both_models_against_chance(run, tmp_path, capsys):
     path = tmp_path / "q.jsonl"
     rows = [
-        {"question": "What is asthma?", "options": ["A bone.", "A disorder."], "answer": k}
+        {
+            "question": "What is asthma?",
+            "options": ["A bone.", "A disorder."],
+            "answer": k,
+        }
         for k in (0, 1)
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))

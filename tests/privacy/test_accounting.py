@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
+from fedllm.privacy import accounting
 from fedllm.privacy.accounting import (
     calibrate,
     default_delta,
@@ -135,6 +136,15 @@ def test_tiny_noise_under_poisson_returns_at_once_with_a_true_bound():
     assert spent.accountant.startswith("RDP")
     assert spent.zero_out == pytest.approx(127_131, abs=1)  # RDP alone says 135,000
     assert spent.replace_one == gaussian_epsilon(0.01, 100, 1e-5)
+
+
+def test_very_many_rounds_under_poisson_do_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(accounting, "_pld", lambda *_: pytest.fail("PLD was asked"))
+
+    spent = epsilons(0.25, 10_000, 1e-5, "poisson", 0.9)
+
+    assert spent.accountant.startswith("RDP")
+    assert spent.zero_out <= gaussian_epsilon(0.25, 10_000, 1e-5)
 
 
 def test_poisson_needs_less_noise_for_the_same_epsilon_and_keeps_it():

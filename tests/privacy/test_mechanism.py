@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import os
 import pickle
 import random
@@ -169,6 +170,32 @@ def test_a_hostile_reply_counts_as_zero_and_says_why(reply, reason):
     assert clipped.reason == reason
 
 
+def test_rounding_in_a_long_update_does_not_pass_the_clip():
+    # Squares of 1e-16 beside one of 1 vanish from a plain running sum.
+    size = 2_662_400
+    values = np.full(size, 1e-8)
+    values[0] = 1.0
+
+    clipped = clipped_update({"x": values * 100}, {"x": np.zeros(size)}, 1.0)
+
+    assert clipped.update is not None
+    total = FixedPointSum(size, 1.0)
+    total.add(clipped.update)
+    # A correctly rounded sum, so that only each square's own rounding is left.
+    for vector in (clipped.update, total.total()):
+        assert math.fsum((vector**2).tolist()) <= 1.0
+
+
+def test_a_signalling_nan_is_refused_without_a_warning():
+    signalling = np.full(3, 0x7F800001, np.uint32).view(np.float32)
+
+    # Warnings are errors here, and would make it malformed.
+    assert (
+        clipped_update({**REFERENCE, "y": signalling}, REFERENCE, C).reason
+        == "not-finite"
+    )
+
+
 def test_the_order_of_names_does_not_matter():
     arrays = {k: v * 2 for k, v in REFERENCE.items()}
 
@@ -265,6 +292,20 @@ def test_the_noise_is_normal_with_the_promised_scale_and_not_5_percent_off():
     assert not accepts(noise * 0.95)
     assert stats.kstest(noise, "norm").pvalue > 1e-6
     assert stats.kstest(noise * 1.05, "norm").pvalue < 1e-6
+
+
+@pytest.mark.parametrize(("byte", "sign"), [(b"\xff", 1), (b"\x00", -1)])
+def test_the_outermost_draws_are_finite_and_alike(byte, sign):
+    class Constant:
+        def update(self, data):
+            return byte * len(data)
+
+    generator = SecureGenerator()
+    generator._stream = Constant()
+
+    drawn = generator.standard_normal(2)
+
+    np.testing.assert_allclose(drawn, sign * -stats.norm.ppf(2.0**-53), rtol=1e-12)
 
 
 def test_neighbouring_values_of_noise_are_uncorrelated():
