@@ -51,7 +51,8 @@ class AdapterSpec:
         rank: Rank r.
         alpha: The update is scaled by alpha / rank.
         dropout: Dropout on the adapter's input while training.
-        target_modules: Last parts of the adapted modules' names.
+        target_modules: The adapted modules as PEFT is told: last parts of their names
+            where those mean no other module, else whole names.
         modules: Full module name -> (out features, in features), sorted by name.
         seed: Public seed of the fixed factors and of the first A of `lora`.
     """
@@ -112,6 +113,10 @@ def adapter_spec(
                 "output head, which is not adapted; leave it out"
             )
         modules = {name: linears[name] for name in chosen}
+    if not modules:
+        raise AdapterError(
+            "adapter.target-modules: this model has no linear layer to adapt"
+        )
     largest = min(min(shape) for shape in modules.values())
     if config.rank > largest:
         raise AdapterError(
@@ -123,7 +128,7 @@ def adapter_spec(
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,
-        target_modules=tuple(sorted({n.rsplit(".", 1)[-1] for n in modules})),
+        target_modules=_peft_targets(set(modules), set(linears)),
         modules=dict(sorted(modules.items())),
         seed=seed,
     )
@@ -305,11 +310,16 @@ def read_base_name(folder: Path) -> str:
             )
     try:
         config = json.loads((folder / _CONFIG_FILE).read_text("utf-8"))
-        return str(config["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as error:
+        base_name = config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(
             f"{folder / _CONFIG_FILE}: cannot be read: {error}"
         ) from None
+    if not isinstance(base_name, str) or not base_name:
+        raise AdapterError(
+            f"{folder / _CONFIG_FILE}: names no base model: set base_model_name_or_path"
+        )
+    return base_name
 
 
 def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
@@ -330,27 +340,38 @@ def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
             }
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{folder / _WEIGHTS_FILE}: damaged: {error}") from None
+    if not any(".lora_A" in key or ".lora_B" in key for key in shapes):
+        raise AdapterError(
+            f"{folder / _WEIGHTS_FILE}: holds no LoRA weights under PEFT's names"
+        )
     for key, shape in shapes.items():
-        module, side = key.removeprefix(_PREFIX).removesuffix(".weight").rsplit(".", 1)
+        name = key.removeprefix(_PREFIX).removesuffix(".weight")
+        module, _, side = name.rpartition(".")
         if side not in ("lora_A", "lora_B"):
             continue
         try:
-            layer = base.get_submodule(module)
+            layer: Any = base.get_submodule(module)
         except AttributeError:
             raise AdapterError(
                 f"{folder}: made for another base model: it adapts {module}, which "
                 "this one lacks"
             ) from None
-        index, size = (
-            (1, layer.in_features) if side == "lora_A" else (0, layer.out_features)
-        )
-        if shape[index] != size:
+        inward = side == "lora_A"
+        size = getattr(layer, "in_features" if inward else "out_features", None)
+        if len(shape) != 2 or size not in (None, shape[1 if inward else 0]):
             raise AdapterError(
                 f"{folder}: made for another base model: {key} has shape {shape}, and "
-                f"this one needs {size} in place {index}"
+                f"this one's layer has size {size} there"
             )
-    with _peft_asks_old_name():
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+    try:
+        with _peft_asks_old_name():
+            return PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        text = str(error).strip().splitlines()
+        raise AdapterError(
+            f"{folder}: PEFT cannot open it on this base model: "
+            f"{type(error).__name__}: {text[0] if text else ''}"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -378,6 +399,13 @@ def _linear_shapes(
             if module is head:
                 heads.add(name)
     return shapes, heads
+
+
+def _peft_targets(chosen: set[str], linears: set[str]) -> tuple[str, ...]:
+    """Return names by which PEFT adapts exactly the chosen modules: short, if they do."""
+    short = {name.rsplit(".", 1)[-1] for name in chosen}
+    meant = {name for name in linears if name.rsplit(".", 1)[-1] in short}
+    return tuple(sorted(short if meant == chosen else chosen))
 
 
 def _matches(name: str, target: str) -> bool:

@@ -7,6 +7,7 @@ the caches are empty; the quantised base comes from disk.
 
 import gc
 import logging
+import math
 import time
 import traceback
 import zlib
@@ -68,7 +69,9 @@ def reply_to(message: Message, context: Context) -> Message:
         code = _code(error)
         where = _log_failure(context, code, error)
         text = str(error) if isinstance(error, FedllmError) else repr(error)
-        content = error_content(code, None if private else f"{text} (log: {where})")
+        # A lone surrogate, as in a file name, could not be sent.
+        told = f"{text} (log: {where})".encode("utf-8", "backslashreplace").decode()
+        content = error_content(code, None if private else told)
     return Message(content, reply_to=message)
 
 
@@ -80,20 +83,22 @@ def check_floors(node_config: Mapping[str, Any], config: RunConfig) -> None:
     """
     privacy = config.privacy
     unit = node_config.get("privacy-unit")
+    limit = _number(node_config, "max-epsilon")
+    delta = _number(node_config, "delta")
+    if limit is not None or delta is not None:
+        # An epsilon or delta of no guarantee at all is below every floor.
+        unit = unit or "client"
     if unit is not None and unit != privacy.unit:
         raise ConfigError(
             f"privacy.unit: this node demands {unit!r} (got {privacy.unit!r})"
         )
-    limit = node_config.get("max-epsilon")
-    if limit is not None:
-        promised = [e for e in (privacy.target_epsilon, privacy.max_epsilon) if e > 0]
-        if privacy.unit == "none" or not promised or min(promised) > float(limit):
-            raise ConfigError(
-                f"privacy.target-epsilon: this node demands at most {limit} "
-                f"(got {min(promised) if promised else 'no bound'})"
-            )
-    delta = node_config.get("delta")
-    if delta is not None and not 0 < privacy.delta <= float(delta):
+    promised = [e for e in (privacy.target_epsilon, privacy.max_epsilon) if e > 0]
+    if limit is not None and (not promised or min(promised) > limit):
+        raise ConfigError(
+            f"privacy.target-epsilon: this node demands at most {limit} "
+            f"(got {min(promised) if promised else 'no bound'})"
+        )
+    if delta is not None and not 0 < privacy.delta <= delta:
         raise ConfigError(
             f"privacy.delta: this node demands a set value of at most {delta} "
             f"(got {privacy.delta})"
@@ -107,18 +112,35 @@ def partition_of(context: Context) -> tuple[int, int]:
     training, comes from the file's path, since Flower's node ids are random.
     """
     node = context.node_config
+    partition_id = _number(node, "partition-id")
     if "data-path" in node:
-        return (
-            int(node.get("partition-id", zlib.crc32(str(node["data-path"]).encode()))),
-            1,
-        )
-    try:
-        return int(node["partition-id"]), int(node["num-partitions"])
-    except KeyError:
+        path = str(node["data-path"]).encode("utf-8", "backslashreplace")
+        return (zlib.crc32(path) if partition_id is None else int(partition_id)), 1
+    num_partitions = _number(node, "num-partitions")
+    if partition_id is None or num_partitions is None:
         raise ConfigError(
             "node config: needs data-path, the client's own data file, or partition-id "
             "and num-partitions: flower-supernode --node-config 'data-path=\"...\"'"
-        ) from None
+        )
+    return int(partition_id), int(num_partitions)
+
+
+def _number(node_config: Mapping[str, Any], key: str) -> float | None:
+    """Return a number of the node config, None where it is not set.
+
+    Raises:
+        ConfigError: It is set to something else.
+    """
+    value = node_config.get(key)
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"node config: {key}: must be a number (got {value!r})")
+    return number
 
 
 def _train(message: Message, context: Context, config: RunConfig) -> RecordDict:
@@ -193,8 +215,6 @@ def _load(config: RunConfig) -> _Resident:
         spec = adapter_spec(config.adapter, load_config(location), config.seed)
         base = load_base(location, config.model.quantization, home)
         model = attach(base, spec)
-        if config.train.gradient_checkpointing:
-            model.enable_input_require_grads()
         _resident[key] = _Resident(model, load_tokenizer(location), spec)
         # Every trainer that is built collects garbage, which walks all that imports and
         # the model left: a good part of a short training. None of it is garbage.
@@ -252,6 +272,9 @@ def _code(error: Exception) -> str:
         return "no-data"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out-of-memory"
+    # On a CPU torch says it with a plain RuntimeError.
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+        return "out-of-memory"
     return "failed"
 
 
@@ -281,7 +304,7 @@ def _append_log(context: Context, text: str) -> str:
     path = fedllm_home() / "logs" / f"client-{partition_id}.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
             file.write(f"{stamp} run {context.run_id} {text}\n")
     except OSError as error:

@@ -307,6 +307,12 @@ def _contradictions(config: RunConfig) -> list[str]:
     train, strategy, privacy = config.train, config.strategy, config.privacy
     if train.local_steps == 0 and train.local_epochs == 0:
         problems.append("train.local-epochs: must be > 0 where train.local-steps is 0")
+    if 0 < train.local_steps <= train.warmup_steps:
+        problems.append(
+            "train.warmup-steps: must be below train.local-steps "
+            f"{train.local_steps}, since the warm-up starts at a rate of zero in each "
+            f"round (got {train.warmup_steps})"
+        )
     if train.learning_rate_min > train.learning_rate:
         problems.append(
             "train.learning-rate-min: must be <= train.learning-rate "

@@ -207,9 +207,11 @@ def load_questions(path: Path) -> list[dict[str, Any]]:
         DataError: Names the first line that is not of that form.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text: {error.reason}") from None
     questions = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -218,6 +220,7 @@ def load_questions(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             question, options, answer = row["question"], row["options"], row["answer"]
             fine = isinstance(question, str) and type(answer) is int
+            fine = fine and isinstance(options, list)
             fine = fine and all(
                 isinstance(option, str) and option for option in options
             )

@@ -1,7 +1,6 @@
 """What a run leaves on disk: one folder a run, written so that a crash loses nothing."""
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from fedllm.adapters import AdapterSpec, save_adapter
 from fedllm.errors import FederationError, FedllmError
+from fedllm.hub import is_disk_full
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -84,6 +84,7 @@ class RunDirectory:
         with _disk_errors(target):
             about = {**origin, "server_round": server_round}
             save_adapter(fresh, spec, arrays, base_name, about)
+            shutil.rmtree(target, ignore_errors=True)
             fresh.replace(target)
         return target
 
@@ -110,11 +111,14 @@ def read_json(path: Path) -> dict[str, Any]:
         FedllmError: It is missing or not JSON.
     """
     try:
-        return dict(json.loads(path.read_text("utf-8")))
+        content = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise FedllmError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError:
         raise FedllmError(f"{path}: is damaged: not JSON") from None
+    if not isinstance(content, dict):
+        raise FedllmError(f"{path}: is damaged: not an object")
+    return content
 
 
 @contextlib.contextmanager
@@ -122,12 +126,15 @@ def _disk_errors(path: Path) -> Iterator[None]:
     """Turn a full or read-only disk into one line that says what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        # safetensors has an error of its own for a failed write.
+        if is_disk_full(error):
             raise FederationError(
                 f"{path}: no space left on the disk: free some, or set FEDLLM_HOME to a "
                 "folder on another disk"
             ) from None
+        if not isinstance(error, OSError):
+            raise
         raise FederationError(
             f"{path}: cannot be written: {error.strerror}; set FEDLLM_HOME to a folder "
             "that can"

@@ -49,6 +49,8 @@ Vector = npt.NDArray[np.float64]
 
 # Without DP an update is bounded only by what the fixed-point sum can hold.
 _LARGEST_VALUE = 1024.0
+# A client that claims more examples counts for these; four million such clients fit.
+_LARGEST_WEIGHT = 2**20
 
 
 @dataclass
@@ -181,7 +183,7 @@ class AdapterFedAvg(FedAvg):
             if update is None:
                 self.reject(reply, checked.reason or "malformed")
                 continue
-            weight = reply.num_examples or 1
+            weight = min(reply.num_examples or 1, _LARGEST_WEIGHT)
             total.add(update, weight)
             losses += weight * (reply.train_loss or 0.0)
         if total.weight == 0:

@@ -1,8 +1,9 @@
 """Supervised fine-tuning of an adapter on one partition: the only importer of TRL."""
 
+import contextlib
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -111,10 +112,10 @@ def train_adapter(
     base.config.pad_token_id = tokenizer.pad_token_id
     base.generation_config.pad_token_id = tokenizer.pad_token_id
     trained = [p for p in model.parameters() if p.requires_grad]
-    # Every SFTTrainer wraps `forward` once more and never unwraps it; a resident model
-    # that trained a thousand times would end in a RecursionError.
-    forward = base.__dict__.get("forward")
-    with tempfile.TemporaryDirectory(prefix="fedllm-") as folder:
+    with (
+        _left_as_it_was(model),
+        tempfile.TemporaryDirectory(prefix="fedllm-") as folder,
+    ):
         trainer = AdapterTrainer(
             model=model,
             args=_sft_config(config, learning_rate, seed, folder),
@@ -130,20 +131,39 @@ def train_adapter(
             parameter.data = parameter.data.float()
         set_trained(model, spec, arrays)
         trainer.remember_reference(trained)
-        try:
-            result = trainer.train()
-        finally:
-            base.__dict__.pop("forward", None)
-            if forward is not None:
-                base.__dict__["forward"] = forward
-            model.zero_grad(set_to_none=True)
-            model.eval()
+        result = trainer.train()
     return Trained(
         arrays=get_trained(model, spec),
         loss=float(result.training_loss),
         num_examples=len(examples),
         num_steps=int(trainer.state.global_step),
     )
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: "PeftModel") -> Iterator[None]:
+    """Undo what a trainer leaves on a resident model, whatever happens.
+
+    Every SFTTrainer wraps `forward` once more and never unwraps it: after a thousand
+    trainings that would be a RecursionError. With checkpointing it leaves that on, and a
+    hook on the embedding for each time that it was built.
+    """
+    base = model.get_base_model()
+    forward = base.__dict__.get("forward")
+    hooks = {m: dict(m._forward_hooks) for m in model.modules() if m._forward_hooks}
+    try:
+        yield
+    finally:
+        base.__dict__.pop("forward", None)
+        if forward is not None:
+            base.__dict__["forward"] = forward
+        if base.is_activation_checkpointing:
+            base.activation_checkpointing_disable()
+        for module in model.modules():
+            for key in set(module._forward_hooks) - set(hooks.get(module, {})):
+                del module._forward_hooks[key]
+        model.zero_grad(set_to_none=True)
+        model.eval()
 
 
 def training_seed(seed: int, server_round: int, partition_id: int) -> int:

@@ -12,13 +12,21 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedllm.replies import ARRAYS, CONFIG, array_record
 
+RUN_ID = 7
+
+
+def be_a_task() -> None:
+    """Give this process the identity that Flower's Message wants (private API)."""
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = RUN_ID
+    TaskIdentity.node_id = 1
+
 
 def instruction(
     content: RecordDict | None = None, message_type: str = "train", node_id: int = 7
 ) -> Message:
     """Return a message from the server to a node."""
-    TaskIdentity.task_id = TaskIdentity.run_id = 1
-    TaskIdentity.node_id = 1
+    be_a_task()
     return Message(RecordDict() if content is None else content, node_id, message_type)
 
 

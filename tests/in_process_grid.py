@@ -5,16 +5,8 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
-RUN_ID = 7
-
-
-def be_a_task() -> None:
-    """Give this process the identity that Flower's Message wants (private API)."""
-    TaskIdentity.task_id = 1
-    TaskIdentity.run_id = RUN_ID
-    TaskIdentity.node_id = 1
+from tests.flower_messages import RUN_ID, be_a_task
 
 
 class InProcessGrid(Grid):

@@ -397,7 +397,7 @@ FIXED_NOISE = {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
         ({"max-epsilon": 8.0}, {}, None),
         ({"max-epsilon": 8}, {}, None),
         ({"max-epsilon": 7.9}, {}, "privacy.target-epsilon"),
-        ({"max-epsilon": 8.0}, WITHOUT_DP, "privacy.target-epsilon"),
+        ({"max-epsilon": 8.0}, WITHOUT_DP, "privacy.unit"),
         ({"max-epsilon": 8.0}, FIXED_NOISE, "privacy.target-epsilon"),
         ({"max-epsilon": 8.0}, {**FIXED_NOISE, "privacy.max-epsilon": 5.0}, None),
         (

@@ -3,6 +3,8 @@
 import itertools
 import json
 import random
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from fedllm.strategy import (
     cosine,
     make_strategy,
 )
-from tests.in_process_grid import be_a_task
+from tests.flower_messages import be_a_task
 
 C = 0.5
 SHAPES = {"b": (3, 2), "a": (4,)}
@@ -421,8 +423,7 @@ def test_memory_does_not_grow_with_the_number_of_replies(tmp_path):
     start = {"b": np.zeros(size, np.float32)}
 
     def peak(count):
-        folder = tmp_path / str(count)
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
         strategy = make_strategy(
             private(), start, list(range(count)), open_ledger(folder, 1.0, count)
         )

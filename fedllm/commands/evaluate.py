@@ -36,7 +36,7 @@ class Subject:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 2."""
+    """Run the command; an error is one line and exit status 1."""
     parser = _parser()
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -132,7 +132,7 @@ def find_subject(peft_path: str | None, home: Path) -> Subject:
         AdapterError: There is none.
     """
     from fedllm.adapters import read_base_name, read_origin
-    from fedllm.run_directory import CONFIG_FILE, RESULT_FILE, read_json
+    from fedllm.run_directory import CONFIG_FILE, RESULT_FILE
 
     if peft_path is None:
         latest = home / "runs" / "latest"
@@ -141,22 +141,22 @@ def find_subject(peft_path: str | None, home: Path) -> Subject:
                 f"{latest}: no finished run there: start one (see the README), or name "
                 "an adapter folder with --peft-path"
             )
-        recommended = read_json(latest / RESULT_FILE)["recommended"]
+        recommended = _entry(latest / RESULT_FILE, "recommended")
         if recommended == "base":
-            run = read_json(latest / CONFIG_FILE)
-            config = parse_run_config(run["run_config"])
+            run_file = latest / CONFIG_FILE
+            config = parse_run_config(_entry(run_file, "run_config"))
             text = (
                 f"answers: the untuned {config.model.name}, since in the latest run "
                 f"({latest.resolve()}) the tuned one did not beat it"
             )
             bits = config.model.quantization
-            return Subject(None, run["base"], bits, text, config)
+            return Subject(None, _entry(run_file, "base"), bits, text, config)
         peft_path = str(latest.resolve() / Path(recommended).name)
     folder = Path(peft_path).expanduser().absolute()
     base_name, origin = read_base_name(folder), read_origin(folder)
     of_run: RunConfig | None = None
     if (folder.parent / CONFIG_FILE).exists() and origin:
-        of_run = parse_run_config(read_json(folder.parent / CONFIG_FILE)["run_config"])
+        of_run = parse_run_config(_entry(folder.parent / CONFIG_FILE, "run_config"))
     round_text = f", round {origin['server_round']}" if origin else ""
     name = origin.get("model", base_name)
     text = f"answers: {name} with the adapter {folder}{round_text}"
@@ -256,6 +256,36 @@ def _say(args: argparse.Namespace, text: str, end: str = "\n") -> None:
         sys.stdout.flush()
 
 
+def _positive_int(text: str) -> int:
+    """Read a whole number of at least 1; argparse shows the error."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1 (got {text})")
+    return value
+
+
+def _temperature(text: str) -> float:
+    """Read a finite number of at least 0; argparse shows the error."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be finite and at least 0 (got {text})")
+    return value
+
+
+def _entry(path: Path, key: str) -> Any:
+    """Return one entry of a run's JSON file.
+
+    Raises:
+        FedllmError: The file lacks it.
+    """
+    from fedllm.run_directory import read_json
+
+    content = read_json(path)
+    if key not in content:
+        raise FedllmError(f"{path}: is damaged: it has no {key}")
+    return content[key]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -279,9 +309,12 @@ def _parser() -> argparse.ArgumentParser:
         "--interactive", action="store_true", help="ask again and again"
     )
     parser.add_argument("--json", action="store_true", help="write one JSON object")
-    parser.add_argument("--max-new-tokens", type=int, default=96, metavar="N")
+    parser.add_argument("--max-new-tokens", type=_positive_int, default=96, metavar="N")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0.0: always the likeliest token"
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        help="0.0: always the likeliest token",
     )
     parser.add_argument(
         "--quantization",

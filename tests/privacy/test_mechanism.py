@@ -9,6 +9,7 @@ import random
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import algorithms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -322,6 +323,22 @@ def test_no_seed_makes_noise_repeat():
         kept.append(SecureGenerator().standard_normal(100))
 
     assert not np.isclose(first[0], second[0]).any()
+
+
+def test_the_whole_key_comes_from_the_operating_system(monkeypatch):
+    handed_out, keys = [], []
+    real_random, real_aes = os.urandom, algorithms.AES
+    monkeypatch.setattr(
+        os, "urandom", lambda n: handed_out.append(real_random(n)) or handed_out[-1]
+    )
+    monkeypatch.setattr(
+        algorithms, "AES", lambda key: keys.append(key) or real_aes(key)
+    )
+
+    SecureGenerator()
+
+    assert len(keys[0]) == 32
+    assert keys[0] in handed_out
 
 
 def test_a_fork_does_not_repeat_its_parents_noise():
