@@ -42,7 +42,13 @@ class RunDirectory:
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
         path = home / "runs" / f"{stamp}_{run_id}"
         with _disk_errors(path):
-            path.mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            count = 1
+            # A run keeps its own folder, even where two start in the same second.
+            while path.exists():
+                count += 1
+                path = path.with_name(f"{stamp}_{run_id}-{count}")
+            path.mkdir()
             link = path.parent / "latest"
             fresh = path.parent / f".latest-{run_id}"
             fresh.unlink(missing_ok=True)

@@ -197,3 +197,13 @@ def test_reading_json_says_what_is_wrong(folder):
         read_json(folder.path / "x.json")
     with pytest.raises(FedllmError, match="cannot be read"):
         read_json(folder.path / "y.json")
+
+
+def test_two_runs_of_one_second_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda _: "2026-01-01_00-00-00")
+
+    first = RunDirectory.create(tmp_path, 7)
+    second = RunDirectory.create(tmp_path, 7)
+
+    assert first.path != second.path
+    assert (tmp_path / "runs" / "latest").resolve() == second.path.resolve()
