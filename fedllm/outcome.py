@@ -67,5 +67,5 @@ def say_outcome(result: Mapping[str, Any], ledger: Ledger | None, folder: Path) 
 
 def _python() -> str:
     """Return how this environment's Python is called from here."""
-    here = os.path.relpath(sys.executable)
-    return "python" if here.startswith("..") else here
+    here = os.path.relpath(Path(sys.executable).with_name("python"))
+    return here if os.path.exists(here) and not here.startswith("..") else "python"
