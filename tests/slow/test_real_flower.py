@@ -150,7 +150,7 @@ def test_the_same_app_runs_on_a_superlink_with_two_supernodes(
                 check=False,
             )
 
-    assert "ask it: python evaluate.py" in done.stdout, done.stdout + done.stderr
+    assert "evaluate.py --question" in done.stdout, done.stdout + done.stderr
     run = latest_run(tmp_path / "fedllm")
     result = json.loads((run / "result.json").read_text())
     assert result["test_loss_after"] < result["test_loss_before"]
