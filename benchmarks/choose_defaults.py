@@ -29,7 +29,7 @@ from fedllm.data import load_public, load_rows, partition, tokenize
 from fedllm.evaluation import held_out, labelled
 from fedllm.models import load_base, load_config, load_tokenizer, locate
 from fedllm.privacy.accounting import calibrate
-from fedllm.strategy import cosine
+from fedllm.server_optimizer import cosine
 from fedllm.training import train_adapter, training_seed
 
 

@@ -15,12 +15,10 @@ vectors where we take random orthonormal ones.
 """
 
 import contextlib
-import json
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,10 +34,8 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 
-_PREFIX = "base_model.model."
-_WEIGHTS_FILE = "adapter_model.safetensors"
-_CONFIG_FILE = "adapter_config.json"
-_ORIGIN_FILE = "fedllm.json"
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's name."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ class AdapterSpec:
         """Name -> shape of every array that is trained and travels."""
         shapes: dict[str, tuple[int, ...]] = {}
         for module, (out_features, in_features) in self.modules.items():
-            name = _PREFIX + module
+            name = PREFIX + module
             if self.kind == "lora-core":
                 shapes[f"{name}.lora_core.weight"] = (self.rank, self.rank)
                 continue
@@ -152,7 +148,7 @@ def lora_arrays(spec: AdapterSpec, trained: Mapping[str, npt.NDArray[Any]]) -> A
     """Return A and B of every module under PEFT's names; a core is folded into B."""
     arrays: Arrays = {}
     for module, (out_features, in_features) in spec.modules.items():
-        name = _PREFIX + module
+        name = PREFIX + module
         if spec.kind == "lora":
             a = trained[f"{name}.lora_A.weight"]
             b = trained[f"{name}.lora_B.weight"]
@@ -194,7 +190,7 @@ def attach(base: "PreTrainedModel", spec: AdapterSpec) -> "PeftModel":
     from peft import get_peft_model
     from torch.nn.utils import parametrize
 
-    with _peft_asks_old_name():
+    with quiet_peft():
         model = get_peft_model(base, lora_config(spec))
     model.requires_grad_(False)
     for module, (out_features, in_features) in spec.modules.items():
@@ -256,126 +252,8 @@ def check_arrays(spec: AdapterSpec, arrays: Mapping[str, Any]) -> None:
             )
 
 
-def save_adapter(
-    folder: Path,
-    spec: AdapterSpec,
-    trained: Mapping[str, npt.NDArray[Any]],
-    base_name: str,
-    origin: Mapping[str, Any],
-) -> None:
-    """Write an adapter that PEFT alone can open.
-
-    Args:
-        folder: Where to write; made where missing.
-        spec: The adapter.
-        trained: The trained values.
-        base_name: Folder or hub id that PEFT loads the base model from.
-        origin: What `evaluate.py` says about the adapter: model, quantisation, round.
-    """
-    from safetensors.numpy import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        lora_arrays(spec, trained), folder / _WEIGHTS_FILE, metadata={"format": "pt"}
-    )
-    config = lora_config(spec, base_name)
-    config.inference_mode = True
-    config.save_pretrained(str(folder))
-    about = {**origin, "adapter": {**asdict(spec), "modules": len(spec.modules)}}
-    text = json.dumps(about, indent=2)
-    (folder / _ORIGIN_FILE).write_text(text, encoding="utf-8")
-
-
-def read_origin(folder: Path) -> dict[str, Any]:
-    """Return what `save_adapter` noted about an adapter; empty for plain PEFT."""
-    path = folder / _ORIGIN_FILE
-    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
-
-
-def read_base_name(folder: Path) -> str:
-    """Return the base model that an adapter folder names.
-
-    Raises:
-        AdapterError: There is no adapter that PEFT could open without pickle.
-    """
-    if not folder.is_dir():
-        raise AdapterError(
-            f"{folder}: no such folder; --peft-path names a peft_<round>, peft_best or "
-            "peft_final folder of a run"
-        )
-    for name in (_CONFIG_FILE, _WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise AdapterError(
-                f"{folder}: not a PEFT adapter in safetensors, since {name} is missing"
-            )
-    try:
-        config = json.loads((folder / _CONFIG_FILE).read_text("utf-8"))
-        base_name = config["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(
-            f"{folder / _CONFIG_FILE}: cannot be read: {error}"
-        ) from None
-    if not isinstance(base_name, str) or not base_name:
-        raise AdapterError(
-            f"{folder / _CONFIG_FILE}: names no base model: set base_model_name_or_path"
-        )
-    return base_name
-
-
-def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
-    """Put a saved adapter, ours or plain PEFT's, on a base model for inference.
-
-    Raises:
-        AdapterError: It is missing or damaged, or made for another base model.
-    """
-    from peft import PeftModel
-    from safetensors import SafetensorError, safe_open
-
-    read_base_name(folder)
-    try:
-        with safe_open(str(folder / _WEIGHTS_FILE), framework="np") as file:
-            shapes = {
-                key: tuple(file.get_slice(key).get_shape())
-                for key in file.keys()  # noqa: SIM118 - not a dict
-            }
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{folder / _WEIGHTS_FILE}: damaged: {error}") from None
-    if not any(".lora_A" in key or ".lora_B" in key for key in shapes):
-        raise AdapterError(
-            f"{folder / _WEIGHTS_FILE}: holds no LoRA weights under PEFT's names"
-        )
-    for key, shape in shapes.items():
-        name = key.removeprefix(_PREFIX).removesuffix(".weight")
-        module, _, side = name.rpartition(".")
-        if side not in ("lora_A", "lora_B"):
-            continue
-        try:
-            layer: Any = base.get_submodule(module)
-        except AttributeError:
-            raise AdapterError(
-                f"{folder}: made for another base model: it adapts {module}, which "
-                "this one lacks"
-            ) from None
-        inward = side == "lora_A"
-        size = getattr(layer, "in_features" if inward else "out_features", None)
-        if len(shape) != 2 or size not in (None, shape[1 if inward else 0]):
-            raise AdapterError(
-                f"{folder}: made for another base model: {key} has shape {shape}, and "
-                f"this one's layer has size {size} there"
-            )
-    try:
-        with _peft_asks_old_name():
-            return PeftModel.from_pretrained(base, str(folder), is_trainable=False)
-    except (RuntimeError, KeyError, ValueError, TypeError) as error:
-        text = str(error).strip().splitlines()
-        raise AdapterError(
-            f"{folder}: PEFT cannot open it on this base model: "
-            f"{type(error).__name__}: {text[0] if text else ''}"
-        ) from None
-
-
 @contextlib.contextmanager
-def _peft_asks_old_name() -> Iterator[None]:
+def quiet_peft() -> Iterator[None]:
     """Silence a warning of transformers that is PEFT's to mend: a renamed attribute."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -463,7 +341,7 @@ def _trained_parameters(
     base = model.get_base_model()
     parameters = {}
     for name in spec.trained_shapes:
-        module, side = name.removeprefix(_PREFIX).removesuffix(".weight").rsplit(".", 1)
+        module, side = name.removeprefix(PREFIX).removesuffix(".weight").rsplit(".", 1)
         layer = base.get_submodule(module)
         if side == "lora_core":
             parameters[name] = layer.lora_B["default"].parametrizations.weight.original

@@ -33,10 +33,10 @@ from fedllm.run_directory import (
     RESULT_FILE,
     RunDirectory,
 )
+from fedllm.server_optimizer import cosine
 from fedllm.strategy import (
     ClientLevelDP,
     Round,
-    cosine,
     make_strategy,
 )
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from fedllm.adapters import AdapterSpec, save_adapter
+from fedllm.adapter_files import save_adapter
+from fedllm.adapters import AdapterSpec
 from fedllm.errors import FederationError, FedllmError
 from fedllm.hub import is_disk_full
 

@@ -7,7 +7,6 @@ nor the result depends on how many there are or in which order they come.
 
 import copy
 import logging
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +41,7 @@ from fedllm.privacy.mechanism import (
     noised_sum,
 )
 from fedllm.replies import ARRAYS, CONFIG, METRICS, Reply, array_record, read_reply
+from fedllm.server_optimizer import ServerOptimizer, cosine
 
 logger = logging.getLogger(__name__)
 
@@ -77,45 +77,6 @@ class Round:
     def usable(self) -> int:
         """Replies whose update counts."""
         return self.answered - len(self.rejected)
-
-
-@dataclass
-class ServerOptimizer:
-    """What the server makes of the (noised) mean update: post-processing.
-
-    Source: Reddi et al. 2021 (arXiv 2003.00295), with their second-moment decay 0.99
-    and adaptivity 1e-3.
-    """
-
-    name: str
-    momentum: float
-    first: Vector | None = None
-    second: Vector | None = None
-
-    def step(self, update: Vector, learning_rate: float) -> Vector:
-        """Return what to add to the adapter, and remember the moments."""
-        if self.name == "none":
-            return learning_rate * update
-        if self.first is None or self.second is None:
-            self.first, self.second = np.zeros_like(update), np.zeros_like(update)
-        if self.name == "momentum":
-            self.first = self.momentum * self.first + update
-            return learning_rate * self.first
-        self.first = self.momentum * self.first + (1 - self.momentum) * update
-        square = update**2
-        if self.name == "adam":
-            self.second = 0.99 * self.second + 0.01 * square
-        else:
-            self.second -= 0.01 * square * np.sign(self.second - square)
-        return learning_rate * self.first / (np.sqrt(self.second) + 1e-3)
-
-
-def cosine(first: float, last: float, server_round: int, num_rounds: int) -> float:
-    """Return a half cosine from `first` in round 1 to `last` in the last round."""
-    if num_rounds == 1:
-        return first
-    share = (server_round - 1) / (num_rounds - 1)
-    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
 
 class AdapterFedAvg(FedAvg):

@@ -16,6 +16,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from fedllm.adapter_files import load_adapter, read_base_name, read_origin, save_adapter
 from fedllm.adapters import (
     AdapterSpec,
     adapter_spec,
@@ -23,11 +24,7 @@ from fedllm.adapters import (
     check_arrays,
     get_trained,
     initial_arrays,
-    load_adapter,
     lora_arrays,
-    read_base_name,
-    read_origin,
-    save_adapter,
     set_trained,
 )
 from fedllm.config import AdapterConfig

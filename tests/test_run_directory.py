@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedllm import adapters, run_directory
-from fedllm.adapters import AdapterSpec, initial_arrays, read_origin
+from fedllm import adapter_files, run_directory
+from fedllm.adapter_files import read_origin
+from fedllm.adapters import AdapterSpec, initial_arrays
 from fedllm.errors import FederationError, FedllmError
 from fedllm.run_directory import METRICS_FILE, RunDirectory, read_json
 
@@ -156,7 +157,7 @@ def test_a_crash_in_the_middle_leaves_no_half_round(folder, monkeypatch):
     def crash(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapters, "lora_config", crash)
+    monkeypatch.setattr(adapter_files, "lora_config", crash)
     with pytest.raises(KeyboardInterrupt):
         save_round(folder, 1)
     assert not (folder.path / "peft_1").exists()

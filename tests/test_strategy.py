@@ -15,13 +15,8 @@ from fedllm.config import parse_run_config
 from fedllm.errors import PrivacyError
 from fedllm.privacy.ledger import Ledger, PrivacySettings
 from fedllm.replies import ARRAYS, METRICS, array_record, read_global
-from fedllm.strategy import (
-    AdapterFedAvg,
-    ClientLevelDP,
-    ServerOptimizer,
-    cosine,
-    make_strategy,
-)
+from fedllm.server_optimizer import ServerOptimizer, cosine
+from fedllm.strategy import AdapterFedAvg, ClientLevelDP, make_strategy
 from tests.flower_messages import be_a_task
 
 C = 0.5

@@ -81,7 +81,7 @@ class _Asker:
         # What transformers and bitsandbytes say while loading is not for this screen.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        from fedllm.adapters import load_adapter
+        from fedllm.adapter_files import load_adapter
         from fedllm.models import load_base, load_tokenizer
 
         self.subject = subject
@@ -131,7 +131,7 @@ def find_subject(peft_path: str | None, home: Path) -> Subject:
     Raises:
         AdapterError: There is none.
     """
-    from fedllm.adapters import read_base_name, read_origin
+    from fedllm.adapter_files import read_base_name, read_origin
     from fedllm.run_directory import CONFIG_FILE, RESULT_FILE
 
     if peft_path is None:
