@@ -20,10 +20,11 @@ from fedllm.adapters import AdapterSpec, Arrays, adapter_spec, initial_arrays
 from fedllm.config import RunConfig, fedllm_home, flat
 from fedllm.errors import FederationError
 from fedllm.gathering import Gathering, wait_for_clients
+from fedllm.noise_plan import privacy_settings
 from fedllm.outcome import say_outcome
 from fedllm.privacy.accounting import plain
 from fedllm.privacy.ledger import Ledger, no_privacy
-from fedllm.promise import privacy_settings, probe_noise, say_promise
+from fedllm.promise import probe_noise, say_promise
 from fedllm.public_rows import PublicRows
 from fedllm.replies import array_record, read_global
 from fedllm.report import write_report

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 
 from fedllm.errors import FedllmError
 
@@ -13,6 +14,8 @@ def show_log() -> None:
 
     Flower mirrors standard output to whoever streams the run.
     """
+    # torch says it of itself, once a process, whatever we call.
+    warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
     if not _LOGGER.handlers:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(_Plain())

@@ -2,13 +2,12 @@
 
 import logging
 
-from fedllm.config import RunConfig
 from fedllm.errors import PrivacyError
-from fedllm.privacy.accounting import calibrate, default_delta, plain
-from fedllm.privacy.ledger import Ledger, PrivacySettings
+from fedllm.privacy.accounting import plain
+from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.planning import advice, noise_to_signal
 from fedllm.public_rows import PublicRows
-from fedllm.strategy import ClientLevelDP, num_sampled
+from fedllm.strategy import ClientLevelDP
 
 logger = logging.getLogger(__name__)
 
@@ -16,37 +15,6 @@ DESTRUCTIVE = 0.1
 """Rise of the loss by noise alone, in nats per token, from which a run warns."""
 
 _FEW_CLIENTS = 10
-
-
-def privacy_settings(
-    config: RunConfig, population_size: int, num_trainable: int
-) -> PrivacySettings:
-    """Fix the noise before round 1: given, or calibrated to the target epsilon."""
-    privacy, strategy = config.privacy, config.strategy
-    sampled: float = num_sampled(strategy, population_size)
-    if strategy.sampling == "poisson":
-        sampled = strategy.fraction_train * population_size
-    delta = privacy.delta or default_delta(population_size)
-    noise_multiplier = privacy.noise_multiplier or calibrate(
-        privacy.target_epsilon,
-        config.num_server_rounds,
-        delta,
-        strategy.sampling,
-        strategy.fraction_train,
-    )
-    return PrivacySettings(
-        unit="client",
-        sampling=strategy.sampling,
-        population_size=population_size,
-        num_sampled_clients=sampled,
-        clipping_norm=privacy.clipping_norm,
-        noise_multiplier=noise_multiplier,
-        delta=delta,
-        target_epsilon=privacy.target_epsilon,
-        max_epsilon=privacy.max_epsilon,
-        num_trainable=num_trainable,
-        planned_rounds=config.num_server_rounds,
-    )
 
 
 def say_promise(ledger: Ledger) -> None:

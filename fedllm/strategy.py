@@ -32,6 +32,7 @@ from flwr.serverapp.strategy import (
 
 from fedllm.config import RunConfig, StrategyConfig
 from fedllm.errors import PrivacyError
+from fedllm.noise_plan import num_sampled
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.mechanism import (
     FixedPointSum,
@@ -407,13 +408,6 @@ class ClientLevelDP(Strategy):
             )
             twin.apply_update(server_round, noise / settings.num_sampled_clients)
         return twin.reference
-
-
-def num_sampled(config: StrategyConfig, population_size: int) -> int:
-    """Return how many clients a round asks under `all` and `fixed`, at least 1."""
-    if config.sampling == "all":
-        return population_size
-    return max(1, round(config.fraction_train * population_size))
 
 
 def make_strategy(

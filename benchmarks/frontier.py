@@ -1,0 +1,448 @@
+"""Measure what a private federation of SmolLM2 on wordnet-medical can reach.
+
+With one local SGD step every client starts from the same weights, so all clients share
+a pass: gradients of single examples are taken apart in it and added up by client, which
+gives what each would have sent (`check` compares with fedllm's own trainer). The base is
+the 4-bit model multiplied out, whose gradients are the same. Noise comes from a seeded
+generator, so that a table can be made again; a run of fedllm never does that.
+
+    python benchmarks/frontier.py check
+    python benchmarks/frontier.py screen --kind ffa-lora --clients 20
+    python benchmarks/frontier.py run --kind ffa-lora --clients 20 --epsilon 8 \
+        --rounds 5 --clip 0.6 --server-lr 0.6 --seed 0 1 2 --out frontier.jsonl
+    python benchmarks/frontier.py table --out frontier.jsonl
+
+`screen` prints the validation loss after round 1 for a grid of steps. `run` appends one
+line for each seed and skips those that the file has, so that it may be stopped and typed
+again. Validation rows (128) choose; the 266 test rows are scored once, at the end.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedllm.adapters import (
+    AdapterSpec,
+    adapter_spec,
+    attach,
+    initial_arrays,
+    set_trained,
+)
+from fedllm.config import AdapterConfig, DataConfig, TrainConfig, fedllm_home
+from fedllm.data import load_public, load_rows, partition, tokenize
+from fedllm.evaluation import answer_losses, collate, held_out, labelled
+from fedllm.models import load_base, load_config, load_tokenizer, locate
+from fedllm.privacy.accounting import calibrate
+from fedllm.server_optimizer import cosine
+
+Vector = npt.NDArray[np.float64]
+_DELTA = 1e-5
+_TOKENS_PER_BATCH = 1536
+
+
+class Bench:
+    """The base with an adapter, the clients' examples and the public rows."""
+
+    def __init__(self, args: argparse.Namespace, seed: int) -> None:
+        home = fedllm_home()
+        location = locate("smollm2-135m-instruct", home)
+        adapter = AdapterConfig(
+            kind=args.kind, rank=args.rank, target_modules=args.target_modules
+        )
+        self.spec: AdapterSpec = adapter_spec(adapter, load_config(location), seed)
+        self.tokenizer = load_tokenizer(location)
+        base = load_base(location, 4, home)
+        _multiply_out(base)
+        # On a CPU, faster than the fused kernel for sequences of this length.
+        base.set_attn_implementation("eager")
+        self.model = attach(base, self.spec)
+        data = DataConfig(partition=args.partition)
+        rows = load_rows(data)
+        self.clients = [
+            labelled(
+                tokenize(
+                    partition(data, rows, index, args.clients, seed),
+                    self.tokenizer,
+                    data,
+                    512,
+                )
+            )
+            for index in range(args.clients)
+        ]
+        public = load_public(data, "validation").shuffle(seed=42).select(range(128))
+        self.validation = labelled(tokenize(public, self.tokenizer, data, 512))
+        test = load_public(data, "test")
+        self.test = labelled(tokenize(test, self.tokenizer, data, 512))
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._owner = torch.zeros(0, dtype=torch.long)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._hook()
+
+    @property
+    def pad(self) -> int:
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def updates(self, vector: Vector, batch_size: int, seed: int) -> Vector:
+        """Return (clients, d): every client's one SGD step at learning rate 1.
+
+        Args:
+            vector: (d,) the global adapter.
+            batch_size: Examples of a client's batch, drawn anew each round.
+            seed: Of that draw.
+        """
+        generator = np.random.default_rng(seed)
+        drawn = []
+        for index, examples in enumerate(self.clients):
+            size = min(batch_size, len(examples))
+            for row in generator.choice(len(examples), size=size, replace=False):
+                drawn.append((index, examples[int(row)]))
+        return self.gradients(vector, drawn)
+
+    def gradients(
+        self, vector: Vector, drawn: list[tuple[int, dict[str, Any]]]
+    ) -> Vector:
+        """Return (clients, d): minus the gradient of each client's mean token loss."""
+        set_trained(self.model, self.spec, unflatten(self.spec, vector))
+        count = len(self.clients)
+        tokens = np.zeros(count)
+        for owner, example in drawn:
+            tokens[owner] += sum(label != -100 for label in example["labels"][1:])
+        self._sums = {
+            name: torch.zeros((count, *shape))
+            for name, shape in self.spec.trained_shapes.items()
+        }
+        self.model.eval()
+        for part in _batches(drawn):
+            self._owner = torch.tensor([owner for owner, _ in part])
+            inputs = collate([example for _, example in part], self.pad)
+            losses = answer_losses(self.model, **inputs)
+            owners = [
+                owner
+                for owner, example in part
+                for label in example["labels"][1:]
+                if label != -100
+            ]
+            weights = torch.tensor(1 / tokens[owners], dtype=losses.dtype)
+            (losses * weights).sum().backward()
+            self.model.zero_grad(set_to_none=True)
+        self._owner = self._owner[:0]
+        flat = [-grad.reshape(count, -1).double() for grad in self._sums.values()]
+        return torch.cat(flat, dim=1).numpy()
+
+    def loss(self, vector: Vector, examples: Any) -> float:
+        set_trained(self.model, self.spec, unflatten(self.spec, vector))
+        return held_out(self.model, examples, self.pad).loss
+
+    def _hook(self) -> None:
+        """Take gradients apart by example: for y = x W^T that of W is dy^T x."""
+        base = self.model.get_base_model()
+        for name in self.spec.trained_shapes:
+            inner = name.removeprefix("base_model.model.").removesuffix(".weight")
+            module, side = inner.rsplit(".", 1)
+            layer = base.get_submodule(module)
+            left = None
+            if side == "lora_core":
+                linear = layer.lora_B["default"]
+                left = linear.parametrizations.weight[0].left
+            else:
+                linear = getattr(layer, side)["default"]
+
+            def forward(
+                _: Any, inputs: Any, output: Any, name: str = name, left: Any = left
+            ) -> None:
+                if not (output.requires_grad and len(self._owner)):
+                    return
+                given = inputs[0].detach()
+
+                def backward(gradient: Any) -> None:
+                    single = torch.einsum("bto,bti->boi", gradient, given).float()
+                    if left is not None:
+                        single = left.T @ single
+                    self._sums[name].index_add_(0, self._owner, single)
+
+                output.register_hook(backward)
+
+            linear.register_forward_hook(forward)
+
+
+def screen(args: argparse.Namespace) -> None:
+    """Print the loss after round 1 for a grid of steps (server learning rate * C)."""
+    seed = args.seed[0]
+    bench = Bench(args, seed)
+    start = flatten(initial_arrays(bench.spec))
+    began = time.monotonic()
+    updates = bench.updates(start, args.batch_size, seed + 1)
+    median = float(np.median(np.linalg.norm(updates, axis=1)))
+    z = calibrate(args.epsilon, args.rounds, _DELTA, "all", 1.0)
+    noise = np.random.default_rng(seed + 1000).standard_normal(start.size)
+    noise *= z / args.clients
+    tell(
+        d=start.size,
+        median_norm=median,
+        z=z,
+        base=bench.loss(start, bench.validation),
+        seconds=time.monotonic() - began,
+    )
+    for share in args.shares:
+        mean = clipped(updates, share * median).mean(0) / (share * median)
+        for step in args.steps:
+            tell(
+                clip_share=share,
+                step=step,
+                cohesion=float(np.linalg.norm(mean)),
+                loss=bench.loss(start + step * (mean + noise), bench.validation),
+                without_noise=bench.loss(start + step * mean, bench.validation),
+            )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run a federation for each seed that the file does not have yet."""
+    out = Path(args.out)
+    done = [setting(row) for row in read(out)]
+    for seed in args.seed:
+        asked = {k: v for k, v in vars(args).items() if k in _SETTINGS}
+        asked["seed"] = seed
+        if setting(asked) in done:
+            continue
+        row = {**asked, **federate(args, seed)}
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        tell(**row)
+
+
+def federate(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Return what one federation came to."""
+    bench = Bench(args, seed)
+    z = 0.0
+    if args.epsilon:
+        z = calibrate(args.epsilon, args.rounds, _DELTA, "all", 1.0)
+    generator = np.random.default_rng(seed + 1000)
+    vector = flatten(initial_arrays(bench.spec))
+    momentum = np.zeros_like(vector)
+    losses = [bench.loss(vector, bench.validation)]
+    before = bench.loss(vector, bench.test)
+    began = time.monotonic()
+    norms = []
+    for server_round in range(1, args.rounds + 1):
+        draw = seed * 100_003 + server_round
+        updates = bench.updates(vector, args.batch_size, draw)
+        norms.append(float(np.median(np.linalg.norm(updates, axis=1))))
+        mean = clipped(updates, args.clip).mean(0)
+        scale = z * args.clip / args.clients
+        mean = mean + scale * generator.standard_normal(vector.size)
+        momentum = args.momentum * momentum + mean
+        rate = cosine(args.server_lr, args.server_lr_min, server_round, args.rounds)
+        vector = vector + rate * momentum
+        if server_round % args.evaluate_every == 0 or server_round == args.rounds:
+            losses.append(bench.loss(vector, bench.validation))
+            sys.stderr.write(f"round {server_round}: {losses[-1]:.3f}\n")
+    return {
+        "d": int(vector.size),
+        "z": z,
+        "r": z * float(np.sqrt(vector.size)) / args.clients,
+        "median_norms": norms,
+        "validation": losses,
+        "test_before": before,
+        "test_after": bench.loss(vector, bench.test),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def check(args: argparse.Namespace) -> None:
+    """Compare a shared pass with what fedllm's trainer makes of the same examples."""
+    from fedllm.training import train_adapter
+
+    for kind in ("ffa-lora", "lora-core", "lora"):
+        args.kind, args.clients = kind, 600
+        bench = Bench(args, 0)
+        bench.clients = [examples[:8] for examples in bench.clients[:2]]
+        start = initial_arrays(bench.spec)
+        shared = bench.updates(flatten(start), 8, 0)
+        for index, examples in enumerate(bench.clients):
+            trained = train_adapter(
+                bench.model,
+                bench.spec,
+                bench.tokenizer,
+                examples,
+                start,
+                TrainConfig(batch_size=8, local_steps=1),
+                1.0,
+                0,
+            )
+            update = flatten(trained.arrays) - flatten(start)
+            error = np.linalg.norm(update - shared[index]) / np.linalg.norm(update)
+            tell(kind=kind, client=index, relative_error=float(error))
+
+
+def table(args: argparse.Namespace) -> None:
+    """Print a Markdown table: one line a setting, mean and spread over its seeds."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in read(Path(args.out)):
+        key = tuple(row[name] for name in _SETTINGS if name != "seed")
+        groups.setdefault(key, []).append(row)
+    sys.stdout.write(
+        "| adapter | d | clients | partition | epsilon | rounds | batch | C | server lr "
+        "| R | validation loss | test loss | seeds |\n" + "|---" * 13 + "|\n"
+    )
+    for rows in sorted(groups.values(), key=lambda g: (g[0]["clients"], order(g[0]))):
+        first = rows[0]
+        name = f"`{first['kind']}`"
+        if first["kind"] != "ia3":
+            name += f" r={first['rank']}"
+        final = [row["validation"][-1] for row in rows]
+        test = [row["test_after"] for row in rows]
+        rate = f"{first['server_lr']:g}"
+        if first["server_lr_min"] != first["server_lr"]:
+            rate += f" to {first['server_lr_min']:g}"
+        cells = [
+            name,
+            f"{first['d']:,}",
+            first["clients"],
+            first["partition"],
+            f"{first['epsilon']:g}" if first["epsilon"] else "none",
+            first["rounds"],
+            first["batch_size"],
+            f"{first['clip']:g}",
+            rate,
+            f"{first['r']:.2g}",
+            spread(final),
+            spread(test),
+            len(rows),
+        ]
+        sys.stdout.write("| " + " | ".join(map(str, cells)) + " |\n")
+
+
+def order(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Sort: partition, strongest noise last, then adapter."""
+    return row["partition"], -(row["epsilon"] or 1e9), row["kind"], row["rounds"]
+
+
+def spread(values: list[float]) -> str:
+    """Write a mean, with the range of more than one value."""
+    mean = f"{np.mean(values):.3f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.3f} to {max(values):.3f})"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a results file, none where there is none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def setting(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what tells one run from another."""
+    return tuple(row[name] for name in _SETTINGS)
+
+
+_SETTINGS = (
+    "kind",
+    "rank",
+    "target_modules",
+    "clients",
+    "partition",
+    "batch_size",
+    "rounds",
+    "epsilon",
+    "clip",
+    "server_lr",
+    "server_lr_min",
+    "momentum",
+    "seed",
+)
+
+
+def flatten(arrays: dict[str, Any]) -> Vector:
+    return np.concatenate([np.asarray(a, np.float64).ravel() for a in arrays.values()])
+
+
+def unflatten(spec: AdapterSpec, vector: Vector) -> dict[str, Any]:
+    arrays, start = {}, 0
+    for name, shape in spec.trained_shapes.items():
+        size = int(np.prod(shape))
+        arrays[name] = vector[start : start + size].reshape(shape).astype(np.float32)
+        start += size
+    return arrays
+
+
+def clipped(updates: Vector, clip: float) -> Vector:
+    norms = np.linalg.norm(updates, axis=1, keepdims=True)
+    return updates * np.minimum(1.0, clip / np.maximum(norms, 1e-300))
+
+
+def tell(**row: Any) -> None:
+    sys.stdout.write(json.dumps(row) + "\n")
+    sys.stdout.flush()
+
+
+def _multiply_out(base: Any) -> None:
+    """Replace every 4-bit layer by its bfloat16 copy: nothing is dequantised again."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in list(base.named_modules()):
+        if isinstance(module, Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain = torch.nn.Linear(1, 1, bias=module.bias is not None)
+            plain.weight = torch.nn.Parameter(weight.bfloat16(), requires_grad=False)
+            plain.in_features, plain.out_features = module.in_features, len(weight)
+            plain.bias = module.bias
+            parent, _, last = name.rpartition(".")
+            setattr(base.get_submodule(parent), last, plain)
+
+
+def _batches(
+    drawn: list[tuple[int, dict[str, Any]]],
+) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """Yield examples of similar length together."""
+    batch: list[tuple[int, dict[str, Any]]] = []
+    for pair in sorted(drawn, key=lambda pair: len(pair[1]["input_ids"])):
+        if batch and len(pair[1]["input_ids"]) * (len(batch) + 1) > _TOKENS_PER_BATCH:
+            yield batch
+            batch = []
+        batch.append(pair)
+    if batch:
+        yield batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("mode", choices=("check", "screen", "run", "table"))
+    parser.add_argument("--kind", default="ffa-lora")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--target-modules", default="q_proj,v_proj")
+    parser.add_argument("--clients", type=int, default=20)
+    parser.add_argument("--partition", default="iid")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epsilon", type=float, default=8.0, help="0: no noise")
+    parser.add_argument("--clip", type=float, default=0.6)
+    parser.add_argument("--server-lr", type=float, default=0.6)
+    parser.add_argument("--server-lr-min", type=float, default=None)
+    parser.add_argument("--momentum", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--evaluate-every", type=int, default=1)
+    parser.add_argument("--out", default="frontier.jsonl")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.3])
+    parser.add_argument(
+        "--steps", type=float, nargs="+", default=[0.2, 0.4, 0.8, 1.6, 3.2, 6.4]
+    )
+    args = parser.parse_args()
+    if args.server_lr_min is None:
+        args.server_lr_min = args.server_lr
+    modes = {"check": check, "screen": screen, "run": run, "table": table}
+    modes[args.mode](args)
+
+
+if __name__ == "__main__":
+    main()
