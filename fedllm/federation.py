@@ -150,15 +150,17 @@ class Federation:
         evaluated = time.monotonic()
         self._save(server_round, loss)
         done = time.monotonic()
+        # How long a cohort takes tells how many it has.
+        known = self._may_count()
         seconds = {
-            "train": waiting.seconds,
-            "aggregate": gathered - started - waiting.seconds,
+            "train": waiting.seconds if known else None,
+            "aggregate": gathered - started - waiting.seconds if known else None,
             "evaluate": evaluated - gathered,
             "save": done - evaluated,
         }
         self._write_line(server_round, seen, loss, client_loss, seconds)
         parts = [f"round {server_round}/{config.num_server_rounds}"]
-        if self._may_count():
+        if known:
             parts.append(f"{seen.usable} of {seen.asked} clients")
         if seen.train_loss is not None:
             parts.append(f"train loss {seen.train_loss:.3f}")
@@ -168,7 +170,8 @@ class Federation:
             parts.append(f"validation loss {loss:.3f}")
         if self.ledger is not None:
             parts.append(f"epsilon {plain(self.ledger.epsilons().zero_out)}")
-        parts.append(f"{done - started:.0f} s")
+        if known:
+            parts.append(f"{done - started:.0f} s")
         logger.info("%s", ", ".join(parts))
 
     def _evaluate_base(self) -> None:
@@ -178,7 +181,7 @@ class Federation:
         if loss is not None:
             self.best = _Best(0, loss, self.arrays)
             logger.info("round 0, the untuned model: validation loss %.3f", loss)
-        seconds = {"train": 0.0, "aggregate": 0.0, "save": 0.0}
+        seconds: dict[str, float | None] = {"train": 0.0, "aggregate": 0.0, "save": 0.0}
         seconds["evaluate"] = time.monotonic() - started
         self._write_line(0, Round(), loss, None, seconds)
 
@@ -293,7 +296,7 @@ class Federation:
         seen: Round,
         loss: float | None,
         client_loss: float | None,
-        seconds: Mapping[str, float],
+        seconds: Mapping[str, float | None],
     ) -> None:
         """Append a line to metrics.jsonl."""
         known = self._may_count()
@@ -316,7 +319,10 @@ class Federation:
                 "train_loss": seen.train_loss,
                 "validation_loss": loss,
                 "client_loss": client_loss,
-                "seconds": {k: round(v, 3) for k, v in seconds.items()},
+                "seconds": {
+                    phase: None if value is None else round(value, 3)
+                    for phase, value in seconds.items()
+                },
                 "megabytes_down": seen.bytes_down / 1e6 if known else None,
                 "megabytes_up": seen.bytes_up / 1e6 if known else None,
                 "epsilon": epsilon,

@@ -144,7 +144,8 @@ def _cell(line: dict[str, Any], key: str) -> str:
     """Write one value of a round; what is secret or unmeasured is a dash."""
     value = line[key]
     if key == "seconds":
-        value = sum(value.values())
+        known = list(value.values())
+        value = None if None in known else sum(known)
     if value is None:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
