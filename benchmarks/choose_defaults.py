@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("mode", choices=("screen", "rounds"))
     parser.add_argument("--kind", default="ffa-lora")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--target-modules", default="q_proj,v_proj")
+    parser.add_argument("--target-modules", default="auto")
     parser.add_argument("--quantization", type=int, default=4)
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--partition", default="iid")

@@ -45,6 +45,7 @@ empty text means "not set" where the explanation says so.
 
 # Each is refused; the page quotes the refusal.
 REFUSED: list[dict[str, Scalar]] = [
+    {"adapter.kind": "ia3", "adapter.dropout": 0.1},
     {"train.local-steps": 0, "train.local-epochs": 0.0},
     {"train.learning-rate": 0.1, "train.learning-rate-min": 1.0},
     {"strategy.server-learning-rate": 0.1, "strategy.server-learning-rate-min": 1.0},

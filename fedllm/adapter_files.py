@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from fedllm.adapter_kinds.ia3 import keep_type
 from fedllm.adapters import (
     PREFIX,
     AdapterSpec,
-    lora_arrays,
-    lora_config,
+    peft_arrays,
+    peft_config,
     quiet_peft,
 )
 from fedllm.errors import AdapterError
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
 _WEIGHTS_FILE = "adapter_model.safetensors"
 _CONFIG_FILE = "adapter_config.json"
 _ORIGIN_FILE = "fedllm.json"
+
+# Last part of a weight's name in PEFT -> the shapes that it may have.
+_SIDES: dict[str, list[tuple[str, ...]]] = {
+    "lora_A": [("r", "in")],
+    "lora_B": [("out", "r")],
+    "ia3_l": [("out", "1"), ("1", "in")],
+    "vera_lambda_b": [("out",)],
+    "vera_lambda_d": [("r",)],
+}
 
 
 def save_adapter(
@@ -46,9 +56,9 @@ def save_adapter(
 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        lora_arrays(spec, trained), folder / _WEIGHTS_FILE, metadata={"format": "pt"}
+        peft_arrays(spec, trained), folder / _WEIGHTS_FILE, metadata={"format": "pt"}
     )
-    config = lora_config(spec, base_name)
+    config = peft_config(spec, base_name)
     config.inference_mode = True
     config.save_pretrained(str(folder))
     about = {**origin, "adapter": {**asdict(spec), "modules": len(spec.modules)}}
@@ -110,15 +120,35 @@ def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
             }
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{folder / _WEIGHTS_FILE}: damaged: {error}") from None
-    if not any(".lora_A" in key or ".lora_B" in key for key in shapes):
+    _check_shapes(base, folder, shapes)
+    try:
+        with quiet_peft():
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        text = str(error).strip().splitlines()
         raise AdapterError(
-            f"{folder / _WEIGHTS_FILE}: holds no LoRA weights under PEFT's names"
-        )
+            f"{folder}: PEFT cannot open it on this base model: "
+            f"{type(error).__name__}: {text[0] if text else ''}"
+        ) from None
+    keep_type(model)
+    return model
+
+
+def _check_shapes(
+    base: "PreTrainedModel", folder: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Hold the shapes of saved weights against the base model's layers.
+
+    Raises:
+        AdapterError: Names the first that another base model must have had.
+    """
+    known = 0
     for key, shape in shapes.items():
         name = key.removeprefix(PREFIX).removesuffix(".weight")
         module, _, side = name.rpartition(".")
-        if side not in ("lora_A", "lora_B"):
+        if side not in _SIDES:
             continue
+        known += 1
         try:
             layer: Any = base.get_submodule(module)
         except AttributeError:
@@ -126,19 +156,24 @@ def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
                 f"{folder}: made for another base model: it adapts {module}, which "
                 "this one lacks"
             ) from None
-        inward = side == "lora_A"
-        size = getattr(layer, "in_features" if inward else "out_features", None)
-        if len(shape) != 2 or size not in (None, shape[1 if inward else 0]):
+        inward = getattr(layer, "in_features", None)
+        outward = getattr(layer, "out_features", None)
+        sizes = {"in": inward, "out": outward, "r": None, "1": 1}
+        expected = [[sizes[word] for word in form] for form in _SIDES[side]]
+        if not any(_is_like(shape, form) for form in expected):
             raise AdapterError(
                 f"{folder}: made for another base model: {key} has shape {shape}, and "
-                f"this one's layer has size {size} there"
+                f"this one's layer has {inward} inputs and {outward} outputs"
             )
-    try:
-        with quiet_peft():
-            return PeftModel.from_pretrained(base, str(folder), is_trainable=False)
-    except (RuntimeError, KeyError, ValueError, TypeError) as error:
-        text = str(error).strip().splitlines()
+    if not known:
         raise AdapterError(
-            f"{folder}: PEFT cannot open it on this base model: "
-            f"{type(error).__name__}: {text[0] if text else ''}"
-        ) from None
+            f"{folder / _WEIGHTS_FILE}: holds no LoRA, IA3 or VeRA weights under PEFT's "
+            "names"
+        )
+
+
+def _is_like(shape: tuple[int, ...], form: list[int | None]) -> bool:
+    """Tell whether a shape has a form, where None stands for any size."""
+    return len(shape) == len(form) and all(
+        want in (None, got) for got, want in zip(shape, form, strict=True)
+    )

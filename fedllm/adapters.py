@@ -1,84 +1,58 @@
-"""Kinds of adapter: what is trained, what is fixed, and PEFT's form of both.
+"""One adapter on one base model: resolved, attached, its trained values in and out.
 
-Every kind is a LoRA, delta W = alpha/rank * B @ A, for each target module:
-
-| kind | trained | fixed, orthonormal | values a module | mean is exact |
-|---|---|---|---|---|
-| `ffa-lora` | B (out x r) | A (r x in) | out * r | yes |
-| `lora-core` | core (r x r), B = left @ core | left (out x r), A | r * r | yes |
-| `lora` | A and B | - | (in + out) * r | no |
-
-Fixed factors come from the public seed and the module's name, so they never travel and
-every process makes the same ones. Sources: FFA-LoRA, Sun et al. 2024
-(arXiv 2403.12313); LoRA-XS, Balazy et al. 2024 (arXiv 2405.17604), which takes singular
-vectors where we take random orthonormal ones.
+What the kinds are, and how each hangs on a model and lies on disk, is in
+`fedllm.adapter_kinds`. Fixed factors come from the public seed, so they never travel and
+every process makes the same ones.
 """
 
 import contextlib
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from fedllm.adapter_kinds import ia3, lora, vera
+from fedllm.adapter_kinds.spec import PREFIX, AdapterSpec, Arrays
 from fedllm.config import AdapterConfig
 from fedllm.errors import AdapterError
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig, PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
-Arrays = dict[str, npt.NDArray[np.float32]]
-
-PREFIX = "base_model.model."
-"""What PEFT puts before a module's name."""
+__all__ = ["PREFIX", "AdapterSpec", "Arrays"]
 
 
-@dataclass(frozen=True)
-class AdapterSpec:
-    """One adapter, fully resolved for one base model.
+class _Family(Protocol):
+    """What a module of `fedllm.adapter_kinds` has."""
 
-    Attributes:
-        kind: `ffa-lora`, `lora-core` or `lora`.
-        rank: Rank r.
-        alpha: The update is scaled by alpha / rank.
-        dropout: Dropout on the adapter's input while training.
-        target_modules: The adapted modules as PEFT is told: last parts of their names
-            where those mean no other module, else whole names.
-        modules: Full module name -> (out features, in features), sorted by name.
-        seed: Public seed of the fixed factors and of the first A of `lora`.
-    """
+    def first_arrays(self, spec: AdapterSpec) -> Arrays: ...
 
-    kind: str
-    rank: int
-    alpha: float
-    dropout: float
-    target_modules: tuple[str, ...]
-    modules: Mapping[str, tuple[int, int]]
-    seed: int
+    def peft_arrays(
+        self, spec: AdapterSpec, trained: Mapping[str, npt.NDArray[Any]]
+    ) -> Arrays: ...
 
-    @property
-    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every array that is trained and travels."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for module, (out_features, in_features) in self.modules.items():
-            name = PREFIX + module
-            if self.kind == "lora-core":
-                shapes[f"{name}.lora_core.weight"] = (self.rank, self.rank)
-                continue
-            if self.kind == "lora":
-                shapes[f"{name}.lora_A.weight"] = (self.rank, in_features)
-            shapes[f"{name}.lora_B.weight"] = (out_features, self.rank)
-        return shapes
+    def peft_config(
+        self, spec: AdapterSpec, base_name: str | None = None
+    ) -> "PeftConfig": ...
 
-    @property
-    def num_trainable(self) -> int:
-        """Number d of trained values."""
-        return sum(int(np.prod(shape)) for shape in self.trained_shapes.values())
+    def fix(self, model: "PeftModel", spec: AdapterSpec) -> None: ...
+
+    def parameter(self, layer: Any, side: str) -> "torch.nn.Parameter": ...
+
+
+def _family(kind: str) -> _Family:
+    """Return the module that knows a kind."""
+    match kind:
+        case "ia3":
+            return ia3
+        case "vera":
+            return vera
+        case _:
+            return lora
 
 
 def adapter_spec(
@@ -86,11 +60,19 @@ def adapter_spec(
 ) -> AdapterSpec:
     """Resolve an adapter against a base model's configuration, without its weights.
 
+    Args:
+        config: The adapter's settings, with a kind that is not `auto`.
+        model_config: The base model's configuration.
+        seed: Public seed of what is fixed.
+
     Raises:
         AdapterError: No module matches, or the rank is above a module's size.
     """
     linears, heads = _linear_shapes(model_config)
+    by_default, feedforward = _default_modules(config.kind, model_config.model_type)
     wanted = {part.strip() for part in config.target_modules.split(",") if part.strip()}
+    if wanted == {"auto"}:
+        wanted = set(by_default)
     if wanted == {"all-linear"}:
         modules = {name: shape for name, shape in linears.items() if name not in heads}
     else:
@@ -114,69 +96,40 @@ def adapter_spec(
             "adapter.target-modules: this model has no linear layer to adapt"
         )
     largest = min(min(shape) for shape in modules.values())
-    if config.rank > largest:
+    # IA3 has no rank, and VeRA's may pass a side: its factors are not a decomposition.
+    if config.kind not in ("ia3", "vera") and config.rank > largest:
         raise AdapterError(
             f"adapter.rank: must be at most {largest}, the smallest side of the target "
             f"modules (got {config.rank})"
         )
+    inward = {m for m in modules if any(_matches(m, f) for f in feedforward)}
+    inward_targets = _peft_targets(inward, set(linears))
+    outward_targets = _peft_targets(set(modules) - inward, set(linears))
     return AdapterSpec(
         kind=config.kind,
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,
-        target_modules=_peft_targets(set(modules), set(linears)),
+        target_modules=tuple(sorted({*inward_targets, *outward_targets})),
         modules=dict(sorted(modules.items())),
         seed=seed,
+        feedforward=inward_targets,
     )
 
 
 def initial_arrays(spec: AdapterSpec) -> Arrays:
     """Return the trained values of an adapter that leaves the base unchanged."""
-    arrays: Arrays = {}
-    for name, shape in spec.trained_shapes.items():
-        if name.endswith("lora_A.weight"):
-            # PEFT's own start of A: uniform, Kaiming with a = sqrt(5).
-            bound = 1 / np.sqrt(shape[1])
-            draws = _generator(spec.seed, name).uniform(-bound, bound, shape)
-            arrays[name] = draws.astype(np.float32)
-        else:
-            arrays[name] = np.zeros(shape, np.float32)
-    return arrays
+    return _family(spec.kind).first_arrays(spec)
 
 
-def lora_arrays(spec: AdapterSpec, trained: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-    """Return A and B of every module under PEFT's names; a core is folded into B."""
-    arrays: Arrays = {}
-    for module, (out_features, in_features) in spec.modules.items():
-        name = PREFIX + module
-        if spec.kind == "lora":
-            a = trained[f"{name}.lora_A.weight"]
-            b = trained[f"{name}.lora_B.weight"]
-        else:
-            a = _fixed_a(spec, module, in_features)
-            if spec.kind == "ffa-lora":
-                b = trained[f"{name}.lora_B.weight"]
-            else:
-                left = _fixed_left(spec, module, out_features)
-                b = left @ trained[f"{name}.lora_core.weight"]
-        arrays[f"{name}.lora_A.weight"] = np.ascontiguousarray(a, np.float32)
-        arrays[f"{name}.lora_B.weight"] = np.ascontiguousarray(b, np.float32)
-    return arrays
+def peft_arrays(spec: AdapterSpec, trained: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+    """Return all that PEFT needs under PEFT's names, fixed factors included."""
+    return _family(spec.kind).peft_arrays(spec, trained)
 
 
-def lora_config(spec: AdapterSpec, base_name: str | None = None) -> "LoraConfig":
+def peft_config(spec: AdapterSpec, base_name: str | None = None) -> "PeftConfig":
     """Make PEFT's configuration of this adapter."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        target_modules=sorted(spec.target_modules),
-        bias="none",
-    )
+    return _family(spec.kind).peft_config(spec, base_name)
 
 
 def attach(base: "PreTrainedModel", spec: AdapterSpec) -> "PeftModel":
@@ -186,24 +139,12 @@ def attach(base: "PreTrainedModel", spec: AdapterSpec) -> "PeftModel":
         base: The (quantised) base model; its linear layers are wrapped in place.
         spec: The adapter.
     """
-    import torch
     from peft import get_peft_model
-    from torch.nn.utils import parametrize
 
     with quiet_peft():
-        model = get_peft_model(base, lora_config(spec))
+        model = get_peft_model(base, peft_config(spec))
     model.requires_grad_(False)
-    for module, (out_features, in_features) in spec.modules.items():
-        layer = base.get_submodule(module)
-        a, b = layer.lora_A["default"], layer.lora_B["default"]
-        if spec.kind != "lora":
-            with torch.no_grad():
-                a.weight.copy_(torch.from_numpy(_fixed_a(spec, module, in_features)))
-        if spec.kind == "lora-core":
-            left = torch.from_numpy(_fixed_left(spec, module, out_features))
-            parametrize.register_parametrization(
-                b, "weight", _fixed_left_module(left.to(b.weight.device))
-            )
+    _family(spec.kind).fix(model, spec)
     for parameter in _trained_parameters(model, spec).values():
         parameter.requires_grad_(True)
     set_trained(model, spec, initial_arrays(spec))
@@ -260,6 +201,13 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
+def _default_modules(kind: str, model_type: str) -> tuple[list[str], list[str]]:
+    """Return what `auto` means for a kind, and which modules have their input adapted."""
+    if kind == "ia3":
+        return ia3.default_modules(model_type)
+    return ["q_proj", "v_proj"], []
+
+
 def _linear_shapes(
     model_config: "PretrainedConfig",
 ) -> tuple[dict[str, tuple[int, int]], set[str]]:
@@ -291,60 +239,16 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def _generator(seed: int, name: str) -> np.random.Generator:
-    """Return a generator that is the same in every process for a seed and a name."""
-    return np.random.default_rng([seed, zlib.crc32(name.encode())])
-
-
-def _orthonormal_columns(seed: int, name: str, rows: int, columns: int) -> Any:
-    """Return a (rows, columns) float32 matrix with orthonormal columns."""
-    q, r = np.linalg.qr(_generator(seed, name).standard_normal((rows, columns)))
-    # QR is unique up to the signs of R's diagonal, which LAPACKs choose differently.
-    return np.ascontiguousarray(q * np.where(np.diag(r) < 0, -1.0, 1.0), np.float32)
-
-
-def _fixed_a(spec: AdapterSpec, module: str, in_features: int) -> Any:
-    """Return the fixed A (r, in): orthonormal rows."""
-    columns = _orthonormal_columns(spec.seed, module + ".A", in_features, spec.rank)
-    return np.ascontiguousarray(columns.T)
-
-
-def _fixed_left(spec: AdapterSpec, module: str, out_features: int) -> Any:
-    """Return the fixed left factor (out, r) of a core: orthonormal columns."""
-    return _orthonormal_columns(spec.seed, module + ".B", out_features, spec.rank)
-
-
-def _fixed_left_module(left: "torch.Tensor") -> Any:
-    """Make the parametrisation weight = left @ core, whose parameter is the core."""
-    import torch
-
-    class FixedLeft(torch.nn.Module):
-        left: torch.Tensor
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("left", left)
-
-        def forward(self, core: torch.Tensor) -> torch.Tensor:
-            return self.left @ core
-
-        def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
-            return self.left.T @ weight
-
-    return FixedLeft()
-
-
 def _trained_parameters(
     model: "PeftModel", spec: AdapterSpec
 ) -> dict[str, "torch.nn.Parameter"]:
     """Return the model's parameters under the names that travel."""
     base = model.get_base_model()
+    family = _family(spec.kind)
     parameters = {}
-    for name in spec.trained_shapes:
-        module, side = name.removeprefix(PREFIX).removesuffix(".weight").rsplit(".", 1)
+    for module in spec.modules:
         layer = base.get_submodule(module)
-        if side == "lora_core":
-            parameters[name] = layer.lora_B["default"].parametrizations.weight.original
-        else:
-            parameters[name] = getattr(layer, side)["default"].weight
+        start = f"{PREFIX}{module}."
+        for side in spec.trained_sides(module):
+            parameters[start + side] = family.parameter(layer, side)
     return parameters

@@ -73,16 +73,20 @@ class ModelConfig:
 class AdapterConfig:
     """The adapter, which travels and is trained."""
 
-    kind: Literal["ffa-lora", "lora-core", "lora"] = "ffa-lora"
-    """`ffa-lora` trains B, `lora-core` an r x r core, `lora` both factors."""
+    kind: Literal["ffa-lora", "lora-core", "lora", "ia3", "vera", "auto"] = "ffa-lora"
+    """`ffa-lora` trains LoRA's B, `lora-core` an r x r core, `lora` both factors, `ia3` a
+    factor for each output or input, `vera` two vectors a module; `auto`: the server takes
+    the one with the best expected result."""
     rank: Annotated[int, Strict(), Field(ge=1, le=1024)] = 8
-    """Rank r of the update of each target module."""
+    """Rank r of the update of each target module; `ia3` has none and does not use it."""
     alpha: PositiveAmount = 16.0
-    """The update is scaled by alpha / rank."""
+    """The update is scaled by alpha / rank; `ia3` and `vera` do not use it."""
     dropout: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input while training."""
-    target_modules: Name = "q_proj,v_proj"
-    """Names of linear layers, separated by commas, or `all-linear`."""
+    """Dropout on the adapter's input while training; `ia3` has none and refuses it."""
+    target_modules: Name = "auto"
+    """Names of linear layers, separated by commas, or `all-linear`. `auto`: `q_proj` and
+    `v_proj`; for `ia3` PEFT's choice for the architecture (Llama: `k_proj`, `v_proj` and
+    `down_proj`)."""
 
 
 @dataclass(frozen=True, config=_SECTION)
@@ -304,7 +308,14 @@ def _similar_key(location: tuple[str | int, ...]) -> str:
 def _contradictions(config: RunConfig) -> list[str]:
     """Name the settings that are each allowed, but not together."""
     problems = []
-    train, strategy, privacy = config.train, config.strategy, config.privacy
+    adapter, train = config.adapter, config.train
+    strategy, privacy = config.strategy, config.privacy
+    if adapter.dropout > 0 and adapter.kind in ("ia3", "auto"):
+        problems.append(
+            f"adapter.dropout: must be 0.0 where adapter.kind is {adapter.kind!r} "
+            f"(got {adapter.dropout}): ia3 has no dropout"
+            + (", and auto may take it" if adapter.kind == "auto" else "")
+        )
     if train.local_steps == 0 and train.local_epochs == 0:
         problems.append("train.local-epochs: must be > 0 where train.local-steps is 0")
     if 0 < train.local_steps <= train.warmup_steps:

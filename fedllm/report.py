@@ -95,12 +95,12 @@ def _card(run: dict[str, Any]) -> str:
 base_model: {run["config"]["base"]}
 library_name: peft
 pipeline_tag: text-generation
-tags: [federated-learning, differential-privacy, lora]
+tags: [federated-learning, differential-privacy, {_method(settings)}]
 ---
 
 # An adapter for {settings["model.name"]}
 
-A LoRA adapter ({settings["adapter.kind"]}, rank {settings["adapter.rank"]}) trained by
+An adapter of kind {settings["adapter.kind"]}{_rank(settings)}, trained by
 fedllm on {run["config"]["num_clients"]} clients in {rounds} rounds; data:
 {settings["data.name"]}.
 
@@ -126,6 +126,19 @@ model = AutoPeftModelForCausalLM.from_pretrained("peft_final")
 
 A small language model states wrong things fluently. Its text is not medical advice.
 """
+
+
+def _method(settings: dict[str, Any]) -> str:
+    """Name PEFT's method, as the hub tags it: three kinds are LoRA."""
+    kind = str(settings["adapter.kind"])
+    return kind if kind in ("ia3", "vera") else "lora"
+
+
+def _rank(settings: dict[str, Any]) -> str:
+    """Say the rank of a kind that has one."""
+    if settings["adapter.kind"] == "ia3":
+        return ""
+    return f", rank {settings['adapter.rank']}"
 
 
 def _verdict(result: dict[str, Any]) -> str:

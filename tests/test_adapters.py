@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import json
 import os
@@ -12,10 +13,24 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+)
 
+from fedllm import models
 from fedllm.adapter_files import load_adapter, read_base_name, read_origin, save_adapter
 from fedllm.adapters import (
     AdapterSpec,
@@ -24,17 +39,19 @@ from fedllm.adapters import (
     check_arrays,
     get_trained,
     initial_arrays,
-    lora_arrays,
+    peft_arrays,
     set_trained,
 )
 from fedllm.config import AdapterConfig
 from fedllm.errors import AdapterError
 from fedllm.models import load_config
 
-KINDS = ["ffa-lora", "lora-core", "lora"]
+KINDS = ["ffa-lora", "lora-core", "lora", "ia3", "vera"]
 IDS = torch.arange(3, 35).reshape(2, 16)
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
+K = "base_model.model.model.layers.0.self_attn.k_proj"
 V = "base_model.model.model.layers.0.self_attn.v_proj"
+DOWN = "base_model.model.model.layers.0.mlp.down_proj"
 
 
 def make_spec(folder: Path, kind: str = "ffa-lora", seed: int = 5, **more: Any) -> Any:
@@ -44,6 +61,18 @@ def make_spec(folder: Path, kind: str = "ffa-lora", seed: int = 5, **more: Any) 
 
 def load_base(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def load_quantised(folder: Path, home: Path, bits: int) -> Any:
+    return models.load_base(str(folder), bits, home, "cpu")
+
+
+def load_4_bit_float32(folder: Path) -> Any:
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=bits, device_map="cpu"
+    )
+    return model.eval()
 
 
 def random_arrays(spec: AdapterSpec, seed: int = 0) -> dict[str, Any]:
@@ -78,21 +107,38 @@ def saved(tiny_llama: Path, tmp_path: Path) -> Path:
     return tmp_path / "a"
 
 
-@pytest.mark.parametrize(
-    ("kind", "names", "shapes"),
-    [
-        ("ffa-lora", ["lora_B"], [(64, 4), (32, 4)]),
-        ("lora-core", ["lora_core"], [(4, 4), (4, 4)]),
-        ("lora", ["lora_A", "lora_B"], [(4, 64), (64, 4), (4, 64), (32, 4)]),
-    ],
-)
-def test_each_kind_declares_what_it_trains(tiny_llama, kind, names, shapes):
+DECLARED = {
+    "ffa-lora": {f"{Q}.lora_B.weight": (64, 4), f"{V}.lora_B.weight": (32, 4)},
+    "lora-core": {f"{Q}.lora_core.weight": (4, 4), f"{V}.lora_core.weight": (4, 4)},
+    "lora": {
+        f"{Q}.lora_A.weight": (4, 64),
+        f"{Q}.lora_B.weight": (64, 4),
+        f"{V}.lora_A.weight": (4, 64),
+        f"{V}.lora_B.weight": (32, 4),
+    },
+    "ia3": {
+        f"{DOWN}.ia3_change": (128,),
+        f"{K}.ia3_change": (32,),
+        f"{V}.ia3_change": (32,),
+    },
+    "vera": {
+        f"{Q}.vera_lambda_b": (64,),
+        f"{Q}.vera_lambda_d": (4,),
+        f"{V}.vera_lambda_b": (32,),
+        f"{V}.vera_lambda_d": (4,),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_declares_what_it_trains(tiny_llama, kind):
     spec = make_spec(tiny_llama, kind)
 
-    expected = [f"{module}.{name}.weight" for module in (Q, V) for name in names]
     in_layer_0 = {n: s for n, s in spec.trained_shapes.items() if ".layers.0." in n}
-    assert in_layer_0 == dict(zip(expected, shapes, strict=True))
-    assert spec.num_trainable == 2 * sum(a * b for a, b in shapes)
+    assert in_layer_0 == DECLARED[kind]
+    assert list(in_layer_0) == list(DECLARED[kind])
+    values = sum(int(np.prod(shape)) for shape in DECLARED[kind].values())
+    assert spec.num_trainable == 2 * values
 
 
 def test_the_spec_needs_no_weights(tiny_llama, tmp_path):
@@ -115,7 +161,7 @@ def test_fixed_factors_are_orthonormal(tiny_llama, kind):
     eye = {name: np.eye(4, dtype=np.float32) for name in spec.trained_shapes}
     trained = random_arrays(spec) if kind == "ffa-lora" else eye
 
-    for name, value in lora_arrays(spec, trained).items():
+    for name, value in peft_arrays(spec, trained).items():
         if "lora_A" in name:
             np.testing.assert_allclose(value @ value.T, np.eye(4), atol=1e-6)
         elif kind == "lora-core":
@@ -124,8 +170,8 @@ def test_fixed_factors_are_orthonormal(tiny_llama, kind):
 
 def test_fixed_factors_differ_by_module_and_by_seed(tiny_llama):
     spec, other = make_spec(tiny_llama, seed=5), make_spec(tiny_llama, seed=6)
-    arrays = lora_arrays(spec, initial_arrays(spec))
-    others = lora_arrays(other, initial_arrays(other))
+    arrays = peft_arrays(spec, initial_arrays(spec))
+    others = peft_arrays(other, initial_arrays(other))
     factors = [value for name, value in arrays.items() if "lora_A" in name]
 
     assert len({factor.tobytes() for factor in factors}) == len(factors)
@@ -135,14 +181,14 @@ def test_fixed_factors_differ_by_module_and_by_seed(tiny_llama):
 _PRINT_DIGEST = """
 import hashlib, sys
 import numpy as np
-from fedllm.adapters import AdapterSpec, initial_arrays, lora_arrays
+from fedllm.adapters import AdapterSpec, initial_arrays, peft_arrays
 assert "torch" not in sys.modules
-for kind in ("ffa-lora", "lora-core", "lora"):
+for kind in ("ffa-lora", "lora-core", "lora", "vera"):
     spec = AdapterSpec(kind, 8, 16.0, 0.0, ("q",), {"m.q": (192, 576)}, 42)
     trained = initial_arrays(spec)
     if kind == "lora-core":
         trained = {n: np.eye(8, dtype=np.float32) for n in trained}
-    values = lora_arrays(spec, trained)
+    values = peft_arrays(spec, trained)
     print(hashlib.sha256(b"".join(values[n].tobytes() for n in sorted(values))).hexdigest())
 """
 
@@ -160,7 +206,7 @@ def test_fixed_factors_are_the_same_in_every_process():
         outputs.append(done.stdout.split())
 
     assert outputs[0] == outputs[1]
-    assert len(set(outputs[0])) == 3
+    assert len(set(outputs[0])) == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,10 +249,98 @@ def test_the_mean_of_the_trained_values_is_the_mean_of_the_updates(tiny_llama, k
 
     products = [
         folded[f"{Q}.lora_B.weight"] @ folded[f"{Q}.lora_A.weight"]
-        for folded in (lora_arrays(spec, arrays) for arrays in (one, two, mean))
+        for folded in (peft_arrays(spec, arrays) for arrays in (one, two, mean))
     ]
 
     np.testing.assert_allclose(products[2], (products[0] + products[1]) / 2, atol=1e-6)
+
+
+def test_the_mean_of_ia3s_changes_is_the_mean_of_its_factors(tiny_llama):
+    spec = make_spec(tiny_llama, "ia3")
+    one, two = random_arrays(spec, 1), random_arrays(spec, 2)
+    mean = {name: (one[name] + two[name]) / 2 for name in one}
+
+    factors = [peft_arrays(spec, arrays) for arrays in (one, two, mean)]
+
+    for name, factor in factors[2].items():
+        exact = (factors[0][name] + factors[1][name]) / 2
+        np.testing.assert_allclose(factor, exact, atol=1e-6)
+
+
+def test_ia3_rescales_inputs_of_the_feed_forward_part_alone(tiny_llama):
+    spec = make_spec(tiny_llama, "ia3", target_modules="all-linear")
+
+    arrays = peft_arrays(spec, initial_arrays(spec))
+    rows = {name.split(".")[-2] for name, a in arrays.items() if a.shape[0] == 1}
+    assert rows == {"down_proj"}
+    assert all((factor == 1).all() for factor in arrays.values())
+
+
+def test_ia3_takes_pefts_modules_for_the_architecture():
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 20}
+    config = Qwen2Config(**small, num_attention_heads=2, num_key_value_heads=2)
+
+    spec = adapter_spec(AdapterConfig(kind="ia3"), config, 0)
+
+    assert spec.target_modules == ("down_proj", "q_proj", "v_proj")
+    assert spec.feedforward == ("down_proj",)
+
+
+def test_small_changes_of_ia3_are_not_rounded_away(attached):
+    model, spec = attached["ia3"]
+    tiny = {n: np.full(s, 1e-12, np.float32) for n, s in spec.trained_shapes.items()}
+
+    set_trained(model, spec, tiny)
+
+    assert all((get_trained(model, spec)[n] == tiny[n]).all() for n in tiny)
+
+
+def test_veras_rank_may_pass_a_side_and_its_factors_are_shared(tiny_llama):
+    spec = make_spec(tiny_llama, "vera", rank=256)
+
+    model = attach(load_base(tiny_llama), spec)
+
+    layers = [m for m in model.modules() if hasattr(m, "vera_lambda_d")]
+    assert len(layers) == 4
+    assert len({layer.vera_A["default"].data_ptr() for layer in layers}) == 1
+    assert layers[0].vera_A["default"].shape == (256, 64)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_trains_and_opens_on_a_quantised_base(
+    tiny_llama, tmp_path, kind, bits
+):
+    spec = make_spec(tiny_llama, kind)
+    arrays = random_arrays(spec)
+    model = attach(load_quantised(tiny_llama, tmp_path, bits), spec)
+    set_trained(model, spec, arrays)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    save_adapter(tmp_path / "a", spec, arrays, str(tiny_llama), {})
+
+    opened = load_adapter(
+        load_quantised(tiny_llama, tmp_path, bits), tmp_path / "a"
+    ).eval()
+
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is not None and g.abs().max() > 0 for g in gradients)
+    torch.testing.assert_close(logits(opened), logits(model.eval()), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_alone_gives_the_same_logits_on_a_4_bit_base(tiny_llama, tmp_path, kind):
+    spec = make_spec(tiny_llama, kind)
+    arrays = random_arrays(spec)
+    model = attach(load_4_bit_float32(tiny_llama), spec).eval()
+    set_trained(model, spec, arrays)
+    save_adapter(tmp_path, spec, arrays, str(tiny_llama), {})
+
+    base = load_4_bit_float32(tiny_llama)
+    alone = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+
+    torch.testing.assert_close(logits(alone), logits(model), rtol=1e-4, atol=1e-4)
+    with alone.disable_adapter():
+        assert (logits(alone) - logits(model)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -318,17 +452,32 @@ def test_what_a_saved_adapter_speaks_for_can_be_read(saved, tiny_llama):
     assert origin["adapter"]["rank"] == 4
 
 
-def test_an_adapter_of_plain_peft_opens(tiny_llama, tmp_path):
-    plain = get_peft_model(
-        load_base(tiny_llama),
-        LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
-    ).eval()
+PLAIN = [
+    LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+    IA3Config(task_type="CAUSAL_LM", init_ia3_weights=False),
+    VeraConfig(r=3, target_modules=["q_proj"], init_weights=False),
+]
+
+
+@pytest.mark.parametrize("config", PLAIN, ids=["LoRA", "IA3", "VeRA"])
+def test_an_adapter_of_plain_peft_opens(tiny_llama, tmp_path, config):
+    plain = get_peft_model(load_base(tiny_llama), copy.deepcopy(config)).eval()
     plain.save_pretrained(str(tmp_path))
 
     assert read_base_name(tmp_path) == str(tiny_llama)
     assert read_origin(tmp_path) == {}
     loaded = load_adapter(load_base(tiny_llama), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), logits(plain))
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("ia3", "k_proj"), ("vera", "v_proj")])
+def test_another_bases_vectors_are_refused(tiny_llama, tmp_path, kind, layer):
+    spec = make_spec(tiny_llama, kind)
+    save_adapter(tmp_path, spec, random_arrays(spec), str(tiny_llama), {})
+    config = LlamaConfig.from_pretrained(tiny_llama, num_key_value_heads=4)
+
+    with pytest.raises(AdapterError, match=f"another base model.*{layer}.*64 outputs"):
+        load_adapter(AutoModelForCausalLM.from_config(config), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from fedllm.adapters import adapter_spec
@@ -122,13 +122,19 @@ def test_a_named_round_answers_for_itself(run, capsys):
     assert got["answers_for"].endswith("peft_2, round 2")
 
 
-def test_an_adapter_of_plain_peft_answers(tiny_chat_llama, tmp_path, capsys):
+@pytest.mark.parametrize("bits", ["0", "4"])
+@pytest.mark.parametrize("make_config", [LoraConfig, IA3Config, VeraConfig])
+def test_an_adapter_of_plain_peft_answers(
+    tiny_chat_llama, tmp_path, capsys, make_config, bits
+):
     base = AutoModelForCausalLM.from_pretrained(tiny_chat_llama, dtype=torch.float32)
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    config = make_config(task_type="CAUSAL_LM", target_modules=["v_proj"])
+    if make_config is IA3Config:
+        config.feedforward_modules = set()
     get_peft_model(base, config).save_pretrained(str(tmp_path / "plain"))
     arguments = [*QUESTION, "--peft-path", str(tmp_path / "plain")]
 
-    got = ask_json(capsys, *arguments, "--quantization", "0")
+    got = ask_json(capsys, *arguments, "--quantization", bits)
 
     assert str(tmp_path / "plain") in got["answers_for"]
     assert str(tiny_chat_llama) in got["answers_for"]
