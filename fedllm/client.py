@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
 
+from fedllm.adapter_choice import with_kind
 from fedllm.config import RunConfig, fedllm_home, parse_run_config
 from fedllm.errors import ConfigError, DataError, FedllmError
 from fedllm.replies import (
+    ADAPTER_KIND,
     ARRAYS,
     CONFIG,
     METRICS,
@@ -148,10 +150,10 @@ def _train(message: Message, context: Context, config: RunConfig) -> RecordDict:
     from fedllm.training import train_adapter, training_seed
 
     started = time.monotonic()
-    resident = _load(config)
+    record = message.content.config_records[CONFIG]
+    resident = _load(with_kind(config, record.get(ADAPTER_KIND)))
     partition_id, _ = partition_of(context)
     examples = _examples(resident, context, config)
-    record = message.content.config_records[CONFIG]
     arrays = read_global(
         message.content.array_records[ARRAYS], resident.spec.trained_shapes
     )
@@ -189,16 +191,17 @@ def _evaluate(message: Message, context: Context, config: RunConfig) -> RecordDi
 
     if config.privacy.unit != "none":
         raise ConfigError("privacy.unit: clients evaluate only where it is 'none'")
-    resident = _load(config)
+    record = message.content.config_records[CONFIG]
+    resident = _load(with_kind(config, record.get(ADAPTER_KIND)))
     examples = _examples(resident, context, config)
     shapes = resident.spec.trained_shapes
     arrays = read_global(message.content.array_records[ARRAYS], shapes)
     set_trained(resident.model, resident.spec, arrays)
     examples = examples[: config.strategy.evaluate_examples or None]
     score = held_out(resident.model, examples, resident.tokenizer.pad_token_id or 0)
-    record = MetricRecord({"num-examples": score.num_examples})
-    record["eval-loss"] = score.loss
-    return RecordDict({METRICS: record})
+    metrics = MetricRecord({"num-examples": score.num_examples})
+    metrics["eval-loss"] = score.loss
+    return RecordDict({METRICS: metrics})
 
 
 def _load(config: RunConfig) -> _Resident:

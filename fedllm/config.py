@@ -37,6 +37,8 @@ _SECTION = ConfigDict(
     use_attribute_docstrings=True,
 )
 
+AdapterKind = Literal["ffa-lora", "lora-core", "lora", "ia3", "vera", "auto"]
+
 Text = Annotated[str, Strict()]
 Name = Annotated[str, Strict(), Field(min_length=1)]
 Flag = Annotated[bool, Strict()]
@@ -73,7 +75,7 @@ class ModelConfig:
 class AdapterConfig:
     """The adapter, which travels and is trained."""
 
-    kind: Literal["ffa-lora", "lora-core", "lora", "ia3", "vera", "auto"] = "ffa-lora"
+    kind: AdapterKind = "ffa-lora"
     """`ffa-lora` trains LoRA's B, `lora-core` an r x r core, `lora` both factors, `ia3` a
     factor for each output or input, `vera` two vectors a module; `auto`: the server takes
     the one with the best expected result."""

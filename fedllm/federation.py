@@ -16,6 +16,7 @@ from typing import Any
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
+from fedllm.adapter_choice import choose_adapter, with_kind
 from fedllm.adapters import AdapterSpec, Arrays, adapter_spec, initial_arrays
 from fedllm.config import RunConfig, fedllm_home, flat
 from fedllm.errors import FederationError
@@ -26,7 +27,7 @@ from fedllm.privacy.accounting import plain
 from fedllm.privacy.ledger import Ledger, no_privacy
 from fedllm.promise import probe_noise, say_promise
 from fedllm.public_rows import PublicRows
-from fedllm.replies import array_record, read_global
+from fedllm.replies import ADAPTER_KIND, array_record, read_global
 from fedllm.report import write_report
 from fedllm.run_directory import (
     CONFIG_FILE,
@@ -74,9 +75,16 @@ class Federation:
         logger.info("run folder: %s", self.directory.path)
         self.base_name = locate(config.model.name, home)
         model_config = load_config(self.base_name)
+        if config.adapter.kind != "auto":
+            # Whatever is wrong with it is said before anybody is waited for.
+            adapter_spec(config.adapter, model_config, config.seed)
+        self.population = wait_for_clients(grid, config)
+        if config.adapter.kind == "auto":
+            choice = choose_adapter(config, len(self.population))
+            logger.info("adapter.kind auto: %s; %s", choice.kind, choice.reason)
+            config = self.config = with_kind(config, choice.kind)
         self.spec: AdapterSpec = adapter_spec(config.adapter, model_config, config.seed)
         self.public = PublicRows(config, self.base_name, self.spec, home)
-        self.population = wait_for_clients(grid, config)
         self.ledger: Ledger | None = None
         if config.privacy.unit != "none":
             size, d = len(self.population), self.spec.num_trainable
@@ -131,7 +139,7 @@ class Federation:
         started = time.monotonic()
         messages = list(
             self.strategy.configure_train(
-                server_round, array_record(self.arrays), ConfigRecord(), self.grid
+                server_round, array_record(self.arrays), self._instructions(), self.grid
             )
         )
         waiting = Gathering(self.grid, messages, config.strategy.round_timeout)
@@ -174,6 +182,10 @@ class Federation:
             parts.append(f"{done - started:.0f} s")
         logger.info("%s", ", ".join(parts))
 
+    def _instructions(self) -> ConfigRecord:
+        """Return what every message says besides its round: which adapter it holds."""
+        return ConfigRecord({ADAPTER_KIND: self.spec.kind})
+
     def _evaluate_base(self) -> None:
         """Measure the untuned model, which is round 0."""
         started = time.monotonic()
@@ -196,7 +208,7 @@ class Federation:
         """Ask clients for the loss on their own rows; without DP only."""
         messages = list(
             self.strategy.configure_evaluate(
-                server_round, array_record(self.arrays), ConfigRecord(), self.grid
+                server_round, array_record(self.arrays), self._instructions(), self.grid
             )
         )
         if not messages:

@@ -14,6 +14,9 @@ CONFIG = "config"
 METRICS = "metrics"
 ERROR = "error"
 
+ADAPTER_KIND = "adapter-kind"
+"""Entry of a message's config: the kind that the server took where the run says auto."""
+
 ERROR_CODES = (
     "no-data",
     "out-of-memory",

@@ -10,7 +10,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedllm.replies import ARRAYS, CONFIG, array_record
+from fedllm.replies import ADAPTER_KIND, ARRAYS, CONFIG, array_record
 
 RUN_ID = 7
 
@@ -40,9 +40,15 @@ def train_instruction(
     server_round: int = 1,
     learning_rate: float = 0.5,
     message_type: str = "train",
+    adapter_kind: str | None = None,
 ) -> Message:
     """Return what the server asks of a client in a round."""
-    config = {"server-round": server_round, "learning-rate": learning_rate}
+    config: dict[str, Any] = {
+        "server-round": server_round,
+        "learning-rate": learning_rate,
+    }
+    if adapter_kind is not None:
+        config[ADAPTER_KIND] = adapter_kind
     content = RecordDict({ARRAYS: array_record(arrays), CONFIG: ConfigRecord(config)})
     return instruction(content, message_type)
 

@@ -154,6 +154,39 @@ def test_another_adapter_takes_the_place_of_the_resident_one(answer, run_config)
     assert len(client._resident) == 1
 
 
+@pytest.mark.parametrize("kind", ["ia3", "vera", "lora-core"])
+def test_where_the_run_says_auto_the_kind_is_the_one_that_the_server_names(
+    answer, run_config, kind
+):
+    config = parse_run_config({**run_config, "adapter.kind": kind})
+    spec = adapter_spec(config.adapter, load_config(config.model.name), config.seed)
+    fresh = initial_arrays(spec)
+    message = train_instruction(fresh, adapter_kind=kind)
+
+    reply = answer({"adapter.kind": "auto"}, message=message)
+
+    assert set(values(reply, fresh)) == set(fresh)
+
+
+@pytest.mark.parametrize("named", [None, "auto", "qlora"])
+@pytest.mark.parametrize("message_type", ["train", "evaluate"])
+def test_an_auto_that_the_server_leaves_open_is_refused(
+    answer, arrays, named, message_type
+):
+    message = train_instruction(arrays, adapter_kind=named, message_type=message_type)
+
+    reply = answer({"adapter.kind": "auto", **WITHOUT_DP}, message=message)
+
+    assert code_of(reply) == "bad-config"
+    assert "adapter.kind: is 'auto'" in text_of(reply)
+
+
+def test_a_run_that_names_its_kind_is_not_overruled_by_the_server(answer, arrays):
+    reply = answer(message=train_instruction(arrays, adapter_kind="lora"))
+
+    assert set(values(reply, arrays)) == set(arrays)
+
+
 ERRORS = [
     (ConfigError(SECRET), "bad-config"),
     (DataError(SECRET), "no-data"),

@@ -87,7 +87,8 @@ def test_a_preset_says_its_whole_command(preset: Path):
         ("model.quantization", 5, "must be 0, 4 or 8 (got 5)"),
         ("model.quantization", False, "must be an integer (got False)"),
         ("model.name", "", "model.name"),
-        ("adapter.kind", "qlora", "'ffa-lora', 'lora-core' or 'lora' (got 'qlora')"),
+        ("adapter.kind", "qlora", "'ia3', 'vera' or 'auto' (got 'qlora')"),
+        ("adapter.target-modules", "", "adapter.target-modules"),
         ("adapter.rank", 0, "adapter.rank"),
         ("privacy.clipping-norm", -1, "privacy.clipping-norm: must be greater than 0"),
         ("privacy.delta", 1.0, "privacy.delta"),
@@ -143,6 +144,14 @@ def test_no_privacy_does_not_silently_ignore_a_noise_setting():
             {"privacy.unit": "none", "privacy.target-epsilon": 0.0}
             | {"privacy.noise-multiplier": 1.0}
         )
+
+
+@pytest.mark.parametrize("kind", ["ia3", "auto"])
+def test_dropout_is_refused_where_the_kind_may_have_none(kind):
+    with pytest.raises(ConfigError, match="adapter.dropout: must be 0.0 where"):
+        parse_run_config({"adapter.kind": kind, "adapter.dropout": 0.1})
+
+    assert parse_run_config({"adapter.kind": kind}).adapter.kind == kind
 
 
 def test_a_noise_multiplier_is_allowed_where_target_epsilon_is_unset():

@@ -10,8 +10,9 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedllm import client
+from fedllm.adapter_choice import Choice
 from fedllm.config import flat, parse_run_config
-from fedllm.errors import FederationError, PrivacyError
+from fedllm.errors import AdapterError, FederationError, PrivacyError
 from fedllm.federation import Federation
 from fedllm.replies import ARRAYS, array_record, error_content
 from tests.flower_messages import RUN_ID
@@ -436,3 +437,65 @@ def test_only_due_and_best_rounds_are_kept(settings):
         wanted.add(f"peft_{result['best_round']}")
     assert wanted <= kept | {"peft_best"}
     assert "peft_1" not in kept or result["best_round"] >= 1
+
+
+@pytest.mark.parametrize("kind", ["ia3", "vera"])
+def test_a_run_with_peft_s_own_kinds_leaves_adapters_that_evaluate(
+    settings, tiny_llama, kind
+):
+    federation, _ = start({**settings, "adapter.kind": kind})
+    federation.run()
+
+    folder = federation.directory.path
+    told = json.loads((folder / "peft_final/adapter_config.json").read_text())
+    card = (folder / "README.md").read_text()
+    assert told["peft_type"].lower() == kind
+    assert f"An adapter of kind {kind}" in card
+    assert f"differential-privacy, {kind}]" in card
+    lines = lines_of(federation)
+    assert lines[1]["clients_rejected"] == 0
+    assert lines[2]["validation_loss"] is not None
+
+
+def test_auto_is_resolved_before_round_1_said_and_the_same_on_every_client(
+    settings, monkeypatch, caplog
+):
+    def choose(config, population_size):
+        assert population_size == 3
+        return Choice("lora-core", "because of a test")
+
+    monkeypatch.setattr("fedllm.federation.choose_adapter", choose)
+    quiet = {**NO_PRIVACY, "strategy.fraction-evaluate": 1.0}
+    with caplog.at_level(logging.INFO):
+        federation, grid = start({**settings, "adapter.kind": "auto", **quiet})
+        federation.run()
+
+    folder = federation.directory.path
+    config = json.loads((folder / "config.json").read_text())
+    origin = json.loads((folder / "peft_final/fedllm.json").read_text())
+    lines = [line for line in caplog.messages if "adapter.kind" in line]
+    assert lines == ["adapter.kind auto: lora-core; because of a test"]
+    assert config["run_config"]["adapter.kind"] == "lora-core"
+    assert origin["adapter"]["kind"] == "lora-core"
+    assert [line["clients_rejected"] for line in lines_of(federation)] == [0, 0, 0]
+    assert lines_of(federation)[2]["client_loss"] is not None
+    assert {m.content["config"]["adapter-kind"] for m in grid.sent} == {"lora-core"}
+
+
+def test_auto_without_evidence_takes_the_default_and_trains(settings, caplog):
+    with caplog.at_level(logging.INFO):
+        noisy = {"adapter.kind": "auto", "privacy.target-epsilon": 1.0}
+        federation, _ = start({**settings, **noisy})
+        federation.run()
+
+    assert federation.spec.kind == "ffa-lora"
+    assert "nothing was measured near 3 clients" in caplog.text
+
+
+def test_a_wrong_adapter_is_refused_before_anybody_is_waited_for(settings, monkeypatch):
+    def wait(*args):
+        raise AssertionError("waited")
+
+    monkeypatch.setattr("fedllm.federation.wait_for_clients", wait)
+    with pytest.raises(AdapterError, match="adapter.target-modules"):
+        start({**settings, "adapter.target-modules": "nonsense"})

@@ -1,0 +1,110 @@
+"""What `adapter.kind="auto"` means: the kind that the federation at hand does best with.
+
+Only public settings and what was measured beforehand enter, so it costs no privacy.
+"""
+
+from dataclasses import dataclass, replace
+
+from fedllm.config import AdapterKind, RunConfig
+from fedllm.errors import ConfigError
+from fedllm.noise_plan import privacy_settings
+from fedllm.privacy.planning import Frontier, expected, load_frontier, noise_level
+
+KINDS: tuple[AdapterKind, ...] = ("ffa-lora", "lora-core", "lora", "ia3", "vera")
+"""The closed list of kinds that a server may name."""
+
+_FALLBACK: AdapterKind = "ffa-lora"
+# A measurement says nothing of a run whose noise differs by more than this factor.
+_REACH = 4.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kind of adapter for a federation, and why.
+
+    Attributes:
+        kind: The kind of adapter.
+        reason: One line for a person.
+    """
+
+    kind: AdapterKind
+    reason: str
+
+
+def choose_adapter(
+    config: RunConfig, population_size: int, frontier: Frontier | None = None
+) -> Choice:
+    """Return the kind with the best expected gain for a federation.
+
+    Args:
+        config: The run config, which gives rounds, epsilon or noise, and sampling.
+        population_size: Clients in the federation, N.
+        frontier: What was measured; what comes with the package where None.
+    """
+    frontier = load_frontier() if frontier is None else frontier
+    level, noise = 0.0, "no noise"
+    if config.privacy.unit != "none":
+        # The number of values, here 1, does not enter what is used of the settings.
+        settings = privacy_settings(config, population_size, 1)
+        rounds, sampled = config.num_server_rounds, settings.num_sampled_clients
+        level = noise_level(settings.noise_multiplier, rounds, sampled)
+        noise = f"noise level {level:.3g}"
+    gains = {kind: expected_gain(kind, level, frontier) for kind in KINDS}
+    known = {kind: gain for kind, gain in gains.items() if gain is not None}
+    where = f"{population_size} clients, {config.num_server_rounds} rounds, {noise}"
+    if not known:
+        return Choice(
+            _FALLBACK, f"nothing was measured near {where}, so the default is taken"
+        )
+    ranked = sorted(known, key=lambda kind: -known[kind])
+    told = ", ".join(f"{kind} {known[kind]:.0%}" for kind in ranked)
+    return Choice(ranked[0], f"share of the best gain to expect with {where}: {told}")
+
+
+def expected_gain(kind: str, level: float, frontier: Frontier) -> float | None:
+    """Return the share of the best gain to expect of a kind of adapter.
+
+    Args:
+        kind: The kind of adapter.
+        level: `noise_level` of the planned run; 0.0 without noise.
+        frontier: What was measured.
+
+    Returns:
+        None where nothing was measured within a factor of 4 of that noise, or, without
+        noise, nothing without noise.
+    """
+    if level == 0:
+        quiet = [
+            row.loss
+            for row in frontier.rows
+            if row.kind == kind and row.epsilon is None
+        ]
+        return frontier.share(min(quiet)) if quiet else None
+    found = expected(kind, level, frontier)
+    if found is None:
+        return None
+    ratio = level / found.nearest.noise_level
+    if not found.inside and not 1 / _REACH <= ratio <= _REACH:
+        return None
+    return found.share
+
+
+def with_kind(config: RunConfig, kind: object) -> RunConfig:
+    """Return a run config whose `auto` is resolved; any other kind stays as it is.
+
+    Args:
+        config: The run config.
+        kind: What the server names.
+
+    Raises:
+        ConfigError: The run says `auto`, and the name is not of the closed list.
+    """
+    if config.adapter.kind != "auto":
+        return config
+    for known in KINDS:
+        if kind == known:
+            return replace(config, adapter=replace(config.adapter, kind=known))
+    raise ConfigError(
+        f"adapter.kind: is 'auto', for which the server must name one of "
+        f"{', '.join(KINDS)} (got {kind!r})"
+    )
