@@ -7,7 +7,7 @@ every process makes the same ones.
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -69,7 +69,31 @@ def adapter_spec(
         AdapterError: No module matches, or the rank is above a module's size.
     """
     linears, heads = _linear_shapes(model_config)
-    by_default, feedforward = _default_modules(config.kind, model_config.model_type)
+    defaults = _default_modules(config.kind, model_config.model_type)
+    return resolve(config, linears, heads, defaults, seed)
+
+
+def resolve(
+    config: AdapterConfig,
+    linears: Mapping[str, tuple[int, int]],
+    heads: Collection[str],
+    defaults: tuple[Collection[str], Collection[str]],
+    seed: int,
+) -> AdapterSpec:
+    """Resolve an adapter against a base model's linear layers, without torch.
+
+    Args:
+        config: The adapter's settings, with a kind that is not `auto`.
+        linears: Full name of every linear layer -> (out features, in features).
+        heads: Names of output heads, which are not adapted.
+        defaults: Last parts of the names of the modules that `auto` means, and of those
+            whose input is rescaled (IA3).
+        seed: Public seed of what is fixed.
+
+    Raises:
+        AdapterError: No module matches, or the rank is above a module's size.
+    """
+    by_default, feedforward = defaults
     wanted = {part.strip() for part in config.target_modules.split(",") if part.strip()}
     if wanted == {"auto"}:
         wanted = set(by_default)
@@ -85,9 +109,9 @@ def adapter_spec(
                 f"such linear layer in this model; it has {', '.join(known)}"
             )
         chosen = {name for names in matched.values() for name in names}
-        if chosen & heads:
+        if met := sorted(chosen.intersection(heads)):
             raise AdapterError(
-                f"adapter.target-modules: {', '.join(sorted(chosen & heads))} is the "
+                f"adapter.target-modules: {', '.join(met)} is the "
                 "output head, which is not adapted; leave it out"
             )
         modules = {name: linears[name] for name in chosen}

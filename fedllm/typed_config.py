@@ -64,7 +64,7 @@ def _pairs(text: str) -> dict[str, Scalar]:
     from flwr.common.config import parse_config_args
 
     try:
-        return dict(parse_config_args([text]))  # type: ignore[arg-type]
+        return dict(parse_config_args([text]))
     except (ClickException, ValueError) as error:
         told = getattr(error, "message", error)
         raise ConfigError(f"--run-config: {told}") from None

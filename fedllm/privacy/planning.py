@@ -77,7 +77,7 @@ class Measured:
 
     @property
     def noise_level(self) -> float:
-        """z * sqrt(T) / n, see `noise_level`."""
+        """Z * sqrt(T) / n, see `noise_level`."""
         return noise_level(self.noise_multiplier, self.rounds, self.clients)
 
     @property

@@ -1,0 +1,406 @@
+"""Plan a private federation: epsilon, noise, what to expect, what would be better.
+
+    python -m fedllm.commands.plan --clients 20
+    python -m fedllm.commands.plan --run-config configs/private-100.toml --epsilon 2
+    python -m fedllm.commands.plan --clients 20 --rounds 100 --noise-multiplier 0.02
+
+No client is asked, and nothing is loaded but with `--probe`, which makes the noise of all
+rounds, puts it into the fresh adapter of the real base model and scores that on the public
+validation rows.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedllm.adapter_choice import choose_adapter, with_kind
+from fedllm.adapters import resolve
+from fedllm.config import RunConfig, parse_run_config
+from fedllm.errors import ConfigError, FedllmError
+from fedllm.linear_shapes import linear_shapes
+from fedllm.noise_plan import privacy_settings
+from fedllm.privacy.accounting import (
+    Epsilons,
+    calibrate,
+    epsilons,
+    plain,
+    strength,
+)
+from fedllm.privacy.ledger import Ledger, PrivacySettings
+from fedllm.privacy.planning import (
+    Expected,
+    expected,
+    load_frontier,
+    noise_level,
+    noise_to_signal,
+)
+from fedllm.typed_config import typed_config
+
+_DEFAULT_CLIENTS = 20
+_EPSILONS = (1.0, 2.0, 4.0, 8.0)
+_WORTH_SAYING = 0.02
+# What adapter.target-modules "auto" means for models of Llama's kind.
+_LORA_MODULES = (("q_proj", "v_proj"), ())
+_IA3_MODULES = (("k_proj", "v_proj", "down_proj"), ("down_proj",))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
+    args = _parser().parse_args(arguments)
+    try:
+        config = _config(args)
+        clients = config.strategy.num_clients or _DEFAULT_CLIENTS
+        chosen = (
+            choose_adapter(config, clients) if config.adapter.kind == "auto" else None
+        )
+        if chosen is not None:
+            config = with_kind(config, chosen.kind)
+        if args.trainable is not None and args.trainable < 1:
+            raise ConfigError(f"--trainable: must be at least 1 (got {args.trainable})")
+        d = args.trainable or _num_trainable(config)
+        settings = privacy_settings(config, clients, d)
+        plan = _plan(config, settings)
+        plan["auto"] = chosen.reason if chosen is not None else None
+        if args.plot:
+            plan["plot"] = str(_plot(config, settings, Path(args.plot)))
+        if args.probe:
+            plan["noise_probe"] = _probe(config, settings)
+    except FedllmError as error:
+        sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
+    if args.json:
+        sys.stdout.write(json.dumps(plan, indent=2) + "\n")
+    else:
+        sys.stdout.write("\n".join(_lines(config, settings, plan)) + "\n")
+
+
+def _config(args: argparse.Namespace) -> RunConfig:
+    """Return the run config with what the flags say in its place."""
+    settings = typed_config(args.run_config or [])
+    flags = {
+        "strategy.num-clients": args.clients,
+        "num-server-rounds": args.rounds,
+        "strategy.sampling": args.sampling,
+        "strategy.fraction-train": args.fraction,
+        "privacy.delta": args.delta,
+        "adapter.kind": args.kind,
+        "adapter.rank": args.rank,
+        "adapter.target-modules": args.target_modules,
+        "model.name": args.model,
+    }
+    if args.epsilon is not None:
+        flags |= {"privacy.target-epsilon": args.epsilon}
+        flags |= {"privacy.noise-multiplier": 0.0}
+    if args.noise_multiplier is not None:
+        flags |= {"privacy.noise-multiplier": args.noise_multiplier}
+        flags |= {"privacy.target-epsilon": 0.0}
+    settings.update({k: v for k, v in flags.items() if v is not None})
+    config = parse_run_config(settings)
+    if config.privacy.unit != "client":
+        raise ConfigError(
+            "privacy.unit: only 'client' is planned for here "
+            f"(got {config.privacy.unit!r})"
+        )
+    return config
+
+
+def _num_trainable(config: RunConfig) -> int:
+    """Return d without loading the model."""
+    shapes = linear_shapes(config.model.name)
+    defaults = _IA3_MODULES if config.adapter.kind == "ia3" else _LORA_MODULES
+    return resolve(config.adapter, shapes, (), defaults, config.seed).num_trainable
+
+
+def _plan(config: RunConfig, settings: PrivacySettings) -> dict[str, Any]:
+    """Return everything that is known beforehand, for --json and for the lines."""
+    spent = _spent(settings, settings.planned_rounds)
+    return {
+        "num_clients": settings.population_size,
+        "num_sampled_clients": settings.num_sampled_clients,
+        "sampling": settings.sampling,
+        "num_rounds": settings.planned_rounds,
+        "num_trainable": settings.num_trainable,
+        "noise_multiplier": settings.noise_multiplier,
+        "epsilon": spent.zero_out,
+        "epsilon_replace_one": spent.replace_one,
+        "delta": settings.delta,
+        "accountant": spent.accountant,
+        "strength": strength(spent.zero_out),
+        "noise_to_signal": _ratio(settings),
+        "expected": _expected_dict(_expect(config.adapter.kind, settings)),
+        "better": _better(config, settings),
+    }
+
+
+def _spent(settings: PrivacySettings, rounds: int) -> Epsilons:
+    """Return what a number of rounds spends."""
+    return epsilons(
+        settings.noise_multiplier,
+        rounds,
+        settings.delta,
+        settings.sampling,
+        settings.num_sampled_clients / settings.population_size,
+    )
+
+
+def _ratio(settings: PrivacySettings) -> float:
+    """Return R."""
+    return noise_to_signal(
+        settings.noise_multiplier, settings.num_trainable, settings.num_sampled_clients
+    )
+
+
+def _expect(kind: str, settings: PrivacySettings) -> Expected | None:
+    """Return what the frontier says of these settings."""
+    level = noise_level(
+        settings.noise_multiplier,
+        settings.planned_rounds,
+        settings.num_sampled_clients,
+    )
+    return expected(kind, level, load_frontier())
+
+
+def _expected_dict(found: Expected | None) -> dict[str, Any] | None:
+    """Return an expectation for --json."""
+    if found is None:
+        return None
+    return {
+        "test_loss": round(found.loss, 3),
+        "test_loss_low": round(found.low, 3),
+        "test_loss_high": round(found.high, 3),
+        "share_of_gain_without_privacy": round(found.share, 3),
+        "inside_what_was_measured": found.inside,
+        "nearest_clients": found.nearest.clients,
+        "nearest_epsilon": found.nearest.epsilon,
+        "nearest_rounds": found.nearest.rounds,
+    }
+
+
+def _better(config: RunConfig, settings: PrivacySettings) -> list[dict[str, Any]]:
+    """Return changes of one setting each that the frontier expects to lower the loss."""
+    now = _expect(config.adapter.kind, settings)
+    changes: list[tuple[str, str, PrivacySettings]] = []
+    for factor in (2, 5):
+        clients = settings.population_size * factor
+        more = replace(
+            settings,
+            population_size=clients,
+            num_sampled_clients=settings.num_sampled_clients * factor,
+        )
+        changes.append((f"{clients} clients", config.adapter.kind, more))
+    for epsilon in (2.0, 4.0, 8.0):
+        if epsilon > _spent(settings, settings.planned_rounds).zero_out * 1.01:
+            weaker = replace(
+                settings, noise_multiplier=_calibrated(settings, epsilon, None)
+            )
+            changes.append((f"epsilon {epsilon:g}", config.adapter.kind, weaker))
+    for rounds in (1, 3, 5, 8):
+        if rounds < settings.planned_rounds and config.privacy.target_epsilon > 0:
+            z = _calibrated(settings, config.privacy.target_epsilon, rounds)
+            fewer = replace(settings, noise_multiplier=z, planned_rounds=rounds)
+            changes.append((f"{rounds} rounds", config.adapter.kind, fewer))
+    for kind in load_frontier().kinds:
+        if kind != config.adapter.kind:
+            changes.append((f"adapter.kind={kind}", kind, settings))
+    out = []
+    for what, kind, changed in changes:
+        then = _expect(kind, changed)
+        if then is None or (now is not None and then.loss > now.loss - _WORTH_SAYING):
+            continue
+        out.append({"change": what, "test_loss": round(then.loss, 3)})
+    return sorted(out, key=lambda row: float(str(row["test_loss"])))
+
+
+def _calibrated(settings: PrivacySettings, epsilon: float, rounds: int | None) -> float:
+    """Return the noise multiplier for another epsilon or number of rounds."""
+    return calibrate(
+        epsilon,
+        rounds or settings.planned_rounds,
+        settings.delta,
+        settings.sampling,
+        settings.num_sampled_clients / settings.population_size,
+    )
+
+
+def _lines(
+    config: RunConfig, settings: PrivacySettings, plan: dict[str, Any]
+) -> list[str]:
+    """Return what a person reads."""
+    adapter, z = config.adapter, settings.noise_multiplier
+    cohort = {
+        "all": "all",
+        "fixed": f"{settings.num_sampled_clients:g}",
+        "poisson": f"about {settings.num_sampled_clients:g}, by secret coins,",
+    }[settings.sampling]
+    lines = [
+        f"{settings.population_size} clients, {cohort} in each of "
+        f"{settings.planned_rounds} rounds; {adapter.kind} r={adapter.rank} on "
+        f"{config.model.name}: {settings.num_trainable:,} trained values",
+        f"noise multiplier {z:.4g} <-> epsilon {plain(plan['epsilon'])} zero-out, "
+        f"{plain(plan['epsilon_replace_one'])} replace-one, at delta "
+        f"{settings.delta:g} ({plan['accountant']}): protection is {plan['strength']}",
+        f"noise to signal R = {plan['noise_to_signal']:.3g}; a round's mean update has "
+        "noise of this norm for each clipping norm (no verdict alone)",
+        *_expected_lines(plan),
+    ]
+    if plan["auto"]:
+        lines.insert(1, f"adapter.kind auto: {adapter.kind}; {plan['auto']}")
+    if "noise_probe" in plan:
+        probe = plan["noise_probe"]
+        lines.append(
+            "noise alone moves the validation loss from "
+            f"{probe['before']:.3f} to {probe['noise_alone']:.3f}"
+        )
+    if "plot" in plan:
+        lines.append(f"plot: {plan['plot']}")
+    return lines + _table(settings)
+
+
+def _expected_lines(plan: dict[str, Any]) -> list[str]:
+    """Say what to expect, how sure that is, and what would be better."""
+    frontier, found = load_frontier(), plan["expected"]
+    if found is None:
+        return [
+            "expected loss: this kind of adapter was not measured under noise; "
+            "measured were " + ", ".join(frontier.kinds)
+        ]
+    lines = [
+        f"expected on {frontier.model} with {frontier.data}: test loss "
+        f"{found['test_loss']:.2f} ({found['test_loss_low']:.2f} to "
+        f"{found['test_loss_high']:.2f}) from {frontier.loss_before:.2f}, "
+        f"{found['share_of_gain_without_privacy']:.0%} of the best gain without "
+        "privacy; step and rounds as in the presets",
+        f"  nearest measured: {found['nearest_clients']} clients, epsilon "
+        f"{found['nearest_epsilon']:g}, {found['nearest_rounds']} rounds",
+    ]
+    if not found["inside_what_was_measured"]:
+        lines.append("  beyond what was measured: taken from its nearest end")
+    if plan["better"]:
+        better = [f"{r['change']} ({r['test_loss']:.2f})" for r in plan["better"]]
+        lines.append("better, one change each: " + "; ".join(better))
+    return lines
+
+
+def _table(settings: PrivacySettings) -> list[str]:
+    """Return the noise multiplier by rounds and epsilon, and R below it."""
+    head = f"{'rounds':>8}" + "".join(f"{f'eps {e:g}':>14}" for e in _EPSILONS)
+    lines = ["noise multiplier (R), all clients in each round:", head]
+    for rounds in sorted({1, 3, 5, 10, 30, 100, settings.planned_rounds}):
+        row = f"{rounds:>8}"
+        for epsilon in _EPSILONS:
+            z = calibrate(epsilon, rounds, settings.delta, "all", 1.0)
+            size = settings.population_size
+            ratio = noise_to_signal(z, settings.num_trainable, size)
+            told = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
+            row += f"{f'{z:.3g} ({told})':>14}"
+        lines.append(row)
+    return lines
+
+
+def _plot(config: RunConfig, settings: PrivacySettings, path: Path) -> Path:
+    """Draw the expected loss over the number of clients, a line for each epsilon.
+
+    Raises:
+        ConfigError: The file cannot be written, or is of no known kind.
+    """
+    from matplotlib.figure import Figure
+
+    frontier = load_frontier()
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    sizes = [round(10 * 10 ** (i / 10)) for i in range(21)]
+    for epsilon, mark in zip(_EPSILONS, "osv^", strict=True):
+        z = calibrate(epsilon, settings.planned_rounds, settings.delta, "all", 1.0)
+        losses = []
+        for size in sizes:
+            level = noise_level(z, settings.planned_rounds, size)
+            found = expected(config.adapter.kind, level, frontier)
+            losses.append(found.loss if found else math.nan)
+        label = f"epsilon {epsilon:g}"
+        axes.plot(sizes, losses, marker=mark, markevery=4, label=label)
+    axes.axhline(frontier.loss_before, color="0.5", linestyle=":", label="base")
+    axes.axhline(
+        frontier.loss_without_privacy, color="0.5", linestyle="--", label="no privacy"
+    )
+    axes.set(xscale="log", xlabel="clients, all in each round", ylabel="test loss")
+    axes.set_title(
+        f"{config.adapter.kind}, {settings.planned_rounds} rounds, delta "
+        f"{settings.delta:g}: {frontier.model}, {frontier.data}",
+        fontsize=10,
+    )
+    axes.legend(fontsize=8)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot: {path}: {error}") from None
+    return path.absolute()
+
+
+def _probe(config: RunConfig, settings: PrivacySettings) -> dict[str, float]:
+    """Put the noise of all rounds into a fresh adapter of the real base model.
+
+    Raises:
+        ConfigError: There are no public validation rows to score it on.
+    """
+    from fedllm.adapters import adapter_spec, initial_arrays
+    from fedllm.config import fedllm_home
+    from fedllm.models import load_config, locate
+    from fedllm.public_rows import PublicRows
+    from fedllm.strategy import ClientLevelDP, make_strategy
+
+    home = fedllm_home()
+    location = locate(config.model.name, home)
+    spec = adapter_spec(config.adapter, load_config(location), config.seed)
+    public = PublicRows(config, location, spec, home)
+    arrays = initial_arrays(spec)
+    before = public.validation_loss(arrays)
+    if before is None:
+        raise ConfigError(
+            "--probe: there are no public validation rows; name some by "
+            "data.public-validation"
+        )
+    clients = list(range(settings.population_size))
+    with tempfile.TemporaryDirectory(prefix="fedllm-plan-") as folder:
+        ledger = Ledger.create(Path(folder) / "privacy.json", settings)
+        strategy = make_strategy(config, arrays, clients, ledger)
+        assert isinstance(strategy, ClientLevelDP)
+        after = public.validation_loss(strategy.noise_alone())
+    assert after is not None
+    return {"before": before, "noise_alone": after}
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Make the parser."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fedllm.commands.plan",
+        description="Plan a private federation, without asking a client.",
+    )
+    parser.add_argument(
+        "--run-config", action="append", help="a .toml file or key=value pairs"
+    )
+    parser.add_argument("--clients", type=int, help="default 20")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--epsilon", type=float, help="calibrate the noise to this")
+    parser.add_argument("--noise-multiplier", type=float, help="epsilon falls out")
+    parser.add_argument("--delta", type=float)
+    parser.add_argument("--sampling", help="all, fixed or poisson")
+    parser.add_argument("--fraction", type=float, help="of the clients, in a round")
+    parser.add_argument("--kind", help="kind of adapter")
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--target-modules")
+    parser.add_argument("--model")
+    parser.add_argument("--trainable", type=int, help="trained values, if known")
+    parser.add_argument(
+        "--probe", action="store_true", help="try the noise on the real base model"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw loss over clients")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

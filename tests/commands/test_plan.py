@@ -1,0 +1,133 @@
+"""The planner: exact figures, what is expected, and no torch."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import PLDAccountant
+
+from fedllm.commands import plan
+
+
+def told(capsys, *arguments: str) -> str:
+    plan.main(list(arguments))
+    return str(capsys.readouterr().out)
+
+
+def planned(capsys, *arguments: str) -> dict:
+    return json.loads(told(capsys, "--json", *arguments))
+
+
+def test_epsilon_and_noise_are_dp_accountings(capsys):
+    there = planned(capsys, "--clients", "20", "--rounds", "5", "--epsilon", "8")
+    back = planned(
+        capsys, "--clients", "20", "--rounds", "5",
+        "--noise-multiplier", str(there["noise_multiplier"]),
+    )  # fmt: skip
+
+    accountant = PLDAccountant()
+    event = GaussianDpEvent(there["noise_multiplier"])
+    accountant.compose(SelfComposedDpEvent(event, 5))
+    assert there["epsilon"] == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-3)
+    assert back["epsilon"] == pytest.approx(there["epsilon"])
+    assert there["noise_multiplier"] == pytest.approx(1.342, abs=1e-3)
+    assert there["epsilon_replace_one"] == pytest.approx(19.12, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "d"),
+    [
+        ("ffa-lora", 184_320),
+        ("lora-core", 3_840),
+        ("lora", 460_800),
+        ("ia3", 57_600),
+        ("vera", 23_520),
+    ],
+)
+def test_trained_values_are_counted_without_the_model(capsys, kind, d):
+    assert planned(capsys, "--kind", kind)["num_trainable"] == d
+
+
+def test_the_blueprints_own_setting_is_called_no_protection(capsys):
+    text = told(capsys, "--run-config", "configs/openllama-3b.toml")
+
+    assert "epsilon 127,132 zero-out" in text
+    assert "protection is none to speak of" in text
+    assert "2 in each of 100 rounds" in text
+
+
+def test_a_typed_file_comes_before_the_flags(capsys, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("num-server-rounds = 7\n[strategy]\nnum-clients = 33\n")
+
+    found = planned(capsys, "--run-config", str(file), "--rounds", "2")
+
+    assert (found["num_clients"], found["num_rounds"]) == (33, 2)
+    pairs = planned(capsys, "--run-config", "num-server-rounds=9 adapter.rank=4")
+    assert (pairs["num_rounds"], pairs["num_trainable"]) == (9, 92_160)
+
+
+def test_more_clients_are_expected_to_help_and_the_figures_are_said(capsys):
+    few = planned(capsys, "--clients", "20", "--epsilon", "2")
+    many = planned(capsys, "--clients", "200", "--epsilon", "2")
+
+    assert many["expected"]["test_loss"] < few["expected"]["test_loss"]
+    changes = {row["change"]: row["test_loss"] for row in few["better"]}
+    assert changes["100 clients"] < few["expected"]["test_loss"]
+    assert list(changes.values()) == sorted(changes.values())
+
+
+def test_a_plot_is_written_and_its_path_said(capsys, tmp_path):
+    file = tmp_path / "plan.svg"
+
+    text = told(capsys, "--plot", str(file))
+
+    assert f"plot: {file}" in text
+    assert "epsilon 8" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epsilon", "0"], "privacy.target-epsilon"),
+        (["--epsilon", "-1"], "privacy.target-epsilon"),
+        (["--epsilon", "nan"], "privacy.target-epsilon"),
+        (["--delta", "1"], "privacy.delta"),
+        (["--clients", "1"], "strategy.num-clients"),
+        (["--fraction", "0.5"], "strategy.fraction-train"),
+        (["--kind", "qlora"], "adapter.kind"),
+        (["--model", "someone/some-model"], "--trainable"),
+        (["--trainable", "0"], "--trainable"),
+        (["--run-config", "missing.toml"], "cannot be read"),
+        (["--run-config", "what"], "neither a .toml nor key=value"),
+        (["--run-config", "configs/no-privacy.toml"], "privacy.unit"),
+        (["--plot", "/nowhere/plan.svg"], "--plot"),
+        (["--plot", "plan.what"], "--plot"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        plan.main(arguments)
+
+    lines = str(stopped.value.code).splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_it_loads_neither_torch_nor_flower_and_takes_under_two_seconds_of_cpu():
+    script = (
+        "import sys, time\n"
+        "from fedllm.commands.plan import main\n"
+        "main(['--clients', '20', '--rounds', '100'])\n"
+        "assert not {'torch', 'flwr', 'transformers'} & set(sys.modules)\n"
+        "print('cpu', time.process_time())\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+
+    cpu = float(done.stdout.split("cpu ")[1])
+    assert cpu < 2, f"{cpu} s of processor, {time.monotonic() - began} s in all"
