@@ -29,6 +29,21 @@ def environment(flwr_home: Path, fedllm_home: Path) -> dict[str, str]:
     }
 
 
+def typed(
+    command: list[str], env: dict[str, str], seconds: float = 900
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command in the project's folder as a user would, whatever its status."""
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -13,7 +13,13 @@ import pytest
 
 from fedllm.config import fedllm_home
 from fedllm.privacy.accounting import plain
-from tests.slow.flower_processes import ROOT, environment, latest_run, readme_command
+from tests.slow.flower_processes import (
+    ROOT,
+    environment,
+    latest_run,
+    readme_command,
+    typed,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(1800)]
 
@@ -64,15 +70,7 @@ def job(tmp_path_factory):
     words = shlex.split(command)
     assert words[0] == ".venv/bin/python"
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, *words[1:]],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
-    )
+    done = typed([sys.executable, *words[1:]], env, 1500)
     seconds = time.monotonic() - started
     (tmp_path_factory.mktemp("log") / "main-job.log").write_text(done.stdout)
     sys.stdout.write(done.stdout[-6000:] + done.stderr[-2000:])
@@ -114,15 +112,8 @@ def test_evaluate_answers_and_measures_what_the_run_recommends(job):
     command = [sys.executable, "evaluate.py", "--json", "--base", "--held-out"]
     command += ["--question", "What are some symptoms of covid-19?"]
     command += ["--max-new-tokens", "24"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=True,
-    )
+    done = typed(command, env)
+    assert done.returncode == 0, done.stdout + done.stderr
 
     report = json.loads(done.stdout)
     result = json.loads((run / "result.json").read_text())

@@ -1,7 +1,7 @@
 """Real Flower: the bare `flwr run .`, a SuperLink with SuperNodes, and refusals."""
 
 import json
-import subprocess
+import re
 import sys
 from pathlib import Path
 
@@ -9,12 +9,12 @@ import pytest
 
 from tests.slow.flower_processes import (
     BIN,
-    ROOT,
     end_daemon,
     environment,
     free_port,
     latest_run,
     running,
+    typed,
     wait_for_port,
 )
 from tests.test_federation import MARKER, write_rows
@@ -40,15 +40,7 @@ def run_config(tiny_llama: Path, folder: Path, **more: object) -> str:
 def simulate(config: str, env: dict[str, str], clients: int = 3):
     command = [sys.executable, "-m", "fedllm.commands.simulate"]
     command += ["--num-supernodes", str(clients), "--run-config", config]
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    return typed(command, env)
 
 
 @pytest.fixture
@@ -64,6 +56,23 @@ def test_the_openllama_path_runs_in_a_simulation(tiny_llama, tmp_path, env):
     assert f"run folder: {run}" in done.stdout
     assert json.loads((run / "privacy.json").read_text())["num_rounds"] == 2
     assert "Traceback" not in done.stdout
+
+
+def test_secret_cohorts_leave_no_trace_of_who_took_part(tiny_llama, tmp_path, env):
+    coins = {"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
+    done = simulate(run_config(tiny_llama, tmp_path, **coins), env, clients=4)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = latest_run(tmp_path / "fedllm")
+    told = json.loads((run / "privacy.json").read_text())
+    assert told["num_rounds"] == told["num_sampled_clients"] == 2
+    assert told["epsilon"] <= 8 < told["epsilon_replace_one"]
+    for line in (run / "metrics.jsonl").read_text().splitlines()[1:]:
+        values = json.loads(line)
+        assert values["clients_asked"] is values["clients_answered"] is None
+        assert values["megabytes_up"] is values["seconds"]["train"] is None
+    assert "clients answered" not in done.stdout
+    assert not re.search(r"client \d+: round", done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -93,15 +102,7 @@ def test_bare_flwr_run_works_on_two_supernodes(tiny_llama, tmp_path, env):
     command = [str(BIN / "flwr"), "run", ".", "--stream"]
     command += ["--run-config", run_config(tiny_llama, tmp_path)]
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=1000,
-            check=False,
-        )
+        done = typed(command, env, 1000)
     finally:
         end_daemon(tmp_path / "flwr")
 
@@ -140,15 +141,7 @@ def test_the_same_app_runs_on_a_superlink_with_two_supernodes(
             nodes.append(running(node, env, log))
         with nodes[0], nodes[1]:
             command = [str(BIN / "flwr"), "run", ".", "remote", "--stream"]
-            done = subprocess.run(
-                [*command, "--run-config", config],
-                cwd=ROOT,
-                env=env,
-                capture_output=True,
-                text=True,
-                timeout=900,
-                check=False,
-            )
+            done = typed([*command, "--run-config", config], env)
 
     assert "evaluate.py --question" in done.stdout, done.stdout + done.stderr
     run = latest_run(tmp_path / "fedllm")
