@@ -128,6 +128,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of metrics.jsonl.
+
+    Raises:
+        FedllmError: It is missing, or a line is not that of a round.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except OSError as error:
+        raise FedllmError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise FedllmError(f"{path}: is damaged: not JSON") from None
+    for line in lines:
+        if not isinstance(line, dict) or type(line.get("server_round")) is not int:
+            raise FedllmError(f"{path}: is damaged: a line without a server_round")
+    return lines
+
+
 @contextlib.contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
     """Turn a full or read-only disk into one line that says what to do."""

@@ -21,6 +21,13 @@ _NOT_COVERED = [
     "earlier and later runs over the same clients: their epsilons add up",
     "a client with several nodes: the bound is for one node",
 ]
+_DERIVED = (
+    "num_rounds",
+    "sampling_probability",
+    "epsilon",
+    "epsilon_replace_one",
+    "epsilon_add_or_remove",
+)
 _SAMPLING_WORDS = {
     "all": "all {size} clients in each",
     "fixed": "{n:g} of {size} clients in each, no amplification claimed",
@@ -100,17 +107,21 @@ class Ledger:
         """Go on with a ledger.
 
         Raises:
-            PrivacyError: It is missing or damaged: nothing may be released without it.
+            PrivacyError: It is missing, damaged, or its numbers do not belong together:
+                nothing may be released without it.
         """
         try:
             content = json.loads(path.read_text("utf-8"))
             values = {f.name: content[f.name] for f in fields(PrivacySettings)}
+            settings = PrivacySettings(**values)
             releases = [int(r) for r in content["releases"]]
-            return cls(
-                path, PrivacySettings(**values), releases, content["noise_probe"]
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            ledger = cls(path, settings, releases, content["noise_probe"])
+            edited = ledger._contradiction(content)
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
             raise PrivacyError(f"{path}: the ledger cannot be read: {error}") from None
+        if edited is not None:
+            raise PrivacyError(f"{path}: the ledger was edited: {edited}")
+        return ledger
 
     def check_same(self, settings: PrivacySettings) -> None:
         """Refuse to go on with other settings.
@@ -169,6 +180,11 @@ class Ledger:
         )
 
     @property
+    def releases(self) -> list[int]:
+        """Return the rounds released so far."""
+        return list(self._releases)
+
+    @property
     def sampling_probability(self) -> float:
         """Return q: each client's chance to be in a round."""
         return self.settings.num_sampled_clients / self.settings.population_size
@@ -208,6 +224,38 @@ class Ledger:
             "strength": strength(math.inf if epsilon is None else epsilon),
             "statement": self._statement(spent),
         }
+
+    def _contradiction(self, content: Mapping[str, Any]) -> str | None:
+        """Name the first number of a file that its own settings and rounds deny."""
+        releases, settings = self._releases, self.settings
+        if releases != content["releases"] or releases != sorted(set(releases)):
+            return f"releases are {content['releases']!r}"
+        if releases and releases[0] < 1:
+            return f"releases are {releases!r}"
+        positive = (
+            "population_size",
+            "num_sampled_clients",
+            "clipping_norm",
+            "noise_multiplier",
+            "num_trainable",
+            "planned_rounds",
+        )
+        for name in positive:
+            if not 0 < getattr(settings, name) < math.inf:
+                return f"{name} is {getattr(settings, name)!r}"
+        if not 0 < settings.delta < 1:
+            return f"delta is {settings.delta!r}"
+        derived = self.as_dict()
+        for name in _DERIVED:
+            told, true = content[name], derived[name]
+            if told is None or true is None:
+                same = told is true
+            else:
+                # Another version of SciPy may round the last digits differently.
+                same = math.isclose(told, true, rel_tol=1e-6, abs_tol=1e-9)
+            if not same:
+                return f"{name} is {told!r}, but settings and rounds give {true!r}"
+        return None
 
     def _statement(self, spent: Epsilons) -> str:
         """Return the sentences that a person reads."""
