@@ -180,10 +180,10 @@ class Auditor:
     def _sum_with(self, content: Content | None) -> Vector:
         """Return the noiseless sum of honest replies and one more, in a fresh round."""
         with self._bench(_SMALL, silent=True) as bench:
-            replies = [(n, self._honest(bench, 2.0)) for n in bench.population[1:]]
-            if content is not None:
-                replies.append((bench.population[0], content))
-            return bench.release(1, replies)
+            first, *others = bench.population
+            replies = [(node, self._honest(bench, 2.0)) for node in others]
+            hostile = [] if content is None else [(first, content)]
+            return bench.release(1, [*replies, *hostile])
 
     def _weights(self) -> tuple[bool, str]:
         """Let one client claim more and more examples."""

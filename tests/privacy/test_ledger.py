@@ -185,3 +185,45 @@ def test_poisson_names_flowers_own_log_as_trusted(tmp_path):
     assert any("Flower's own log" in line for line in content["not_covered"])
     assert content["sampling_probability"] == pytest.approx(0.2)
     assert "secret coin" in content["statement"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epsilon": 0.5}, "epsilon is 0.5, but settings and rounds give"),
+        ({"epsilon": None}, "epsilon is None"),
+        ({"epsilon_replace_one": 0.5}, "epsilon_replace_one is 0.5"),
+        ({"num_rounds": 1}, "num_rounds is 1"),
+        ({"releases": [1]}, "num_rounds is 2"),
+        ({"releases": [2, 1]}, "releases are"),
+        ({"releases": [2, 2]}, "releases are"),
+        ({"releases": [0, 1]}, "releases are"),
+        ({"releases": [1.5, 2]}, "releases are"),
+        ({"sampling_probability": 0.1}, "sampling_probability is 0.1"),
+        ({"noise_multiplier": 3.0}, "epsilon is"),
+        ({"noise_multiplier": -1.5}, "noise_multiplier is -1.5"),
+        ({"clipping_norm": 0.0}, "clipping_norm is 0.0"),
+        ({"delta": 1.0}, "delta is 1.0"),
+    ],
+)
+def test_an_edited_ledger_is_refused(tmp_path, change, words):
+    path = tmp_path / "privacy.json"
+    ledger = Ledger.create(path, SETTINGS)
+    ledger.spend(1)
+    ledger.spend(2)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+    with pytest.raises(PrivacyError, match="was edited") as caught:
+        Ledger.load(path)
+
+    assert words in str(caught.value)
+
+
+def test_last_digits_of_another_scipy_are_not_an_edit(tmp_path):
+    path = tmp_path / "privacy.json"
+    ledger = Ledger.create(path, SETTINGS)
+    ledger.spend(1)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "epsilon": content["epsilon"] + 1e-12}))
+
+    assert Ledger.load(path).releases == [1]
