@@ -1,14 +1,17 @@
 """The real strategy of a run on a bench, where an auditor sees what goes in and out."""
 
+import contextlib
 import json
+import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -16,7 +19,7 @@ from fedllm.config import RunConfig
 from fedllm.errors import PrivacyError
 from fedllm.privacy.ledger import Ledger, PrivacySettings
 from fedllm.privacy.mechanism import SecureGenerator
-from fedllm.replies import array_record
+from fedllm.replies import ARRAYS, METRICS, array_record
 from fedllm.server_optimizer import ServerOptimizer
 from fedllm.strategy import (
     AdapterFedAvg,
@@ -33,6 +36,13 @@ MakeStrategy = Callable[
 ]
 
 
+NUM_CLIENTS = 6
+"""Clients of a check that needs no more."""
+
+Finding = tuple[bool, str]
+"""Whether a check passed, and what it found."""
+
+
 class NotAsPromisedError(Exception):
     """The strategy did something that no release explains: the audit fails."""
 
@@ -43,6 +53,43 @@ class Silence(SecureGenerator):
     def standard_normal(self, size: int) -> Vector:
         """Return (size,) zeros."""
         return np.zeros(size)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is audited.
+
+    Attributes:
+        config: The run config.
+        settings: What the run promises.
+        dimension: d of the toy adapter where noise is measured.
+        make: Makes the strategy.
+    """
+
+    config: RunConfig
+    settings: PrivacySettings
+    dimension: int
+    make: MakeStrategy = make_strategy
+
+    @contextlib.contextmanager
+    def bench(
+        self,
+        dimension: int,
+        num_clients: int = NUM_CLIENTS,
+        silent: bool = False,
+        config: RunConfig | None = None,
+    ) -> "Iterator[Bench]":
+        """Put a fresh strategy, with a ledger of its own, on the bench."""
+        with tempfile.TemporaryDirectory(prefix="fedllm-audit-") as folder:
+            yield Bench(
+                config or self.config,
+                self.settings,
+                dimension,
+                num_clients,
+                Path(folder),
+                self.make,
+                silent,
+            )
 
 
 class Bench:
@@ -93,6 +140,12 @@ class Bench:
         return self.strategy.strategy.reference
 
     @property
+    def ledger_on_disk(self) -> dict[str, Any]:
+        """The content of privacy.json."""
+        content: dict[str, Any] = json.loads(self._path.read_text("utf-8"))
+        return content
+
+    @property
     def entered(self) -> list[Vector]:
         """What entered the server optimiser, by round."""
         return self._recorder.entered
@@ -109,6 +162,13 @@ class Bench:
             server_round, record, ConfigRecord(), cast(Grid, None)
         )
         return [message.metadata.dst_node_id for message in messages]
+
+    def rounds(self, count: int) -> Iterator[int]:
+        """Yield rounds from 1, at most `count`, until the budget ends."""
+        for server_round in range(1, count + 1):
+            if not self.ledger.may_spend(self.settings.max_epsilon):
+                return
+            yield server_round
 
     def release(self, server_round: int, contents: Contents) -> Vector:
         """Aggregate one round and return its release, (d,).
@@ -169,6 +229,31 @@ def toy_adapter(dimension: int, clipping_norm: float) -> Arrays:
         "toy.lora_B.weight": np.full((rows, 2), value, np.float32),
         "toy.lora_A.weight": np.full(dimension - 2 * rows, value, np.float32),
     }
+
+
+def honest_reply(
+    bench: Bench, norm: float, num_examples: int | None = None
+) -> RecordDict:
+    """Return a reply whose update has `norm` times C, along a direction that all take.
+
+    Args:
+        bench: Whose global adapter the update starts from.
+        norm: In units of C; negative for the opposite direction.
+        num_examples: What the client claims; None: nothing.
+    """
+    size = bench.settings.num_trainable
+    value = norm * bench.settings.clipping_norm / size**0.5
+    arrays = array_record(bench.update(np.full(size, value)))
+    content = RecordDict({ARRAYS: arrays})
+    if num_examples is not None:
+        content[METRICS] = MetricRecord({"num-examples": num_examples})
+    return content
+
+
+def norm_of(vector: Vector) -> float:
+    """Return the L2 norm; infinite where it is not a number, which is worst."""
+    norm = float(np.linalg.norm(vector))
+    return math.inf if math.isnan(norm) else norm
 
 
 def flat_values(arrays: Mapping[str, Any], names: Iterable[str]) -> Vector:

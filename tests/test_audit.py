@@ -6,11 +6,11 @@ import random
 import numpy as np
 import pytest
 
-from fedllm.audit import Auditor, recomputed_epsilon
+from fedllm.audit import Auditor
 from fedllm.bench import Bench, Silence
 from fedllm.config import parse_run_config
 from fedllm.errors import PrivacyError
-from fedllm.hostile_replies import hostile_replies
+from fedllm.exact_checks import recomputed_epsilon
 from fedllm.privacy.accounting import gaussian_epsilon
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.mechanism import (
@@ -352,7 +352,7 @@ def test_the_global_generators_are_left_as_they_were():
     expected = (
         random.Random(5).random(),
         np.random.RandomState(5).rand(),
-    )  # noqa: NPY002
+    )
 
     auditor().run()
 
@@ -380,27 +380,15 @@ def test_one_release_gives_about_the_published_figures(tmp_path, z, epsilon, cer
     assert 0 < found.certified.epsilon < found.accounted
 
 
-def test_the_recomputed_epsilon_is_dp_accountings():
-    config = private()
-    settings = privacy_settings(config, 8, 100)
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_the_recomputed_epsilon_is_that_of_the_rounds_released(rounds):
+    settings = privacy_settings(private(), 8, 100)
+    content = {"num_rounds": rounds, "sampling_probability": 1.0}
 
-    found = recomputed_epsilon(settings, 1.0, [1, 2, 3])
+    found = recomputed_epsilon(settings, content)
 
-    assert found == pytest.approx(8.0, rel=1e-4)
-    assert recomputed_epsilon(settings, 1.0, []) == 0.0
-
-
-def test_every_hostile_kind_is_made_and_none_twice(tmp_path):
-    config = private()
-    settings = privacy_settings(config, 8, 64)
-    bench = Bench(config, settings, 64, 8, tmp_path, silent=True)
-
-    kinds = hostile_replies(bench.start, 0.6)
-
-    assert len(kinds) >= 50
-    for number, (kind, content) in enumerate(kinds.items()):
-        del number
-        assert content is not None, kind
+    expected = gaussian_epsilon(settings.noise_multiplier, rounds, 1e-5)
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(

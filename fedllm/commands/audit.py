@@ -57,11 +57,12 @@ def _run(args: argparse.Namespace) -> bool:
         folder = _run_folder(args.run)
         config, settings, check = _of_run(folder)
         first.append(check)
-        num_clients = args.clients or settings.population_size
+        num_clients = settings.population_size if args.clients is None else args.clients
     else:
         config = parse_run_config(_typed_config(args.run_config))
         _require_unit(config.privacy.unit, "these settings")
-        num_clients = args.clients or config.strategy.num_clients or 20
+        connected = config.strategy.num_clients or 20
+        num_clients = connected if args.clients is None else args.clients
         # d enters R only, and no epsilon.
         settings = privacy_settings(config, max(num_clients, 1), args.dimension)
     auditor = Auditor(config, settings, num_clients, args.canaries, args.dimension)

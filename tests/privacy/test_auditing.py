@@ -66,8 +66,15 @@ def test_all_guesses_right_is_still_a_finite_bound():
 
 @pytest.mark.parametrize(
     ("m", "r", "v", "delta"),
-    [(10, 11, 1, 0.0), (10, 5, 6, 0.0), (10, 0, 0, 0.0), (10, 5, -1, 0.0)]
-    + [(10, 5, 5, 1.0), (10, 5, 5, -1e-9), (10, 5, 5, math.nan)],
+    [
+        (10, 11, 1, 0.0),
+        (10, 5, 6, 0.0),
+        (10, 0, 0, 0.0),
+        (10, 5, -1, 0.0),
+        (10, 5, 5, 1.0),
+        (10, 5, 5, -1e-9),
+        (10, 5, 5, math.nan),
+    ],
 )
 def test_impossible_counts_and_deltas_are_refused(m, r, v, delta):
     with pytest.raises(ValueError, match="right guesses"):
