@@ -17,6 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedllm.config import RunConfig
 from fedllm.errors import PrivacyError
+from fedllm.noise_plan import num_sampled
 from fedllm.privacy.ledger import Ledger, PrivacySettings
 from fedllm.privacy.mechanism import SecureGenerator
 from fedllm.replies import ARRAYS, METRICS, array_record
@@ -25,7 +26,6 @@ from fedllm.strategy import (
     AdapterFedAvg,
     ClientLevelDP,
     make_strategy,
-    num_sampled,
 )
 
 Vector = npt.NDArray[np.float64]

@@ -27,11 +27,13 @@ class Gathering:
         self._pending = [i for i in grid.push_messages(messages) if i is not None]
         self._asked = len(messages)
         self._title: str | None = None
+        self._may_count = True
         self.seconds = 0.0
         """Seconds spent waiting for clients, as opposed to aggregating."""
 
     def describe(self, server_round: int, num_rounds: int, may_count: bool) -> None:
         """Report progress under this title; not at all where counts are secret."""
+        self._may_count = may_count
         if may_count:
             self._title = f"round {server_round}/{num_rounds}"
 
@@ -78,7 +80,9 @@ class Gathering:
         except (ConnectionError, TimeoutError):
             return None
         except Exception as error:  # noqa: BLE001 - hostile bytes must not stop a round
-            logger.warning("a reply could not be read: %s", type(error).__name__)
+            # Where cohorts are secret, that somebody replied is too.
+            if self._may_count:
+                logger.warning("a reply could not be read: %s", type(error).__name__)
             return []
         return replies[:1] or None
 

@@ -423,7 +423,13 @@ def make_strategy(
         reference: The first global adapter's trained values by name.
         population: Node ids of all clients.
         ledger: The run's privacy ledger; None under `privacy.unit="none"`.
+
+    Raises:
+        PrivacyError: Clients are promised privacy and there is no ledger: nothing would
+            be clipped or noised.
     """
+    if ledger is None and config.privacy.unit == "client":
+        raise PrivacyError("privacy.unit is 'client', and there is no ledger")
     strategy = AdapterFedAvg(config, reference, population)
     return strategy if ledger is None else ClientLevelDP(strategy, ledger)
 

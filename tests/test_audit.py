@@ -11,6 +11,7 @@ from fedllm.bench import Bench, Silence
 from fedllm.config import parse_run_config
 from fedllm.errors import PrivacyError
 from fedllm.exact_checks import recomputed_epsilon
+from fedllm.noise_plan import privacy_settings
 from fedllm.privacy.accounting import gaussian_epsilon
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.mechanism import (
@@ -19,7 +20,6 @@ from fedllm.privacy.mechanism import (
     checked_update,
     clipped_update,
 )
-from fedllm.promise import privacy_settings
 from fedllm.rehearsal import rehearse
 from fedllm.strategy import AdapterFedAvg, ClientLevelDP, make_strategy
 
@@ -271,7 +271,8 @@ def test_the_same_round_with_nothing_broken_is_not_convicted():
         {"strategy.server-optimizer": "adam", "strategy.server-momentum": 0.5},
         {"strategy.sampling": "fixed", "strategy.fraction-train": 0.5},
         {"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
-        | {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0},
+        | {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
+        | {"num-server-rounds": 2},
         {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 0.02},
         {"privacy.target-epsilon": 0.3, "privacy.clipping-norm": 1e-3},
         {"num-server-rounds": 1, "privacy.clipping-norm": 100.0},
@@ -325,6 +326,7 @@ def test_a_sum_that_rounds_away_from_zero_is_convicted(monkeypatch):
 def test_coins_of_a_seed_are_convicted(monkeypatch):
     keys = {"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
     keys |= {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
+    keys |= {"num-server-rounds": 2}
 
     def cohort(self, server_round):
         coins = np.random.default_rng(server_round).random(len(self.population)) < 0.5
@@ -338,6 +340,7 @@ def test_coins_of_a_seed_are_convicted(monkeypatch):
 def test_coins_of_another_probability_are_convicted(monkeypatch):
     keys = {"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
     keys |= {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
+    keys |= {"num-server-rounds": 2}
     real = SecureGenerator.bernoulli
     monkeypatch.setattr(
         SecureGenerator, "bernoulli", lambda s, p, n: real(s, p + 0.05, n)

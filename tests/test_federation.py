@@ -396,6 +396,20 @@ def test_poisson_runs_say_nothing_of_who_or_how_many_took_part(settings, caplog)
     assert told["epsilon"] <= 8 < told["epsilon_replace_one"]
 
 
+def test_where_cohorts_are_secret_an_unreadable_reply_is_not_told(settings, caplog):
+    caplog.set_level(logging.INFO)
+    coins = {**settings, "num-server-rounds": 1, "strategy.sampling": "poisson"}
+    federation, grid = start(coins)
+
+    def pull_messages(message_ids):
+        raise ValueError("hostile bytes")
+
+    grid.pull_messages = pull_messages
+    federation.run()
+
+    assert "could not be read" not in caplog.text
+
+
 def test_an_empty_poisson_cohort_is_a_round_of_noise(settings, monkeypatch):
     from fedllm.privacy.mechanism import SecureGenerator
 

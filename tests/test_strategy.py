@@ -444,3 +444,8 @@ def test_the_wrapper_is_a_flower_strategy_around_fedavg(tmp_path):
     assert isinstance(strategy, ClientLevelDP)
     assert isinstance(strategy.strategy, AdapterFedAvg)
     assert isinstance(strategy.strategy, FedAvg)
+
+
+def test_privacy_without_a_ledger_is_refused_and_not_silently_plain_fedavg():
+    with pytest.raises(PrivacyError, match="no ledger"):
+        make_strategy(private(), START, [1, 2, 3, 4], None)

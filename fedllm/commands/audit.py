@@ -21,9 +21,9 @@ from fedllm.config import (
     parse_run_config,
 )
 from fedllm.errors import ConfigError, FedllmError, PrivacyError
+from fedllm.noise_plan import privacy_settings
 from fedllm.privacy.accounting import plain
 from fedllm.privacy.ledger import Ledger, PrivacySettings
-from fedllm.promise import privacy_settings
 from fedllm.run_directory import (
     CONFIG_FILE,
     METRICS_FILE,

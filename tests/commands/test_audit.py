@@ -6,8 +6,8 @@ import pytest
 
 from fedllm.commands.audit import main
 from fedllm.config import flat, parse_run_config
+from fedllm.noise_plan import privacy_settings
 from fedllm.privacy.ledger import Ledger, no_privacy
-from fedllm.promise import privacy_settings
 from fedllm.run_directory import RunDirectory
 
 SMALL = ["--canaries", "50", "--dimension", "1000", "--clients", "5"]
