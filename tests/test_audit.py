@@ -209,6 +209,15 @@ class SpendsAfterwards(Altered):
         return record
 
 
+class ErasesTheLastRound(Altered):
+    def move(self, server_round, update, stddev):
+        record = super().move(server_round, update, stddev)
+        if server_round == 3:
+            self.ledger._releases.pop()
+            self.ledger._write()
+        return record
+
+
 class GivesUpWithoutReplies(Altered):
     def divisor(self, count):
         if count == 0:
@@ -242,6 +251,7 @@ BROKEN = [
     (PastTheOptimizer, {"sensitivity", "order"}),
     (ForgetsARound, {"ledger"}),
     (SpendsAfterwards, {"ledger"}),
+    (ErasesTheLastRound, {"ledger"}),
     (GivesUpWithoutReplies, {"noise scale"}),
 ]
 
