@@ -7,20 +7,12 @@ and writes audit.json into its folder. The exit status is 0 where every check pa
 
 import argparse
 import sys
-import tomllib
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from fedllm.audit import MEANING, Audit, Auditor, Check
-from fedllm.config import (
-    RunConfig,
-    Scalar,
-    fedllm_home,
-    flat,
-    parse_run_config,
-)
-from fedllm.errors import ConfigError, FedllmError, PrivacyError
+from fedllm.config import RunConfig, fedllm_home, parse_run_config
+from fedllm.errors import FedllmError, PrivacyError
 from fedllm.noise_plan import privacy_settings
 from fedllm.privacy.accounting import plain
 from fedllm.privacy.ledger import Ledger, PrivacySettings
@@ -32,6 +24,7 @@ from fedllm.run_directory import (
     read_json,
     read_metrics,
 )
+from fedllm.typed_config import typed_config
 
 AUDIT_FILE = "audit.json"
 LATEST = "latest"
@@ -59,7 +52,7 @@ def _run(args: argparse.Namespace) -> bool:
         first.append(check)
         num_clients = settings.population_size if args.clients is None else args.clients
     else:
-        config = parse_run_config(_typed_config(args.run_config))
+        config = parse_run_config(typed_config(args.run_config or ()))
         _require_unit(config.privacy.unit, "these settings")
         connected = config.strategy.num_clients or 20
         num_clients = connected if args.clients is None else args.clients
@@ -176,37 +169,6 @@ def _run_folder(name: str) -> Path:
     if not folder.is_dir():
         raise PrivacyError(f"{folder}: there is no such run folder")
     return folder.resolve()
-
-
-def _typed_config(overrides: list[str] | None) -> dict[str, Scalar]:
-    """Return the run config as `flwr run` would: pyproject's, then what was typed.
-
-    Raises:
-        ConfigError: A file or a text cannot be read.
-    """
-    from click import ClickException
-    from flwr.common.config import flatten_dict, parse_config_args
-
-    merged: dict[str, Scalar] = flat(RunConfig())
-    project = Path("pyproject.toml")
-    try:
-        if project.is_file():
-            content: Any = tomllib.loads(project.read_text("utf-8"))
-            for key in ("tool", "flwr", "app", "config"):
-                content = content.get(key, {})
-            merged.update(flatten_dict(content))
-        for text in overrides or []:
-            # Flower passes over what it does not take for a setting.
-            if not (text.endswith(".toml") or "=" in text):
-                raise ConfigError(
-                    f"--run-config: neither a .toml nor key=value: {text}"
-                )
-        merged.update(parse_config_args(overrides))
-    except ClickException as error:
-        raise ConfigError(f"--run-config: {error.message}") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"--run-config: {error}") from None
-    return merged
 
 
 def _say_verdict(audit: Audit, settings: PrivacySettings) -> None:
