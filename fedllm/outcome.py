@@ -57,7 +57,9 @@ def say_outcome(result: Mapping[str, Any], ledger: Ledger | None, folder: Path) 
             plain(spent.replace_one),
             ledger.settings.delta,
         )
-        logger.info("privacy: %s", ledger.as_dict()["statement"])
+        content = ledger.as_dict()
+        logger.info("privacy: %s", content["statement"])
+        logger.info("not covered: %s", "; ".join(content["not_covered"]))
     logger.info("run folder: %s", folder)
     logger.info(
         'ask it: %s evaluate.py --question "What are some symptoms of covid-19?" --base',

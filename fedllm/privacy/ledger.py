@@ -258,21 +258,24 @@ class Ledger:
         return None
 
     def _statement(self, spent: Epsilons) -> str:
-        """Return the sentences that a person reads."""
+        """Return the one sentence that a person reads."""
         settings = self.settings
         words = _SAMPLING_WORDS[settings.sampling].format(
             size=settings.population_size,
             n=settings.num_sampled_clients,
             q=self.sampling_probability,
         )
+        zero_out, replaced = plain(spent.zero_out), plain(spent.replace_one)
         return (
-            f"Client-level differential privacy with epsilon {plain(spent.zero_out)} at "
-            f"delta {settings.delta:g}, comparing the run with one in which one client "
-            f"sends nothing (zero-out): protection is {strength(spent.zero_out)}. "
-            f"Comparing it with one in which one client has other data (replace-one), "
-            f"epsilon is {plain(spent.replace_one)}. Spent in {len(self._releases)} "
-            f"rounds, {words}. The server is trusted with each client's update; whoever "
-            "sees only the released adapters is not."
+            "Client-level differential privacy with epsilon "
+            f"{zero_out} at delta {settings.delta:g} (protection: "
+            f"{strength(spent.zero_out)}): for whoever sees only the adapters that this "
+            f"run released in {len(self._releases)} rounds, {words}, whether one client "
+            "took part or sent nothing changes the probability of any conclusion by at "
+            f"most a factor of e^{zero_out}, plus {settings.delta:g} (replace-one: "
+            f"e^{replaced}, where that client had other data instead); the server, which "
+            "receives each client's update, is trusted, and what is not covered is "
+            "listed beside this under not_covered."
         )
 
     def _write(self) -> None:

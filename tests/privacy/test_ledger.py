@@ -60,6 +60,8 @@ def test_the_file_has_every_key_and_the_spent_epsilon(tmp_path):
     assert f"epsilon {content['epsilon']:.2f}" in content["statement"]
     assert f"{content['epsilon_replace_one']:.2f}" in content["statement"]
     assert content["strength"] in content["statement"]
+    assert content["statement"].count(". ") == 0, "it is one sentence"
+    assert f"e^{content['epsilon_replace_one']:.2f}" in content["statement"]
 
 
 def test_a_loaded_ledger_goes_on_where_it_was(tmp_path):
