@@ -157,7 +157,7 @@ def test_a_crash_in_the_middle_leaves_no_half_round(folder, monkeypatch):
     def crash(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapter_files, "lora_config", crash)
+    monkeypatch.setattr(adapter_files, "peft_config", crash)
     with pytest.raises(KeyboardInterrupt):
         save_round(folder, 1)
     assert not (folder.path / "peft_1").exists()
