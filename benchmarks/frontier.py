@@ -142,35 +142,72 @@ class Bench:
         return held_out(self.model, examples, self.pad).loss
 
     def _hook(self) -> None:
-        """Take gradients apart by example: for y = x W^T that of W is dy^T x."""
+        """Take gradients apart by example, at every trained value."""
         base = self.model.get_base_model()
         for name in self.spec.trained_shapes:
             inner = name.removeprefix("base_model.model.").removesuffix(".weight")
             module, side = inner.rsplit(".", 1)
             layer = base.get_submodule(module)
-            left = None
-            if side == "lora_core":
+            if side == "ia3_change":
+                if self.spec.rescales_input(module):
+                    layer.base_layer.register_forward_pre_hook(
+                        self._rescaled_input(name, layer)
+                    )
+                else:
+                    layer.base_layer.register_forward_hook(self._keep)
+                    layer.register_forward_hook(self._rescaled_output(name))
+            elif side == "lora_core":
                 linear = layer.lora_B["default"]
                 left = linear.parametrizations.weight[0].left
+                linear.register_forward_hook(self._linear(name, left))
             else:
                 linear = getattr(layer, side)["default"]
+                linear.register_forward_hook(self._linear(name, None))
 
-            def forward(
-                _: Any, inputs: Any, output: Any, name: str = name, left: Any = left
-            ) -> None:
-                if not (output.requires_grad and len(self._owner)):
-                    return
-                given = inputs[0].detach()
+    def _linear(self, name: str, left: Any) -> Any:
+        """For y = x W^T the gradient of W is dy^T x; that of a core is left^T of it."""
 
-                def backward(gradient: Any) -> None:
-                    single = torch.einsum("bto,bti->boi", gradient, given).float()
-                    if left is not None:
-                        single = left.T @ single
-                    self._sums[name].index_add_(0, self._owner, single)
+        def forward(_: Any, inputs: Any, output: Any) -> None:
+            given = inputs[0].detach()
 
-                output.register_hook(backward)
+            def single(gradient: Any) -> Any:
+                whole = torch.einsum("bto,bti->boi", gradient, given).float()
+                return whole if left is None else left.T @ whole
 
-            linear.register_forward_hook(forward)
+            self._watch(name, output, single)
+
+        return forward
+
+    def _keep(self, layer: Any, _: Any, output: Any) -> None:
+        layer.kept = output.detach()
+
+    def _rescaled_output(self, name: str) -> Any:
+        """For z = l * y the gradient of l is the sum of dz * y over tokens."""
+
+        def forward(layer: Any, _: Any, output: Any) -> None:
+            plain = layer.base_layer.kept
+            self._watch(name, output, lambda g: (g * plain).sum(1).float())
+
+        return forward
+
+    def _rescaled_input(self, name: str, layer: Any) -> Any:
+        """The same for what goes into a layer."""
+
+        def forward(_: Any, inputs: Any) -> None:
+            factor = layer.ia3_l["default"].detach().flatten()
+            plain = inputs[0].detach() / factor
+            self._watch(name, inputs[0], lambda g: (g * plain).sum(1).float())
+
+        return forward
+
+    def _watch(self, name: str, tensor: Any, single: Any) -> None:
+        """Add up by client what a tensor's gradient says of each example."""
+        if tensor.requires_grad and len(self._owner):
+
+            def backward(gradient: Any) -> None:
+                self._sums[name].index_add_(0, self._owner, single(gradient))
+
+            tensor.register_hook(backward)
 
 
 def screen(args: argparse.Namespace) -> None:
@@ -260,7 +297,7 @@ def check(args: argparse.Namespace) -> None:
     """Compare a shared pass with what fedllm's trainer makes of the same examples."""
     from fedllm.training import train_adapter
 
-    for kind in ("ffa-lora", "lora-core", "lora"):
+    for kind in ("ffa-lora", "lora-core", "lora", "ia3"):
         args.kind, args.clients = kind, 600
         bench = Bench(args, 0)
         bench.clients = [examples[:8] for examples in bench.clients[:2]]
@@ -420,7 +457,7 @@ def main() -> None:
     parser.add_argument("mode", choices=("check", "screen", "run", "table"))
     parser.add_argument("--kind", default="ffa-lora")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--target-modules", default="q_proj,v_proj")
+    parser.add_argument("--target-modules", default="auto")
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--partition", default="iid")
     parser.add_argument("--batch-size", type=int, default=8)
