@@ -449,3 +449,10 @@ def test_the_wrapper_is_a_flower_strategy_around_fedavg(tmp_path):
 def test_privacy_without_a_ledger_is_refused_and_not_silently_plain_fedavg():
     with pytest.raises(PrivacyError, match="no ledger"):
         make_strategy(private(), START, [1, 2, 3, 4], None)
+
+
+def test_a_message_lives_as_long_as_its_round(tmp_path):
+    keys = {"strategy.round-timeout": 42.0}
+    strategy = make_strategy(public(**keys), START, [1, 2], None)
+
+    assert [m.metadata.ttl for m in ask(strategy)] == [42.0, 42.0]

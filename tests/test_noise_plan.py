@@ -1,0 +1,42 @@
+"""What is fixed before round 1."""
+
+import pytest
+
+from fedllm.config import parse_run_config
+from fedllm.noise_plan import privacy_settings
+from fedllm.privacy.accounting import epsilons
+
+
+def planned(population_size, **keys):
+    return privacy_settings(parse_run_config(keys), population_size, 1000)
+
+
+def test_delta_is_below_one_over_the_clients_unless_it_is_given():
+    assert planned(20).delta == 1e-5
+    assert planned(100_000).delta == pytest.approx(100_000**-1.1)
+    assert planned(20, **{"privacy.delta": 1e-7}).delta == 1e-7
+
+
+def test_the_sum_is_divided_by_what_is_expected_under_secret_coins():
+    coins = {"strategy.sampling": "poisson", "strategy.fraction-train": 0.25}
+
+    assert planned(10, **coins).num_sampled_clients == 2.5
+    # Nothing may round here: q enters the accounting.
+    assert planned(3, **coins).num_sampled_clients == 0.75
+
+
+def test_a_fixed_cohort_is_whole_and_never_empty():
+    fixed = {"strategy.sampling": "fixed", "strategy.fraction-train": 0.1}
+
+    assert planned(20, **fixed).num_sampled_clients == 2
+    assert planned(3, **fixed).num_sampled_clients == 1
+    assert planned(7).num_sampled_clients == 7
+
+
+def test_a_given_noise_is_taken_and_a_target_is_met_from_below():
+    keys = {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 0.7}
+    assert planned(20, **keys).noise_multiplier == 0.7
+
+    met = planned(20, **{"privacy.target-epsilon": 3.0, "num-server-rounds": 4})
+    spent = epsilons(met.noise_multiplier, 4, 1e-5, "all", 1.0).zero_out
+    assert 2.999 < spent <= 3.0
