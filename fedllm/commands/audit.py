@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from fedllm.audit import MEANING, Audit, Auditor, Check
+from fedllm.auditing.auditor import MEANING, Audit, Auditor, Check
 from fedllm.config import RunConfig, fedllm_home, parse_run_config
 from fedllm.errors import FedllmError, PrivacyError
 from fedllm.noise_plan import privacy_settings

@@ -6,11 +6,12 @@ import random
 import numpy as np
 import pytest
 
-from fedllm.audit import Auditor
-from fedllm.bench import Bench, Silence
+from fedllm.auditing.auditor import Auditor
+from fedllm.auditing.bench import Bench, Silence
+from fedllm.auditing.exact_checks import recomputed_epsilon
+from fedllm.auditing.rehearsal import rehearse
 from fedllm.config import parse_run_config
 from fedllm.errors import PrivacyError
-from fedllm.exact_checks import recomputed_epsilon
 from fedllm.noise_plan import privacy_settings
 from fedllm.privacy.accounting import gaussian_epsilon
 from fedllm.privacy.ledger import Ledger
@@ -20,7 +21,6 @@ from fedllm.privacy.mechanism import (
     checked_update,
     clipped_update,
 )
-from fedllm.rehearsal import rehearse
 from fedllm.strategy import AdapterFedAvg, ClientLevelDP, make_strategy
 
 CLIENTS, CANARIES, DIMENSION = 8, 100, 4000

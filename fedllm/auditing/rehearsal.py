@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import RecordDict
 
-from fedllm.bench import Bench, Vector
+from fedllm.auditing.bench import Bench, Vector
 from fedllm.privacy.auditing import (
     CertifiedBound,
     Estimate,

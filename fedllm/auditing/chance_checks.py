@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from fedllm.bench import (
+from fedllm.auditing.bench import (
     NUM_CLIENTS,
     Bench,
     Finding,

@@ -7,8 +7,15 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from fedllm.bench import NUM_CLIENTS, Finding, Setup, Vector, honest_reply, norm_of
-from fedllm.hostile_replies import Content, hostile_replies
+from fedllm.auditing.bench import (
+    NUM_CLIENTS,
+    Finding,
+    Setup,
+    Vector,
+    honest_reply,
+    norm_of,
+)
+from fedllm.auditing.hostile_replies import Content, hostile_replies
 from fedllm.privacy.ledger import PrivacySettings
 
 _MOST_COUNTED = 100

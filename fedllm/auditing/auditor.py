@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedllm.bench import Finding, MakeStrategy, NotAsPromisedError, Setup
-from fedllm.chance_checks import fresh_noise, noise_scale, order, secret_coins
+from fedllm.auditing.bench import Finding, MakeStrategy, NotAsPromisedError, Setup
+from fedllm.auditing.chance_checks import fresh_noise, noise_scale, order, secret_coins
+from fedllm.auditing.exact_checks import denominator, ledger, sensitivity, weights
+from fedllm.auditing.rehearsal import Findings, rehearse
 from fedllm.config import RunConfig
 from fedllm.errors import PrivacyError
-from fedllm.exact_checks import denominator, ledger, sensitivity, weights
 from fedllm.privacy.accounting import epsilons, plain
 from fedllm.privacy.ledger import PrivacySettings
-from fedllm.rehearsal import Findings, rehearse
 from fedllm.strategy import make_strategy
 
 _MOST_REHEARSED = 10

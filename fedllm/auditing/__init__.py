@@ -1,0 +1,1 @@
+"""The audit of client-level privacy, through the real strategy."""
