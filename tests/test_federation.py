@@ -430,6 +430,12 @@ def test_too_few_clients_are_named_with_the_remedy(settings):
         start({**settings, "strategy.num-clients": 20})
 
 
+def test_no_more_clients_than_were_asked_for_take_part(settings):
+    federation, _ = start({**settings, "strategy.num-clients": 3}, nodes=partitions(5))
+
+    assert federation.population == sorted(federation.grid.get_node_ids())[:3]
+
+
 def test_federated_evaluation_reports_the_clients_own_loss_without_dp(settings):
     federation, _ = start({**settings, **NO_PRIVACY, "strategy.fraction-evaluate": 1.0})
     federation.run()
