@@ -9,12 +9,15 @@ generator, so that a table can be made again; a run of fedllm never does that.
     python benchmarks/frontier.py check
     python benchmarks/frontier.py screen --kind ffa-lora --clients 20
     python benchmarks/frontier.py run --kind ffa-lora --clients 20 --epsilon 8 \
-        --rounds 5 --clip 0.6 --server-lr 0.6 --seed 0 1 2 --out frontier.jsonl
-    python benchmarks/frontier.py table --out frontier.jsonl
+        --rounds 5 --clip 0.6 --server-lr 0.6 --seed 0 1 2
+    python benchmarks/frontier.py table
+    python benchmarks/frontier.py publish
 
 `screen` prints the validation loss after round 1 for a grid of steps. `run` appends one
 line for each seed and skips those that the file has, so that it may be stopped and typed
 again. Validation rows (128) choose; the 266 test rows are scored once, at the end.
+`publish` writes what the planner knows, fedllm/frontier.json, and the plot in docs/images
+from the results file, which lies beside this script.
 """
 
 import argparse
@@ -41,10 +44,12 @@ from fedllm.data import load_public, load_rows, partition, tokenize
 from fedllm.evaluation import answer_losses, collate, held_out, labelled
 from fedllm.models import load_base, load_config, load_tokenizer, locate
 from fedllm.privacy.accounting import calibrate
+from fedllm.privacy.planning import load_frontier
 from fedllm.server_optimizer import cosine
 
 Vector = npt.NDArray[np.float64]
 _DELTA = 1e-5
+_RESULTS = Path(__file__).with_suffix(".jsonl")
 _TOKENS_PER_BATCH = 1536
 
 
@@ -357,6 +362,80 @@ def table(args: argparse.Namespace) -> None:
         sys.stdout.write("| " + " | ".join(map(str, cells)) + " |\n")
 
 
+def publish(args: argparse.Namespace) -> None:
+    """Write frontier.json and the plot from the results of rows shared `iid`."""
+    root = Path(__file__).parent.parent
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in read(Path(args.out)):
+        if row["partition"] == "iid":
+            key = tuple(row[name] for name in _SETTINGS if name != "seed")
+            groups.setdefault(key, []).append(row)
+    found = [
+        {
+            "kind": rows[0]["kind"],
+            "rank": rows[0]["rank"],
+            "num_trainable": rows[0]["d"],
+            "clients": rows[0]["clients"],
+            "epsilon": rows[0]["epsilon"] or None,
+            "rounds": rows[0]["rounds"],
+            "noise_multiplier": round(rows[0]["z"], 5),
+            "test_losses": [round(row["test_after"], 3) for row in rows],
+        }
+        for rows in groups.values()
+    ]
+    head = {
+        "model": "smollm2-135m-instruct",
+        "data": "wordnet-medical",
+        "loss_before": args.loss_before,
+        "loss_without_privacy": args.loss_without_privacy,
+    }
+    lines = [f"  {json.dumps(k)}: {json.dumps(v)}," for k, v in head.items()]
+    rows = ",\n".join("    " + json.dumps(row) for row in found)
+    text = "\n".join(["{", *lines, '  "rows": [', rows, "  ]", "}\n"])
+    (root / "fedllm" / "frontier.json").write_text(text, "utf-8")
+    plot(root / "docs" / "images" / "frontier.svg")
+
+
+def plot(path: Path) -> None:
+    """Draw every private run: test loss over the noise that adds up."""
+    from matplotlib.figure import Figure
+
+    frontier = load_frontier()
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes = figure.subplots()
+    marks = {"ffa-lora": "o", "lora-core": "s", "lora": "^", "ia3": "D", "vera": "v"}
+    for kind in frontier.kinds:
+        rows = [r for r in frontier.rows if r.kind == kind and r.epsilon is not None]
+        axes.plot(
+            [row.noise_level for row in rows for _ in row.test_losses],
+            [loss for row in rows for loss in row.test_losses],
+            linestyle="none",
+            marker=marks[kind],
+            fillstyle="none",
+            label=kind,
+        )
+        for row in rows:
+            label = f"N={row.clients}, eps {row.epsilon:g}"
+            place = (row.noise_level, row.loss)
+            axes.annotate(label, place, (5, 4), textcoords="offset points", fontsize=6)
+    for loss, label in (
+        (frontier.loss_before, "base"),
+        (frontier.loss_without_privacy, "best without privacy"),
+    ):
+        axes.axhline(loss, color="0.5", linestyle=":")
+        axes.annotate(
+            label, (0.99, loss), xycoords=("axes fraction", "data"), ha="right"
+        )
+    axes.set(
+        xscale="log",
+        xlabel="noise that adds up: z sqrt(rounds) / clients",
+        ylabel="test loss, nats a token",
+    )
+    axes.legend()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def order(row: dict[str, Any]) -> tuple[Any, ...]:
     """Sort: partition, strongest noise last, then adapter."""
     return row["partition"], -(row["epsilon"] or 1e9), row["kind"], row["rounds"]
@@ -454,7 +533,7 @@ def _batches(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("mode", choices=("check", "screen", "run", "table"))
+    parser.add_argument("mode", choices=("check", "screen", "run", "table", "publish"))
     parser.add_argument("--kind", default="ffa-lora")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--target-modules", default="auto")
@@ -469,7 +548,9 @@ def main() -> None:
     parser.add_argument("--momentum", type=float, default=0.0)
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--evaluate-every", type=int, default=1)
-    parser.add_argument("--out", default="frontier.jsonl")
+    parser.add_argument("--out", default=str(_RESULTS))
+    parser.add_argument("--loss-before", type=float, default=3.756)
+    parser.add_argument("--loss-without-privacy", type=float, default=2.662)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.3])
     parser.add_argument(
         "--steps", type=float, nargs="+", default=[0.2, 0.4, 0.8, 1.6, 3.2, 6.4]
@@ -477,7 +558,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.server_lr_min is None:
         args.server_lr_min = args.server_lr
-    modes = {"check": check, "screen": screen, "run": run, "table": table}
+    modes = {
+        "check": check,
+        "screen": screen,
+        "run": run,
+        "table": table,
+        "publish": publish,
+    }
     modes[args.mode](args)
 
 
