@@ -456,3 +456,13 @@ def test_a_message_lives_as_long_as_its_round(tmp_path):
     strategy = make_strategy(public(**keys), START, [1, 2], None)
 
     assert [m.metadata.ttl for m in ask(strategy)] == [42.0, 42.0]
+
+
+def test_yogi_lets_its_second_moment_fall_slowly():
+    optimizer = ServerOptimizer("yogi", 0.9)
+    optimizer.step(np.array([1.0]), 1.0)
+    step = optimizer.step(np.array([0.05]), 1.0)
+
+    # Second moments: 0.01 * 1, then less 0.01 * 0.05**2, for it is above that square.
+    first, second = 0.9 * 0.1 + 0.1 * 0.05, 0.01 - 0.01 * 0.05**2
+    assert step == pytest.approx(first / (second**0.5 + 1e-3))
