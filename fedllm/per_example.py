@@ -214,6 +214,6 @@ def _tap_hook(rows: torch.Tensor, left: torch.Tensor | None) -> Any:
         x = args[0]
         if x.dim() < 3 or x.shape[0] != len(rows):
             raise _NotByExampleError
-        return _Tap.apply(output, x, add)
+        return _Tap.apply(output, x, add)  # type: ignore[no-untyped-call]
 
     return hook

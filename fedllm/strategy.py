@@ -81,6 +81,12 @@ class Round:
         """Replies whose update counts."""
         return self.answered - len(self.rejected)
 
+    @property
+    def all_spent(self) -> bool:
+        """Whether every client that was asked said that its budget is spent."""
+        codes = [code for _, code, _ in self.rejected]
+        return bool(codes) and codes == ["budget-spent"] * self.asked
+
 
 class AdapterFedAvg(FedAvg):
     """FedAvg that trusts no reply, streams the sum, and has a server optimiser.
