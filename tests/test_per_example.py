@@ -194,3 +194,26 @@ def test_a_gradient_is_the_same_to_the_last_bit_whoever_is_in_the_batch(
 
         assert torch.equal(by_itself[0], among[index])
         assert torch.equal(without, among[[i for i in range(10) if i != index]])
+
+
+def test_a_pass_has_the_same_shape_and_no_mask_whoever_is_in_the_batch(
+    make_model, examples
+):
+    """In bfloat16 a larger model rounds by the shape of a batch."""
+    model = make_model("lora")
+    seen: list[Any] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        assert kwargs.get("attention_mask") is None
+        seen.append(tuple(kwargs["input_ids"].shape))
+
+    model.get_base_model().base_model.register_forward_pre_hook(note, with_kwargs=True)
+
+    together(model, examples, 4)
+    among = set(seen)
+    for example in examples:
+        seen.clear()
+        together(model, [example], 4)
+        assert seen == [(4, -(-len(example["input_ids"]) // 16) * 16)]
+        assert seen[0] in among
+    assert len(among) > 1

@@ -79,6 +79,16 @@ def test_the_account_survives_a_restart_and_another_run_over_some_of_the_rows(fo
     assert RecordLedger(folder).epsilon(rows(20, 15), DELTA) < again
 
 
+def test_a_row_that_was_taken_out_and_put_back_has_what_it_had_spent(folder):
+    ledger = RecordLedger(folder)
+    spent = ledger.spend(rows(0, 20), EVENT, DELTA, 100.0)
+
+    ledger.spend(rows(10, 20), EVENT, DELTA, 100.0)
+
+    assert ledger.epsilon(rows(0, 5), DELTA) == spent
+    assert ledger.epsilon(rows(0, 11), DELTA) > spent
+
+
 def test_rows_are_known_by_all_their_columns_in_any_order():
     row = {"instruction": "q", "response": "a", "site": "x"}
 
