@@ -56,6 +56,7 @@ REFUSED: list[dict[str, Scalar]] = [
     {"privacy.max-epsilon": 4.0},
     {"strategy.aggregator": "median"},
     {"strategy.fraction-evaluate": 0.5},
+    {"privacy.unit": "record", "model.quantization": 8},
     {"privacy.unit": "none", "privacy.max-epsilon": 4.0},
 ]
 
@@ -70,7 +71,7 @@ The node's own config, `flower-supernode --node-config '...'`. A simulation sets
 | `data-path` | The client's own file or folder, instead of `data.name`. It is not partitioned. |
 | `partition-id`, `num-partitions` | Which share of `data.name` this node holds, where it has no file. |
 | `privacy-unit` | Floor: the run's `privacy.unit` must be this. |
-| `max-epsilon` | Floor: the run must bound its zero-out epsilon (`privacy.target-epsilon` or `privacy.max-epsilon`) by at most this. |
+| `max-epsilon` | Floor: the run must bound its zero-out epsilon (`privacy.target-epsilon` or `privacy.max-epsilon`) by at most this. With `privacy-unit='record'`: this node trains no further once a record has spent this in all runs, whatever the run says. |
 | `delta` | Floor: the run must set `privacy.delta`, to at most this. |
 
 A run that misses a floor gets no update from that node: code `bad-config`, which counts as a zero

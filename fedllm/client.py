@@ -19,7 +19,7 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 
 from fedllm.adapter_choice import with_kind
 from fedllm.config import RunConfig, fedllm_home, parse_run_config
-from fedllm.errors import ConfigError, DataError, FedllmError
+from fedllm.errors import BudgetError, ConfigError, DataError, FedllmError
 from fedllm.replies import (
     ADAPTER_KIND,
     ARRAYS,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from fedllm.adapters import AdapterSpec
+    from fedllm.trained import Trained
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class _Resident:
     tokenizer: Any
     spec: "AdapterSpec"
     partitions: dict[Any, list[dict[str, Any]]] = field(default_factory=dict)
+    digests: dict[Any, list[bytes]] = field(default_factory=dict)
 
 
 _resident: dict[Any, _Resident] = {}
@@ -57,6 +59,8 @@ def reply_to(message: Message, context: Context) -> Message:
     Guarantee:
         Under `privacy.unit="client"` the reply holds the trained arrays, or one code of
         a closed list, and nothing else; the error's text stays in this client's log.
+        Under `record` the arrays are DP-SGD's, paid for on this client's disk before
+        they leave, and the epsilon that its ledger then shows comes with them.
     """
     private = True
     try:
@@ -93,8 +97,12 @@ def check_floors(node_config: Mapping[str, Any], config: RunConfig) -> None:
     if unit is not None and unit != privacy.unit:
         raise ConfigError(
             f"privacy.unit: this node demands {unit!r} (got {privacy.unit!r})"
+            + ("" if "privacy-unit" in node_config else "; its privacy-unit is not set")
         )
     promised = [e for e in (privacy.target_epsilon, privacy.max_epsilon) if e > 0]
+    if privacy.unit == "record":
+        # This client's own ledger holds the limit, whatever the run promises.
+        limit = None
     if limit is not None and (not promised or min(promised) > limit):
         raise ConfigError(
             f"privacy.target-epsilon: this node demands at most {limit} "
@@ -147,8 +155,6 @@ def _number(node_config: Mapping[str, Any], key: str) -> float | None:
 
 def _train(message: Message, context: Context, config: RunConfig) -> RecordDict:
     """Fine-tune from the server's arrays and return the trained ones."""
-    from fedllm.training import train_adapter, training_seed
-
     started = time.monotonic()
     record = message.content.config_records[CONFIG]
     resident = _load(with_kind(config, record.get(ADAPTER_KIND)))
@@ -158,17 +164,28 @@ def _train(message: Message, context: Context, config: RunConfig) -> RecordDict:
         message.content.array_records[ARRAYS], resident.spec.trained_shapes
     )
     server_round = int(record["server-round"])  # type: ignore[arg-type]
+    learning_rate = float(record["learning-rate"])  # type: ignore[arg-type]
     ready = time.monotonic()
-    trained = train_adapter(
-        resident.model,
-        resident.spec,
-        resident.tokenizer,
-        examples,
-        arrays,
-        config.train,
-        float(record["learning-rate"]),  # type: ignore[arg-type]
-        training_seed(config.seed, server_round, partition_id),
-    )
+    metrics: dict[str, Any] = {}
+    if config.privacy.unit == "record":
+        trained, metrics["epsilon"] = _train_privately(
+            resident, context, config, examples, arrays, learning_rate
+        )
+    else:
+        from fedllm.training import train_adapter, training_seed
+
+        trained = train_adapter(
+            resident.model,
+            resident.spec,
+            resident.tokenizer,
+            examples,
+            arrays,
+            config.train,
+            learning_rate,
+            training_seed(config.seed, server_round, partition_id),
+        )
+    if config.privacy.unit == "none":
+        metrics = {"num-examples": trained.num_examples, "train-loss": trained.loss}
     _note(
         context,
         config,
@@ -177,11 +194,63 @@ def _train(message: Message, context: Context, config: RunConfig) -> RecordDict:
         f"(ready after {ready - started:.1f} s)",
     )
     content = RecordDict({ARRAYS: array_record(trained.arrays)})
-    if config.privacy.unit == "none":
-        content[METRICS] = MetricRecord(
-            {"num-examples": trained.num_examples, "train-loss": trained.loss}
-        )
+    if metrics:
+        content[METRICS] = MetricRecord(metrics)
     return content
+
+
+def _train_privately(
+    resident: _Resident,
+    context: Context,
+    config: RunConfig,
+    examples: list[dict[str, Any]],
+    arrays: Mapping[str, Any],
+    learning_rate: float,
+) -> tuple["Trained", float]:
+    """Train by DP-SGD, and pay on this client's disk before anything leaves.
+
+    Returns:
+        The result, and the largest epsilon over the records that this client holds.
+
+    Raises:
+        BudgetError: The round would pass the node's or the run's limit.
+        ConfigError: The client has fewer records than a batch.
+        PrivacyError: The ledger cannot be trusted or written.
+    """
+    from fedllm.privacy.record_ledger import RecordLedger
+    from fedllm.record_budget import RecordBudget, ledger_folder
+    from fedllm.record_training import train_privately
+
+    node = context.node_config
+    partition_id, _ = partition_of(context)
+    # Whoever set a floor or a file is no simulation: that ledger has to outlive the run.
+    real = {"data-path", "privacy-unit", "max-epsilon", "delta"} & set(node)
+    simulated = not real and "num-partitions" in node
+    folder = ledger_folder(
+        fedllm_home(), context.run_id, partition_id if simulated else None
+    )
+    digests = resident.digests[_share(context, config)]
+    budget = RecordBudget(
+        RecordLedger(folder),
+        config,
+        context.run_id,
+        digests,
+        len(examples),
+        _number(node, "max-epsilon"),
+    )
+    budget.require()
+    trained = train_privately(
+        resident.model,
+        resident.spec,
+        resident.tokenizer.pad_token_id or 0,
+        examples,
+        arrays,
+        config.train,
+        config.privacy.max_grad_norm,
+        learning_rate,
+        budget.plan,
+    )
+    return trained, budget.spend()
 
 
 def _evaluate(message: Message, context: Context, config: RunConfig) -> RecordDict:
@@ -239,14 +308,17 @@ def _examples(
 
     partition_id, num_partitions = partition_of(context)
     path = context.node_config.get("data-path")
-    share = (path, partition_id, num_partitions, config.seed)
-    key = (config.data, config.train.max_length, share)
+    key = _share(context, config)
     if key not in resident.partitions:
         rows = load_rows(config.data, str(path) if path is not None else None)
         if path is None:
             rows = partition(
                 config.data, rows, partition_id, num_partitions, config.seed
             )
+        if config.privacy.unit == "record":
+            from fedllm.privacy.record_ledger import row_digest
+
+            resident.digests[key] = [row_digest(row) for row in rows]
         tokenized = tokenize(
             rows, resident.tokenizer, config.data, config.train.max_length
         )
@@ -267,8 +339,18 @@ def _examples(
     return examples
 
 
+def _share(context: Context, config: RunConfig) -> tuple[Any, ...]:
+    """Return what determines a client's examples."""
+    path = context.node_config.get("data-path")
+    share = (path, *partition_of(context), config.seed)
+    # Digests of the rows are kept with them where they are needed.
+    return config.data, config.train.max_length, share, config.privacy.unit == "record"
+
+
 def _code(error: Exception) -> str:
     """Map an error to the closed list of codes."""
+    if isinstance(error, BudgetError):
+        return "budget-spent"
     if isinstance(error, ConfigError):
         return "bad-config"
     if isinstance(error, DataError):

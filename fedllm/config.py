@@ -164,7 +164,7 @@ class StrategyConfig:
     round_timeout: PositiveAmount = 1800.0
     """Seconds to wait for the replies of a round; later ones count as zero."""
     aggregator: Literal["mean", "median", "trimmed-mean", "krum"] = "mean"
-    """How updates are combined; under DP always the mean."""
+    """How updates are combined; under client-level DP always the mean."""
     malicious_share: Annotated[float, Strict(), Field(ge=0, lt=0.5)] = 0.2
     """Share of hostile clients that `trimmed-mean` and `krum` allow for."""
     server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"
@@ -185,18 +185,20 @@ class StrategyConfig:
 class PrivacyConfig:
     """What is promised to whom. Exactly one of the two noise settings is set."""
 
-    unit: Literal["client", "none"] = "client"
-    """`client`: all data of one client is protected; `none`: nothing is."""
+    unit: Literal["client", "record", "none"] = "client"
+    """`client`: all data of one client; `record`: one training row; `none`: nothing."""
     clipping_norm: PositiveAmount = 0.6
-    """Largest L2 norm C of one client's update."""
+    """Largest L2 norm C of one client's update, under `client`."""
+    max_grad_norm: PositiveAmount = 1.0
+    """Largest L2 norm of one example's gradient, under `record`."""
     target_epsilon: Amount = 8.0
     """Calibrate the noise to spend this over all rounds; 0.0: not set."""
     noise_multiplier: Amount = 0.0
-    """Noise standard deviation over C, for an expert; 0.0: not set."""
+    """Noise standard deviation over the norm, for an expert; 0.0: not set."""
     delta: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.0
-    """Delta; 0.0: the smaller of 1e-5 and N^-1.1 for N clients."""
+    """Delta; 0.0: the smaller of 1e-5 and N^-1.1 for N clients (`record`: N rows)."""
     max_epsilon: Amount = 0.0
-    """Stop before a round would pass this; 0.0: not set."""
+    """Stop before a round would pass this (`record`: in all runs); 0.0: not set."""
     noise_probe: Flag = True
     """Measure before round 1 what noise alone does to the loss on public rows."""
     on_destructive_noise: Literal["warn", "refuse"] = "warn"
@@ -363,14 +365,19 @@ def _contradictions(config: RunConfig) -> list[str]:
             "privacy.max-epsilon: must be 0.0 or at least privacy.target-epsilon "
             f"{privacy.target_epsilon} (got {privacy.max_epsilon})"
         )
-    if strategy.aggregator != "mean":
+    if privacy.unit == "record" and config.model.quantization == 8:
+        problems.append(
+            "model.quantization: must be 0 or 4 under privacy.unit='record' (got 8): in "
+            "8 bit the outliers of one example change how its whole batch is rounded"
+        )
+    if privacy.unit == "client" and strategy.aggregator != "mean":
         problems.append(
             "strategy.aggregator: must be 'mean' under privacy.unit='client' "
             f"(got {strategy.aggregator!r}): the bound is proved for a sum"
         )
     if strategy.fraction_evaluate > 0:
         problems.append(
-            "strategy.fraction-evaluate: must be 0.0 under privacy.unit='client' "
+            f"strategy.fraction-evaluate: must be 0.0 under privacy.unit={privacy.unit!r} "
             f"(got {strategy.fraction_evaluate}): clients' losses would leave un-noised"
         )
     return problems

@@ -25,5 +25,9 @@ class PrivacyError(FedllmError):
     """A privacy setting cannot be honoured; nothing was released."""
 
 
+class BudgetError(PrivacyError):
+    """One more release would pass what may be spent; nothing was released."""
+
+
 class FederationError(FedllmError):
     """The federation cannot train: too few clients, or none ever answered."""

@@ -25,8 +25,10 @@ from fedllm.noise_plan import privacy_settings
 from fedllm.outcome import say_outcome
 from fedllm.privacy.accounting import plain
 from fedllm.privacy.ledger import Ledger, no_privacy
+from fedllm.privacy.record_report import RecordReport
 from fedllm.promise import probe_noise, say_promise
 from fedllm.public_rows import PublicRows
+from fedllm.record_promise import record_settings, say_record_promise
 from fedllm.replies import ADAPTER_KIND, array_record, read_global
 from fedllm.report import write_report
 from fedllm.run_directory import (
@@ -86,10 +88,13 @@ class Federation:
         self.spec: AdapterSpec = adapter_spec(config.adapter, model_config, config.seed)
         self.public = PublicRows(config, self.base_name, self.spec, home)
         self.ledger: Ledger | None = None
-        if config.privacy.unit != "none":
-            size, d = len(self.population), self.spec.num_trainable
-            settings = privacy_settings(config, size, d)
-            self.ledger = Ledger.create(self.directory.path / PRIVACY_FILE, settings)
+        self.records: RecordReport | None = None
+        path = self.directory.path / PRIVACY_FILE
+        size, d = len(self.population), self.spec.num_trainable
+        if config.privacy.unit == "client":
+            self.ledger = Ledger.create(path, privacy_settings(config, size, d))
+        elif config.privacy.unit == "record":
+            self.records = RecordReport(path, record_settings(config, size, d))
         self.strategy = make_strategy(
             config, initial_arrays(self.spec), self.population, self.ledger
         )
@@ -99,9 +104,8 @@ class Federation:
         self.trained = False
         self._failures: Counter[str] = Counter()
         self.directory.write_json(CONFIG_FILE, self._resolved())
-        if self.ledger is None:
-            nothing = no_privacy(len(self.population), self.spec.num_trainable)
-            self.directory.write_json(PRIVACY_FILE, nothing)
+        if config.privacy.unit == "none":
+            self.directory.write_json(PRIVACY_FILE, no_privacy(size, d))
 
     def run(self) -> dict[str, Any]:
         """Train, save and report.
@@ -118,6 +122,8 @@ class Federation:
             say_promise(self.strategy.ledger)
             if self.config.privacy.noise_probe and self.best is not None:
                 probe_noise(self.strategy, self.public, self.best.loss)
+        if self.records is not None:
+            say_record_promise(self.records.settings)
         for server_round in range(1, self.config.num_server_rounds + 1):
             limit = self.config.privacy.max_epsilon
             if self.ledger is not None and not self.ledger.may_spend(limit):
@@ -130,6 +136,12 @@ class Federation:
                 )
                 break
             self._run_round(server_round)
+            if self.records is not None and self.strategy.round.all_spent:
+                logger.info(
+                    "round %d: every client has spent its budget: training stops here",
+                    server_round,
+                )
+                break
         self._require_training()
         return self._finish()
 
@@ -148,7 +160,10 @@ class Federation:
         gathered = time.monotonic()
         seen = self.strategy.round
         self._note_failures(server_round, seen)
-        if seen.usable > 0 or config.strategy.sampling == "poisson":
+        if self.records is not None:
+            self.records.note_round(server_round, seen.epsilons)
+        may_be_empty = config.strategy.sampling == "poisson" and self.records is None
+        if seen.usable > 0 or may_be_empty:
             self.trained = True
         if record is not None:
             self.arrays = read_global(record, self.spec.trained_shapes)
@@ -178,6 +193,8 @@ class Federation:
             parts.append(f"validation loss {loss:.3f}")
         if self.ledger is not None:
             parts.append(f"epsilon {plain(self.ledger.epsilons().zero_out)}")
+        if self.records is not None:
+            parts.append(f"epsilon {plain(self.records.worst)} (worst client)")
         if known:
             parts.append(f"{done - started:.0f} s")
         logger.info("%s", ", ".join(parts))
@@ -254,7 +271,7 @@ class Federation:
         }
         self.directory.write_json(RESULT_FILE, result)
         write_report(self.directory.path)
-        say_outcome(result, self.ledger, self.directory.path)
+        say_outcome(result, self.ledger or self.records, self.directory.path)
         return result
 
     def _may_count(self) -> bool:
@@ -322,6 +339,8 @@ class Federation:
         epsilon: float | None = None
         if self.ledger is not None:
             epsilon = self.ledger.epsilons().zero_out if server_round else 0.0
+        if self.records is not None:
+            epsilon = self.records.worst if server_round else 0.0
         self.directory.add_metrics(
             {
                 "server_round": server_round,

@@ -9,17 +9,20 @@ from typing import Any
 
 from fedllm.privacy.accounting import plain
 from fedllm.privacy.ledger import Ledger
+from fedllm.privacy.record_report import RecordReport
 from fedllm.promise import ledger_advice
 
 logger = logging.getLogger(__name__)
 
 
-def say_outcome(result: Mapping[str, Any], ledger: Ledger | None, folder: Path) -> None:
+def say_outcome(
+    result: Mapping[str, Any], ledger: Ledger | RecordReport | None, folder: Path
+) -> None:
     """Say loss before and after, what to use, epsilon, and what to type next.
 
     Args:
         result: The content of result.json.
-        ledger: What was spent; None without privacy.
+        ledger: What was spent, or what clients say of it; None without privacy.
         folder: The run folder.
     """
     before, after = result["test_loss_before"], result["test_loss_after"]
@@ -34,7 +37,7 @@ def say_outcome(result: Mapping[str, Any], ledger: Ledger | None, folder: Path) 
         logger.warning(
             "no round beat the base on public validation rows, so use the base. What "
             "helps: %s",
-            "; ".join(ledger_advice(ledger)),
+            "; ".join(_advice(ledger)),
         )
     elif result["best_round"]:
         logger.info(
@@ -49,6 +52,15 @@ def say_outcome(result: Mapping[str, Any], ledger: Ledger | None, folder: Path) 
         )
     if ledger is None:
         logger.info("privacy: none: no noise was added, and epsilon is not bounded")
+    elif isinstance(ledger, RecordReport):
+        logger.info(
+            "epsilon: %s for the worst client, %s for the median one, add-or-remove one "
+            "record, at delta %g, as the clients report",
+            plain(ledger.worst),
+            plain(ledger.median),
+            ledger.settings.delta,
+        )
+        logger.info("privacy: %s", ledger.statement)
     else:
         spent = ledger.epsilons()
         logger.info(
@@ -65,6 +77,18 @@ def say_outcome(result: Mapping[str, Any], ledger: Ledger | None, folder: Path) 
         'ask it: %s evaluate.py --question "What are some symptoms of covid-19?" --base',
         _python(),
     )
+
+
+def _advice(ledger: Ledger | RecordReport | None) -> list[str]:
+    """Say what would help a run that does not beat its base."""
+    if isinstance(ledger, RecordReport):
+        return [
+            "more records on each client, or larger batches of them "
+            "(train.gradient-accumulation): noise is divided by the size of a batch",
+            "fewer steps or rounds, each with less noise for the same epsilon",
+            "another train.learning-rate",
+        ]
+    return ledger_advice(ledger)
 
 
 def _python() -> str:

@@ -1,6 +1,7 @@
 """What travels between the apps, and reading it without trusting the sender."""
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ class Reply:
         num_examples: Examples behind the update; None where not sent or absurd.
         train_loss: Mean training loss; None where not sent or not finite.
         eval_loss: Loss on the client's own rows; None where not sent or not finite.
+        epsilon: What the client says it has spent; None where not sent or not finite.
         code: None, or why there is no update: one of ERROR_CODES or `malformed`.
         text: The client's own words on its failure, for runs without DP only.
         num_bytes: Size of the arrays on the wire.
@@ -51,6 +53,7 @@ class Reply:
     num_examples: int | None = None
     train_loss: float | None = None
     eval_loss: float | None = None
+    epsilon: float | None = None
     code: str | None = None
     text: str = ""
     num_bytes: int = 0
@@ -177,7 +180,15 @@ def _metrics(content: RecordDict) -> dict[str, Any]:
         "num_examples": count if sane else None,
         "train_loss": _loss(record.get("train-loss")),
         "eval_loss": _loss(record.get("eval-loss")),
+        "epsilon": _epsilon(record.get("epsilon")),
     }
+
+
+def _epsilon(value: object) -> float | None:
+    """Return an epsilon if it is a finite, non-negative number."""
+    if type(value) is float and 0 <= value < math.inf:
+        return value
+    return None
 
 
 def _loss(value: object) -> float | None:

@@ -63,6 +63,7 @@ class Round:
         answered: Replies that came, usable or not.
         rejected: (node id, code, text) of each reply without a usable update.
         train_loss: Mean training loss weighted by examples; None under DP.
+        epsilons: Node id -> what a client says that its records have spent.
         bytes_down: Bytes of adapter arrays sent.
         bytes_up: Bytes of adapter arrays received.
     """
@@ -71,6 +72,7 @@ class Round:
     answered: int = 0
     rejected: list[tuple[int, str, str]] = field(default_factory=list)
     train_loss: float | None = None
+    epsilons: dict[int, float | None] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
 
@@ -78,6 +80,12 @@ class Round:
     def usable(self) -> int:
         """Replies whose update counts."""
         return self.answered - len(self.rejected)
+
+    @property
+    def all_spent(self) -> bool:
+        """Whether every client that was asked said that its budget is spent."""
+        codes = [code for _, code, _ in self.rejected]
+        return bool(codes) and codes == ["budget-spent"] * self.asked
 
 
 class AdapterFedAvg(FedAvg):
@@ -134,7 +142,7 @@ class AdapterFedAvg(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Average the usable updates, weighted by examples."""
+        """Average the usable updates, weighted by examples; under DP each counts once."""
         if self.config.strategy.aggregator != "mean":
             return self._aggregate_robustly(server_round, replies)
         total = FixedPointSum(self._size, _LARGEST_VALUE)
@@ -145,14 +153,13 @@ class AdapterFedAvg(FedAvg):
             if update is None:
                 self.reject(reply, checked.reason or "malformed")
                 continue
-            weight = min(reply.num_examples or 1, _LARGEST_WEIGHT)
+            weight = min(self._num_examples(reply), _LARGEST_WEIGHT)
             total.add(update, weight)
             losses += weight * (reply.train_loss or 0.0)
         if total.weight == 0:
             return None, None
-        self.round.train_loss = losses / total.weight
         arrays = self.apply_update(server_round, total.total() / total.weight)
-        return arrays, MetricRecord({"train-loss": self.round.train_loss})
+        return arrays, self._note_loss(losses / total.weight)
 
     def apply_update(self, server_round: int, update: Vector) -> ArrayRecord:
         """Move the global adapter by the server optimiser's step.
@@ -206,6 +213,7 @@ class AdapterFedAvg(FedAvg):
             self.round.answered += 1
             self.round.bytes_up += reply.num_bytes
             if reply.code is None:
+                self.round.epsilons[reply.node_id] = reply.epsilon
                 yield reply
             else:
                 self.reject(reply, reply.code)
@@ -214,6 +222,21 @@ class AdapterFedAvg(FedAvg):
         """Note a reply whose update counts as zero; its text only without DP."""
         text = reply.text if self.config.privacy.unit == "none" else ""
         self.round.rejected.append((reply.node_id, code, text))
+
+    def _num_examples(self, reply: Reply) -> int:
+        """Return a client's weight: what it claims, and 1 under DP."""
+        return (reply.num_examples or 1) if self._may_measure else 1
+
+    def _note_loss(self, loss: float) -> MetricRecord | None:
+        """Keep the round's training loss, where clients may say theirs."""
+        if not self._may_measure:
+            return None
+        self.round.train_loss = loss
+        return MetricRecord({"train-loss": loss})
+
+    @property
+    def _may_measure(self) -> bool:
+        return self.config.privacy.unit == "none"
 
     @property
     def _size(self) -> int:
@@ -284,7 +307,7 @@ class AdapterFedAvg(FedAvg):
                 self.reject(reply, checked.reason or "malformed")
                 continue
             message = messages.pop(reply.node_id)
-            metrics = MetricRecord({"num-examples": reply.num_examples or 1})
+            metrics = MetricRecord({"num-examples": self._num_examples(reply)})
             arrays = array_record({k: (reply.arrays or {})[k] for k in self.shapes})
             message.content = RecordDict({ARRAYS: arrays, METRICS: metrics})
             kept.append(message)
@@ -300,9 +323,8 @@ class AdapterFedAvg(FedAvg):
             np.asarray(value, np.float64).ravel() - self.reference[name].ravel()
             for name, value in zip(combined, named, strict=True)
         ]
-        self.round.train_loss = float(np.mean(losses))
         arrays = self.apply_update(server_round, np.concatenate(updates))
-        return arrays, MetricRecord({"train-loss": self.round.train_loss})
+        return arrays, self._note_loss(float(np.mean(losses)))
 
 
 class ClientLevelDP(Strategy):

@@ -1,10 +1,8 @@
 """Supervised fine-tuning of an adapter on one partition: the only importer of TRL."""
 
-import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,32 +11,16 @@ from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from fedllm.adapters import AdapterSpec, Arrays, get_trained, set_trained
+from fedllm.adapters import AdapterSpec, get_trained, set_trained
 from fedllm.config import TrainConfig
 from fedllm.evaluation import answer_losses, collate
+from fedllm.trained import Trained, left_as_it_was
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What one client made in one round.
-
-    Attributes:
-        arrays: The trained values afterwards.
-        loss: Mean training loss over the steps, in nats per answer token.
-        num_examples: Examples that the client holds.
-        num_steps: Optimiser steps taken.
-    """
-
-    arrays: Arrays
-    loss: float
-    num_examples: int
-    num_steps: int
 
 
 class AdapterTrainer(SFTTrainer):  # type: ignore[misc] # TRL has no types
@@ -113,7 +95,7 @@ def train_adapter(
     base.generation_config.pad_token_id = tokenizer.pad_token_id
     trained = [p for p in model.parameters() if p.requires_grad]
     with (
-        _left_as_it_was(model),
+        left_as_it_was(model),
         tempfile.TemporaryDirectory(prefix="fedllm-") as folder,
     ):
         trainer = AdapterTrainer(
@@ -138,32 +120,6 @@ def train_adapter(
         num_examples=len(examples),
         num_steps=int(trainer.state.global_step),
     )
-
-
-@contextlib.contextmanager
-def _left_as_it_was(model: "PeftModel") -> Iterator[None]:
-    """Undo what a trainer leaves on a resident model, whatever happens.
-
-    Every SFTTrainer wraps `forward` once more and never unwraps it: after a thousand
-    trainings that would be a RecursionError. With checkpointing it leaves that on, and a
-    hook on the embedding for each time that it was built.
-    """
-    base = model.get_base_model()
-    forward = base.__dict__.get("forward")
-    hooks = {m: dict(m._forward_hooks) for m in model.modules() if m._forward_hooks}
-    try:
-        yield
-    finally:
-        base.__dict__.pop("forward", None)
-        if forward is not None:
-            base.__dict__["forward"] = forward
-        if base.is_activation_checkpointing:
-            base.activation_checkpointing_disable()
-        for module in model.modules():
-            for key in set(module._forward_hooks) - set(hooks.get(module, {})):
-                del module._forward_hooks[key]
-        model.zero_grad(set_to_none=True)
-        model.eval()
 
 
 def training_seed(seed: int, server_round: int, partition_id: int) -> int:

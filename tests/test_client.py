@@ -129,6 +129,133 @@ def test_training_depends_on_seed_round_and_partition_and_nothing_else(answer, a
     assert first(answer(learning_rate=0.1)) != one
 
 
+RECORD = {"privacy.unit": "record", "privacy.delta": 1e-5}
+FLOORS = {"privacy-unit": "record", "max-epsilon": 4.0, "delta": 1e-5}
+
+
+def epsilon_of(reply: Message) -> float:
+    assert set(reply.content) == {ARRAYS, METRICS}
+    metrics = dict(reply.content.metric_records[METRICS])
+    assert set(metrics) == {"epsilon"}
+    return float(metrics["epsilon"])  # type: ignore[arg-type]
+
+
+def test_under_record_a_reply_holds_arrays_and_epsilon_and_nothing_else(answer, arrays):
+    one, two = answer(RECORD), answer(RECORD, server_round=2)
+
+    assert 0 < epsilon_of(one) < epsilon_of(two) <= 8.0
+    got = values(one, arrays)
+    assert max(np.abs(got[name] - arrays[name]).max() for name in got) > 0
+    assert any((values(answer(RECORD), arrays)[n] != got[n]).any() for n in got)
+
+
+def test_rounds_that_the_target_is_calibrated_for_are_all_allowed_and_no_more(answer):
+    spent = [epsilon_of(answer(RECORD, server_round=r)) for r in range(1, 6)]
+
+    assert 7.9 < spent[-1] <= 8.0
+    assert code_of(answer(RECORD, server_round=6)) == "budget-spent"
+
+
+def test_a_simulation_begins_anew_in_another_run_and_a_real_node_does_not(
+    answer, run_config, arrays, home, data_file
+):
+    def ask(node: dict[str, Any], run_id: int) -> float:
+        where = context({**run_config, **RECORD}, node)
+        where.run_id = run_id
+        return epsilon_of(reply_to(train_instruction(arrays), where))
+
+    real = {"data-path": str(data_file)}
+
+    assert ask(NODE, 1) == ask(NODE, 2)
+    assert (home / "ledgers/simulated/1/0/ledger.json").exists()
+    once = ask(real, 1)
+    assert ask(real, 2) > 1.2 * once
+    assert [p.name for p in (home / "ledgers").glob("*/key")] == ["key"]
+
+
+def test_a_nodes_floor_makes_more_noise_and_no_run_config_passes_it(answer):
+    first = [epsilon_of(answer(RECORD, {**NODE, **FLOORS})) for _ in range(5)]
+
+    assert 3.9 < first[-1] <= 4.0
+    for promise in (
+        {"privacy.target-epsilon": 100.0},
+        {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 0.5},
+        {"privacy.max-epsilon": 1000.0},
+        {"num-server-rounds": 1},
+    ):
+        reply = answer({**RECORD, **promise}, {**NODE, **FLOORS})
+        assert code_of(reply) == "budget-spent"
+        assert text_of(reply) == ""
+
+
+def test_nothing_is_trained_once_the_budget_is_spent(answer, monkeypatch):
+    from fedllm import record_training
+
+    spend = {**RECORD, "privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 0.5}
+    node = {**NODE, **FLOORS, "max-epsilon": 0.1}
+
+    def train(*args: Any) -> None:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(record_training, "train_privately", train)
+
+    assert code_of(answer(spend, node)) == "budget-spent"
+
+
+def test_the_adapter_leaves_only_after_the_ledger_is_on_disk(answer, monkeypatch):
+    from fedllm.privacy import record_ledger
+
+    answer(RECORD)
+    monkeypatch.setattr(
+        record_ledger.RecordLedger,
+        "_write",
+        lambda self, content: (_ for _ in ()).throw(OSError(28, "disk full")),
+    )
+
+    assert code_of(answer(RECORD, server_round=2)) == "failed"
+
+
+def test_a_ledger_that_was_edited_stops_the_client(answer, home):
+    answer(RECORD)
+    path = home / "ledgers/simulated/1/0/ledger.json"
+    text = path.read_text()
+    path.write_text(text.replace('"steps": 1', '"steps": 2'))
+    assert path.read_text() != text
+
+    reply = answer(RECORD)
+
+    assert code_of(reply) == "failed"
+    assert "cannot be trusted" in (home / "logs/client-0.log").read_text()
+
+
+def test_fewer_records_than_a_batch_are_refused(answer, home):
+    reply = answer({**RECORD, "train.gradient-accumulation": 3})
+
+    assert code_of(reply) == "bad-config"
+    log = (home / "logs/client-0.log").read_text()
+    assert "draws batches of 6 records" in log and "client has 5" in log
+
+
+@pytest.mark.parametrize(
+    ("floor", "unit"), [("client", "record"), ("record", "client"), ("record", "none")]
+)
+def test_a_node_that_demands_another_unit_refuses(floor, unit):
+    promise = {} if unit != "none" else {"privacy.target-epsilon": 0.0}
+    config = parse_run_config({"privacy.unit": unit, **promise})
+
+    with pytest.raises(ConfigError, match=f"demands '{floor}'"):
+        check_floors({"privacy-unit": floor}, config)
+
+
+def test_a_limit_without_a_unit_is_one_of_client_level():
+    config = parse_run_config({"privacy.unit": "record"})
+
+    with pytest.raises(ConfigError, match="its privacy-unit is not set"):
+        check_floors({"max-epsilon": 8.0}, config)
+    with pytest.raises(ConfigError, match="privacy.delta"):
+        check_floors({"privacy-unit": "record", "delta": 1e-6}, config)
+
+
 def test_the_base_is_loaded_and_the_partition_tokenised_once(answer, monkeypatch):
     from fedllm import data, models
 

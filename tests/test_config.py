@@ -154,6 +154,30 @@ def test_dropout_is_refused_where_the_kind_may_have_none(kind):
     assert parse_run_config({"adapter.kind": kind}).adapter.kind == kind
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model.quantization", 8, "must be 0 or 4 under privacy.unit='record'"),
+        ("strategy.fraction-evaluate", 0.5, "under privacy.unit='record'"),
+        ("privacy.noise-multiplier", 1.0, "not both"),
+        ("privacy.target-epsilon", 0.0, "must be above 0.0"),
+        ("privacy.max-grad-norm", 0.0, "privacy.max-grad-norm: must be greater than 0"),
+        ("strategy.aggregator", "median", None),
+        ("train.proximal-mu", 0.1, None),
+    ],
+)
+def test_record_level_refuses_what_would_break_its_bound(key, value, said):
+    mapping = {"privacy.unit": "record", key: value}
+
+    if said is None:
+        parse_run_config(mapping)
+        return
+    with pytest.raises(ConfigError) as caught:
+        parse_run_config(mapping)
+
+    assert said in str(caught.value)
+
+
 def test_a_noise_multiplier_is_allowed_where_target_epsilon_is_unset():
     config = parse_run_config(
         {"privacy.noise-multiplier": 0.02, "privacy.target-epsilon": 0.0}

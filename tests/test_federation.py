@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedllm import client
 from fedllm.adapter_choice import Choice
 from fedllm.config import flat, parse_run_config
 from fedllm.errors import AdapterError, FederationError, PrivacyError
 from fedllm.federation import Federation
-from fedllm.replies import ARRAYS, array_record, error_content
+from fedllm.replies import ARRAYS, METRICS, array_record, error_content
 from tests.flower_messages import RUN_ID
 from tests.in_process_grid import InProcessGrid
 
@@ -519,3 +519,127 @@ def test_a_wrong_adapter_is_refused_before_anybody_is_waited_for(settings, monke
     monkeypatch.setattr("fedllm.federation.wait_for_clients", wait)
     with pytest.raises(AdapterError, match="adapter.target-modules"):
         start({**settings, "adapter.target-modules": "nonsense"})
+
+
+RECORD = {"privacy.unit": "record", "train.batch-size": 2}
+
+
+def test_a_record_level_run_says_what_its_worst_and_median_client_spent(
+    settings, caplog
+):
+    caplog.set_level(logging.INFO)
+    federation, grid = start({**settings, **RECORD})
+    federation.run()
+
+    folder = federation.directory.path
+    privacy = json.loads((folder / "privacy.json").read_text())
+    lines = lines_of(federation)
+    assert privacy["unit"] == "record"
+    assert privacy["neighbouring_relation"] == "add-or-remove one record"
+    assert 7.9 < privacy["epsilon_median"] <= privacy["epsilon"] <= 8.0
+    assert privacy["num_rounds"] == 2 and privacy["num_clients_reported"] == 3
+    assert any("cannot check" in line for line in privacy["not_covered"])
+    assert [line["epsilon"] for line in lines][-1] == privacy["epsilon"]
+    assert 0 < lines[1]["epsilon"] < lines[2]["epsilon"]
+    assert [line["train_loss"] for line in lines] == [None] * 3
+    assert privacy["statement"] in (folder / "README.md").read_text()
+    assert "each client calibrates its own noise" in caplog.text
+    assert "for the worst client" in caplog.text
+    assert not list((folder / "logs").glob("*"))
+
+
+def test_every_key_of_a_client_level_privacy_json_is_in_that_of_records(settings):
+    client_level, _ = start(settings)
+    record_level, _ = start({**settings, **RECORD})
+
+    one, two = (
+        json.loads((f.directory.path / "privacy.json").read_text())
+        for f in (client_level, record_level)
+    )
+
+    assert set(one) <= set(two)
+    assert two["epsilon"] is None and "not known" in two["statement"]
+
+
+def test_a_killed_record_level_run_still_says_what_its_rounds_cost(
+    settings, monkeypatch
+):
+    federation, _ = start({**settings, **RECORD})
+    monkeypatch.setattr(
+        federation,
+        "_evaluate_clients",
+        lambda r: (_ for _ in ()).throw(KeyboardInterrupt),
+    )
+
+    with pytest.raises(KeyboardInterrupt):
+        federation.run()
+
+    privacy = json.loads((federation.directory.path / "privacy.json").read_text())
+    assert privacy["releases"] == [1]
+    assert 0 < privacy["epsilon"] < 8.0
+
+
+def test_a_record_level_run_stops_where_every_client_has_spent_its_budget(
+    settings, caplog
+):
+    caplog.set_level(logging.INFO)
+    told = {**settings, **RECORD, "num-server-rounds": 5}
+
+    def answer(message, context):
+        # Each takes part in one round of a plan for one.
+        context.run_config = {**context.run_config, "num-server-rounds": 1}
+        return client.reply_to(message, context)
+
+    federation, _ = start(told, answer)
+    federation.run()
+
+    assert federation.last_round == 2
+    assert "every client has spent its budget" in caplog.text
+    assert lines_of(federation)[-1]["clients_rejected"] == 3
+
+
+def test_under_record_every_client_counts_once_whatever_it_claims(settings):
+    def answers(claim):
+        def answer(message, context):
+            arrays = message.content.array_records[ARRAYS].to_numpy_ndarrays()
+            names = list(message.content.array_records[ARRAYS])
+            first = message.metadata.dst_node_id == 100
+            moved = {
+                n: a + (1.0 if first else 0.0)
+                for n, a in zip(names, arrays, strict=True)
+            }
+            metrics = {"epsilon": 1.0, "train-loss": 5.0}
+            metrics["num-examples"] = claim if first else 1
+            content = RecordDict({ARRAYS: array_record(moved)})
+            content[METRICS] = MetricRecord(metrics)
+            return Message(content, reply_to=message)
+
+        federation, _ = start({**settings, **RECORD, "num-server-rounds": 1}, answer)
+        federation.run()
+        assert federation.strategy.round.train_loss is None
+        return federation.arrays
+
+    modest, boastful = answers(1), answers(1000)
+
+    for name in modest:
+        np.testing.assert_array_equal(modest[name], boastful[name])
+        assert float(np.abs(modest[name]).max()) > 0.1
+
+
+@pytest.mark.parametrize("claim", [float("nan"), float("inf"), -1.0, 3, None])
+def test_an_update_whose_epsilon_is_not_a_number_makes_the_runs_unknown(
+    settings, claim
+):
+    def answer(message, context):
+        content = RecordDict({ARRAYS: message.content.array_records[ARRAYS]})
+        if claim is not None:
+            content[METRICS] = MetricRecord({"epsilon": claim})
+        return Message(content, reply_to=message)
+
+    federation, _ = start({**settings, **RECORD, "num-server-rounds": 1}, answer)
+    federation.run()
+
+    privacy = json.loads((federation.directory.path / "privacy.json").read_text())
+    assert privacy["epsilon"] is None
+    assert "not bounded" in privacy["statement"]
+    assert privacy["strength"] == "none to speak of"

@@ -1,1 +1,1 @@
-"""Client-level differential privacy: mechanism, accounting and planning."""
+"""Differential privacy of clients and records: mechanism, accounting and planning."""

@@ -6,6 +6,8 @@ sum changes by at most C. Replace-one: one client's data is another's; at most 2
 
 import logging
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -14,6 +16,10 @@ from scipy.optimize import brentq
 from scipy.special import erfcx, log_ndtr
 
 Sampling = Literal["all", "fixed", "poisson"]
+Relation = Literal["REPLACE_SPECIAL", "ADD_OR_REMOVE_ONE"]
+"""Zero-out and add-or-remove, by dp-accounting's names."""
+Event = tuple[float, float, int]
+"""Poisson-subsampled Gaussians: noise multiplier, sampling probability, how many."""
 
 # Below this noise multiplier dp-accounting's PLD takes seconds, then never returns: its
 # grid grows with the square of 1/z.
@@ -109,8 +115,9 @@ def calibrate(
     delta: float,
     sampling: Sampling,
     sampling_probability: float,
+    relation: Relation = "REPLACE_SPECIAL",
 ) -> float:
-    """Return the smallest noise multiplier that keeps the zero-out epsilon.
+    """Return the smallest noise multiplier that keeps the epsilon of a relation.
 
     It is the smallest to 1e-6 of it, and to about 1e-2 under Poisson sampling.
 
@@ -120,20 +127,22 @@ def calibrate(
         delta: In (0, 1).
         sampling: As in `epsilons`.
         sampling_probability: As in `epsilons`.
+        relation: Zero-out, or add-or-remove, which is for `poisson` only.
 
     Guarantee:
-        `epsilons(result, ...).zero_out <= target_epsilon`.
+        `epsilons(result, ...).zero_out <= target_epsilon`, or `add_or_remove`.
     """
     sampled = sampling == "poisson" and sampling_probability < 1
     rest = (num_releases, delta, sampling, sampling_probability)
 
     def fits(noise_multiplier: float, interval: float) -> bool:
         if sampled and _pld_returns(noise_multiplier, num_releases, delta, interval):
-            relation = "REPLACE_SPECIAL"
             q = sampling_probability
             spent = _pld(noise_multiplier, q, num_releases, delta, relation, interval)
         else:
-            spent = epsilons(noise_multiplier, *rest).zero_out
+            known = epsilons(noise_multiplier, *rest)
+            joined = known.add_or_remove
+            spent = known.zero_out if relation == "REPLACE_SPECIAL" else joined or 0.0
         return spent <= target_epsilon
 
     # A coarser grid is pessimistic, so it only ever gives more noise, and much sooner.
@@ -149,6 +158,55 @@ def calibrate(
     while not fits(high, _INTERVAL):
         high *= 1 + tolerance
     return high
+
+
+def record_epsilon(events: Sequence[Event], delta: float) -> float:
+    """Return what Poisson batches of records spend, add-or-remove of one record.
+
+    Args:
+        events: What was released, in any order; equal ones may stand apart.
+        delta: In (0, 1).
+
+    Guarantee:
+        An upper bound on the true epsilon of all events together, which does not depend
+        on how they are grouped.
+    """
+    counts: Counter[tuple[float, float]] = Counter()
+    for z, q, count in events:
+        counts[z, min(q, 1.0)] += count
+    merged = tuple((z, q, n) for (z, q), n in sorted(counts.items()) if n > 0)
+    return _record_epsilon(merged, delta)
+
+
+@lru_cache(maxsize=256)
+def _record_epsilon(events: tuple[Event, ...], delta: float) -> float:
+    if not events:
+        return 0.0
+    # Sampling never costs privacy: T Gaussians of z are one of z / sqrt(T).
+    bound = gaussian_epsilon(sum(n / z**2 for z, _, n in events) ** -0.5, 1, delta)
+    if all(q >= 1 for _, q, _ in events):
+        return bound
+    if len(events) == 1:
+        z, q, count = events[0]
+        if _pld_returns(z, count, delta, _INTERVAL):
+            return min(bound, _pld(z, q, count, delta, "ADD_OR_REMOVE_ONE"))
+        return epsilons(z, count, delta, "poisson", q).add_or_remove or 0.0
+    import dp_accounting
+    from dp_accounting import pld, rdp
+
+    # The grid of the composition spans at most the sum of the parts' spans.
+    spans = sum(gaussian_epsilon(z / 2, n, delta) for z, _, n in events)
+    smallest = min(z for z, _, _ in events)
+    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant: Any
+    if smallest >= _SMALLEST_PLD_NOISE and spans <= _MOST_PLD_POINTS * _INTERVAL:
+        accountant = pld.PLDAccountant(relation, _INTERVAL)
+    else:
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        accountant = rdp.RdpAccountant(neighboring_relation=relation)
+    for event in events:
+        accountant.compose(_event(*event))
+    return min(bound, float(accountant.get_epsilon(delta)))
 
 
 def default_delta(population_size: int) -> float:

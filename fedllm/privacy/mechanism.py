@@ -134,20 +134,35 @@ def clipped_update(
         is at most C. It is a function of this one reply: no other reply enters.
     """
     checked = _difference(arrays, reference)
-    update = checked.update
-    if update is None:
+    if checked.update is None:
         return checked
-    largest = float(np.abs(update).max()) if update.size else 0.0
+    return clipped(checked.update, clipping_norm)
+
+
+def clipped(vector: Vector, clipping_norm: float) -> Checked:
+    """Return a vector scaled to a norm of at most C.
+
+    Args:
+        vector: (d,) float64 values.
+        clipping_norm: C > 0.
+
+    Guarantee:
+        The result is None, which counts as zero, where a value is NaN or infinite; else
+        a finite vector whose exact L2 norm is at most C.
+    """
+    if not np.isfinite(vector).all():
+        return Checked(None, NOT_FINITE)
+    largest = float(np.abs(vector).max()) if vector.size else 0.0
     if largest == 0.0:
-        return checked
+        return Checked(vector)
     # Scaling by the largest value first: squares of 1e308 or 1e-320 leave the range.
-    direction = update / largest
+    direction = vector / largest
     # NumPy sums pairwise; a running sum (np.dot) loses small squares beside large ones,
     # and a client could choose its values so that their true norm passes C.
     length = float(np.sqrt(np.sum(np.square(direction))))
     bound = clipping_norm * _MARGIN
     if largest <= bound / length:
-        return checked
+        return Checked(vector)
     return Checked(direction * (bound / length))
 
 

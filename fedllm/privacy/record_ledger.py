@@ -1,0 +1,345 @@
+"""What each record of a client has spent, on the client's own disk, in all runs together.
+
+A record is a row of the client's data with all its columns. It is known by a keyed hash
+(HMAC-SHA256 under a random key that never leaves the folder), so the ledger tells nothing
+about a row to who has only the ledger. Every release enters the history of each record
+that the client held; the client's epsilon is the largest over the records it holds now.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from fedllm.errors import BudgetError, PrivacyError
+from fedllm.privacy.accounting import (
+    Event,
+    calibrate,
+    default_delta,
+    plain,
+    record_epsilon,
+)
+
+_KEY_FILE = "key"
+_LEDGER_FILE = "ledger.json"
+_FORMAT = 1
+
+Histories = dict[str, tuple[Event, ...]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a client does in every round of one run, fixed in its first one.
+
+    Attributes:
+        noise_multiplier: z: the noise of a step over the largest norm of one gradient.
+        sampling_probability: q of each record at each step.
+        steps: Steps in one round.
+        expected_batch_size: What each step's sum is divided by.
+        delta: Delta of the epsilon that the client reports.
+    """
+
+    noise_multiplier: float
+    sampling_probability: float
+    steps: int
+    expected_batch_size: int
+    delta: float
+
+    @property
+    def event(self) -> Event:
+        """What one round releases."""
+        return (self.noise_multiplier, self.sampling_probability, self.steps)
+
+
+def make_plan(
+    num_records: int,
+    expected_batch_size: int,
+    steps: int,
+    num_rounds: int,
+    target_epsilon: float,
+    noise_multiplier: float,
+    delta: float,
+) -> Plan:
+    """Fix a client's noise for all rounds that it may take part in.
+
+    Args:
+        num_records: n, public by assumption; at least `expected_batch_size`.
+        expected_batch_size: Of the Poisson batches: q is this over n.
+        steps: Steps in one round.
+        num_rounds: Rounds of the run.
+        target_epsilon: Not to be passed by all rounds together; 0.0: z is given.
+        noise_multiplier: z, where there is no target.
+        delta: 0.0: the smaller of 1e-5 and n^-1.1.
+    """
+    delta = delta or default_delta(num_records)
+    probability = expected_batch_size / num_records
+    if target_epsilon > 0:
+        releases = num_rounds * steps
+        noise_multiplier = calibrate(
+            target_epsilon, releases, delta, "poisson", probability, "ADD_OR_REMOVE_ONE"
+        )
+    return Plan(noise_multiplier, probability, steps, expected_batch_size, delta)
+
+
+def row_digest(row: Mapping[str, Any]) -> bytes:
+    """Return what identifies a row: a hash of all its columns, whatever their order.
+
+    All columns, and not those that a run trains on: the server names those, and could
+    name others to be given a fresh budget.
+    """
+    text = json.dumps(row, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode("ascii")).digest()
+
+
+class RecordLedger:
+    """One client's ledger, in a folder of its own.
+
+    Guarantee:
+        An event is on disk, file and folder synced, before `spend` returns; no two
+        processes spend at a time; a ledger that was edited, cut short, taken from
+        another folder or lost is refused. Not covered: an owner who deletes the whole
+        folder, or puts an older copy of it back.
+
+    Args:
+        folder: Made, with a fresh key and an empty ledger, where there is none.
+
+    Raises:
+        PrivacyError: There is one that cannot be trusted, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / _LEDGER_FILE
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = FileLock(str(folder) + ".lock", mode=0o600)
+            with self._lock:
+                if not folder.exists():
+                    self._create()
+                self._key = self._read_key()
+        except OSError as error:
+            raise PrivacyError(
+                f"{folder}: the ledger cannot be used: {error.strerror}; without it "
+                "nothing may be released"
+            ) from None
+
+    def plan(self, run: str) -> Plan | None:
+        """Return the plan of a run that this client already takes part in.
+
+        Args:
+            run: What identifies the run and its privacy settings.
+        """
+        with self._locked() as content:
+            known = content["plans"].get(run)
+        return None if known is None else Plan(**known)
+
+    def remember_plan(self, run: str, plan: Plan) -> Plan:
+        """Keep a run's plan, unless there is one; return the one that holds."""
+        with self._locked() as content:
+            known = content["plans"].get(run)
+            if known is not None:
+                return Plan(**known)
+            content["plans"][run] = asdict(plan)
+            self._write(content)
+        return plan
+
+    def epsilon(
+        self, digests: Sequence[bytes], delta: float, event: Event | None = None
+    ) -> float:
+        """Return the largest epsilon over some records, add-or-remove of one.
+
+        Args:
+            digests: `row_digest` of each record that the client holds now.
+            delta: In (0, 1).
+            event: One more release that all of them take part in.
+        """
+        with self._locked() as content:
+            return self._worst(self._histories(content, digests, event), delta)
+
+    def require(
+        self, digests: Sequence[bytes], event: Event, delta: float, limit: float
+    ) -> None:
+        """Refuse a release that would pass a limit, before anything is computed.
+
+        Raises:
+            BudgetError: It would.
+        """
+        _refuse_above(self.epsilon(digests, delta, event), limit)
+
+    def spend(
+        self, digests: Sequence[bytes], event: Event, delta: float, limit: float
+    ) -> float:
+        """Enter a release in the history of each record.
+
+        Args:
+            digests: `row_digest` of each record that the client holds now.
+            event: The release.
+            delta: In (0, 1).
+            limit: Largest epsilon that may be spent.
+
+        Returns:
+            What the record that has spent most has spent, this release included.
+
+        Raises:
+            BudgetError: The release would pass the limit; nothing was entered.
+            PrivacyError: The ledger cannot be trusted or written; then nothing may be
+                released.
+        """
+        with self._locked() as content:
+            histories = self._histories(content, digests, event)
+            spent = self._worst(histories, delta)
+            _refuse_above(spent, limit)
+            self._enter(content, histories)
+            self._write(content)
+        return spent
+
+    def _name(self, digest: bytes) -> str:
+        """Return a record's keyed hash."""
+        return hmac.new(self._key, b"record" + digest, hashlib.sha256).hexdigest()[:40]
+
+    def _histories(
+        self, content: Mapping[str, Any], digests: Sequence[bytes], event: Event | None
+    ) -> Histories:
+        """Return each record's history by its keyed hash, with one event added."""
+        out: Histories = {}
+        for digest in digests:
+            name = self._name(digest)
+            index = content["records"].get(name)
+            known = () if index is None else content["histories"][index]
+            history = {(float(z), float(q)): int(n) for z, q, n in known}
+            if event is not None:
+                z, q, count = event
+                history[z, q] = history.get((z, q), 0) + count
+            out[name] = tuple((z, q, n) for (z, q), n in sorted(history.items()))
+        return out
+
+    @staticmethod
+    def _worst(histories: Histories, delta: float) -> float:
+        """Return the largest epsilon; few histories differ."""
+        different = set(histories.values())
+        return max((record_epsilon(h, delta) for h in different), default=0.0)
+
+    @staticmethod
+    def _enter(content: dict[str, Any], histories: Histories) -> None:
+        """Put new histories into the ledger's content, each different one once."""
+        table = [tuple(tuple(e) for e in history) for history in content["histories"]]
+        every = {name: table[index] for name, index in content["records"].items()}
+        every |= histories
+        kept = sorted(set(every.values()))
+        place = {history: index for index, history in enumerate(kept)}
+        content["histories"] = kept
+        content["records"] = {name: place[h] for name, h in every.items()}
+
+    @contextmanager
+    def _locked(self) -> Iterator[dict[str, Any]]:
+        """Hold the lock and give the ledger's content."""
+        with self._lock:
+            yield self._read()
+
+    def _create(self) -> None:
+        """Make key and ledger together: there is never one without the other."""
+        fresh = self._folder.with_name(f".{self._folder.name}-{secrets.token_hex(4)}")
+        fresh.mkdir(mode=0o700)
+        self._key = secrets.token_bytes(32)
+        _write_synced(fresh / _KEY_FILE, self._key)
+        empty = {"format": _FORMAT, "plans": {}, "histories": [], "records": {}}
+        _write_synced(fresh / _LEDGER_FILE, self._sealed(empty))
+        fresh.rename(self._folder)
+        _sync_folder(self._folder.parent)
+
+    def _read_key(self) -> bytes:
+        try:
+            key = (self._folder / _KEY_FILE).read_bytes()
+        except FileNotFoundError:
+            key = b""
+        if len(key) != 32:
+            raise self._damaged("its key is missing or damaged")
+        return key
+
+    def _read(self) -> dict[str, Any]:
+        """Return the ledger's content.
+
+        Raises:
+            PrivacyError: It is missing, or not as this folder's key signed it.
+        """
+        try:
+            outer = json.loads(self._path.read_text("utf-8"))
+            content, seal = outer["content"], outer["seal"]
+            right = isinstance(seal, str) and hmac.compare_digest(
+                seal.encode(), self._seal(content).encode()
+            )
+        except OSError as error:
+            raise self._damaged(f"{error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise self._damaged("it is cut short or not a ledger") from None
+        if not right or content.get("format") != _FORMAT:
+            raise self._damaged("it was edited, or belongs to other data")
+        return dict(content)
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        """Write the ledger so that it is there whole, and survives a power cut."""
+        fresh = self._path.with_suffix(".tmp")
+        try:
+            _write_synced(fresh, self._sealed(content))
+            fresh.replace(self._path)
+            _sync_folder(self._folder)
+        except OSError as error:
+            raise PrivacyError(
+                f"{self._path}: cannot be written: {error.strerror}; nothing is released"
+            ) from None
+
+    def _sealed(self, content: Mapping[str, Any]) -> bytes:
+        outer = {"seal": self._seal(content), "content": content}
+        return json.dumps(outer, allow_nan=False).encode()
+
+    def _seal(self, content: Mapping[str, Any]) -> str:
+        """Return the keyed hash of the whole content."""
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hmac.new(
+            self._key, b"ledger" + text.encode(), hashlib.sha256
+        ).hexdigest()
+
+    def _damaged(self, why: str) -> PrivacyError:
+        return PrivacyError(
+            f"{self._path}: the ledger cannot be trusted: {why}. Put back the folder's "
+            "last state; moving it away forgets what was spent"
+        )
+
+
+def _refuse_above(spent: float, limit: float) -> None:
+    """Refuse what passes a limit.
+
+    Raises:
+        BudgetError: It does.
+    """
+    if spent > limit:
+        raise BudgetError(
+            f"privacy.max-epsilon: one more round would bring a record to epsilon "
+            f"{plain(spent)}, above the {limit:g} that may be spent on it in all runs"
+        )
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    """Write a file that only its owner may read, and sync it."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Sync a folder, so that what was renamed in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,155 @@
+"""privacy.json of a run with record-level privacy: what its clients say they have spent."""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedllm.privacy.accounting import Sampling, plain, strength
+
+_NOT_COVERED = [
+    "each client's word: epsilon is what the clients report, and the server cannot check",
+    "a person with several rows: the bound is for one row",
+    "the number of records of each client, which is public by assumption, and with it the "
+    "sampling probability and its noise",
+    "the code that a client runs: Flower ships it from the server, so a node should pin or "
+    "sign it",
+    "which client gave no usable update and by which code, who is connected, and when each "
+    "client answers (timing)",
+    "the choice of settings, where it was made on private data",
+    "attacks on the lowest bits of floating-point noise and on float32 rounding",
+    "edits of a row: a changed row is a new record with a budget of its own",
+    "in a simulation, earlier and later runs: virtual clients begin anew in each",
+]
+
+
+@dataclass(frozen=True)
+class RecordSettings:
+    """What is promised, fixed before round 1; fields as in `PrivacySettings`.
+
+    Attributes:
+        max_grad_norm: Largest norm of one example's gradient.
+        noise_multiplier: z where it is given; None where each client calibrates its own.
+        delta: Upper bound of the clients' deltas.
+    """
+
+    unit: str
+    sampling: Sampling
+    population_size: int
+    num_sampled_clients: float
+    max_grad_norm: float
+    noise_multiplier: float | None
+    delta: float
+    target_epsilon: float
+    max_epsilon: float
+    num_trainable: int
+    planned_rounds: int
+
+
+class RecordReport:
+    """The claims of a run's clients, on disk after every round.
+
+    Guarantee:
+        The epsilon of the run is the largest that any client claimed in any round, and
+        None while none did, or where one sent an update without a claim.
+
+    Args:
+        path: The file, privacy.json.
+        settings: What was promised.
+    """
+
+    def __init__(self, path: Path, settings: RecordSettings) -> None:
+        self.settings = settings
+        self._path = path
+        self._claims: dict[int, float] = {}
+        self._releases: list[int] = []
+        self._write()
+
+    def note_round(self, server_round: int, claims: Mapping[int, float | None]) -> None:
+        """Keep what clients claim, on disk.
+
+        Args:
+            server_round: The round that they took part in.
+            claims: Node id -> epsilon; None where an update came without one.
+        """
+        for node_id, claim in claims.items():
+            told = math.inf if claim is None else claim
+            self._claims[node_id] = max(self._claims.get(node_id, 0.0), told)
+        if claims:
+            self._releases.append(server_round)
+        self._write()
+
+    @property
+    def worst(self) -> float | None:
+        """The largest epsilon of a client; None where it is not known."""
+        return _known(max(self._claims.values(), default=math.inf))
+
+    @property
+    def median(self) -> float | None:
+        """The middle epsilon of the clients that took part; None: not known."""
+        values = list(self._claims.values())
+        return _known(statistics.median(values)) if values else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of privacy.json, with every key that other units have."""
+        settings = self.settings
+        worst = self.worst
+        return {
+            **asdict(settings),
+            "clipping_norm": None,
+            "neighbouring_relation": "add-or-remove one record",
+            "epsilon": worst,
+            "epsilon_median": self.median,
+            "epsilon_replace_one": None,
+            "epsilon_add_or_remove": worst,
+            "num_clients_reported": len(self._claims),
+            "sampling_probability": settings.num_sampled_clients
+            / settings.population_size,
+            "num_rounds": len(self._releases),
+            "releases": self._releases,
+            "noise_to_signal": None,
+            "noise_probe": None,
+            "accountant": "each client's own: PLD (dp-accounting)",
+            "not_covered": list(_NOT_COVERED),
+            "strength": strength(math.inf if worst is None else worst),
+            "statement": self.statement,
+        }
+
+    @property
+    def statement(self) -> str:
+        """The sentences that a person reads."""
+        if not self._claims:
+            return (
+                "Record-level differential privacy was promised, and no client has "
+                "reported what it spent, so epsilon is not known."
+            )
+        return (
+            f"Record-level differential privacy with epsilon {plain(self.worst)} for the "
+            f"worst client and {plain(self.median)} for the median one, at delta "
+            f"{self.settings.delta:g}, comparing the run with one in which a client has "
+            "one training record more or less (add-or-remove): protection is "
+            f"{strength(math.inf if self.worst is None else self.worst)}. Each of "
+            f"{len(self._claims)} clients clipped and noised its own gradients in "
+            f"{len(self._releases)} rounds and keeps its own account, which the server "
+            "cannot check; no amplification by the choice of clients is claimed. Nobody "
+            "outside a client is trusted but the code that it runs."
+        )
+
+    def _write(self) -> None:
+        """Write the file so that it is there whole, and survives a power cut."""
+        fresh = self._path.with_suffix(".tmp")
+        with fresh.open("w", encoding="utf-8") as file:
+            json.dump(self.as_dict(), file, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self._path)
+
+
+def _known(value: float) -> float | None:
+    """Return None for what no client has bounded."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,247 @@
+"""A client's own account of what each of its records has spent."""
+
+import json
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import dp_accounting as dp
+import pytest
+from dp_accounting import pld
+
+from fedllm.errors import BudgetError, PrivacyError
+from fedllm.privacy import record_ledger
+from fedllm.privacy.accounting import gaussian_epsilon, record_epsilon
+from fedllm.privacy.record_ledger import Plan, RecordLedger, make_plan, row_digest
+
+DELTA = 1e-5
+EVENT = (1.0, 0.1, 5)
+
+
+def rows(start: int, count: int) -> list[bytes]:
+    return [
+        row_digest({"instruction": f"q{i}", "response": "a"})
+        for i in range(start, start + count)
+    ]
+
+
+def by_dp_accounting(*events: tuple[float, float, int]) -> float:
+    relation = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant = pld.PLDAccountant(relation)
+    for z, q, count in events:
+        step = dp.PoissonSampledDpEvent(q, dp.GaussianDpEvent(z))
+        accountant.compose(dp.SelfComposedDpEvent(step, count))
+    return float(accountant.get_epsilon(DELTA))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "ledgers/own"
+
+
+def content_of(folder: Path) -> dict:
+    return json.loads((folder / "ledger.json").read_text())
+
+
+def test_what_is_spent_is_that_of_dp_accounting_alone(folder):
+    ledger = RecordLedger(folder)
+
+    first = ledger.spend(rows(0, 20), EVENT, DELTA, 100.0)
+    second = ledger.spend(rows(0, 20), EVENT, DELTA, 100.0)
+    other = ledger.spend(rows(0, 20), (1.3, 0.2, 3), DELTA, 100.0)
+
+    assert first == pytest.approx(by_dp_accounting(EVENT), rel=1e-9)
+    assert second == pytest.approx(by_dp_accounting((1.0, 0.1, 10)), rel=1e-9)
+    assert other == pytest.approx(
+        by_dp_accounting((1.0, 0.1, 10), (1.3, 0.2, 3)), rel=1e-3
+    )
+
+
+def test_an_added_row_neither_resets_the_account_nor_locks_the_client_out(folder):
+    ledger = RecordLedger(folder)
+    before = ledger.spend(rows(0, 20), EVENT, DELTA, 100.0)
+
+    assert ledger.epsilon(rows(0, 21), DELTA) == before
+    assert ledger.epsilon(rows(20, 1), DELTA) == 0.0
+    after = ledger.spend(rows(0, 21), EVENT, DELTA, 100.0)
+
+    assert after == pytest.approx(by_dp_accounting((1.0, 0.1, 10)), rel=1e-9)
+    assert ledger.epsilon(rows(20, 1), DELTA) == pytest.approx(before, rel=1e-9)
+
+
+def test_the_account_survives_a_restart_and_another_run_over_some_of_the_rows(folder):
+    RecordLedger(folder).spend(rows(0, 20), EVENT, DELTA, 100.0)
+
+    again = RecordLedger(folder).spend(rows(15, 20), EVENT, DELTA, 100.0)
+
+    assert again == pytest.approx(by_dp_accounting((1.0, 0.1, 10)), rel=1e-9)
+    assert RecordLedger(folder).epsilon(rows(20, 15), DELTA) < again
+
+
+def test_a_row_that_was_taken_out_and_put_back_has_what_it_had_spent(folder):
+    ledger = RecordLedger(folder)
+    spent = ledger.spend(rows(0, 20), EVENT, DELTA, 100.0)
+
+    ledger.spend(rows(10, 20), EVENT, DELTA, 100.0)
+
+    assert ledger.epsilon(rows(0, 5), DELTA) == spent
+    assert ledger.epsilon(rows(0, 11), DELTA) > spent
+
+
+def test_rows_are_known_by_all_their_columns_in_any_order():
+    row = {"instruction": "q", "response": "a", "site": "x"}
+
+    assert row_digest(dict(reversed(row.items()))) == row_digest(row)
+    for key in row:
+        assert row_digest({**row, key: "other"}) != row_digest(row)
+
+
+def test_a_release_that_would_pass_the_limit_is_refused_and_not_entered(folder):
+    ledger = RecordLedger(folder)
+    limit = by_dp_accounting((1.0, 0.1, 10)) + 1e-6
+    for _ in range(2):
+        ledger.require(rows(0, 5), EVENT, DELTA, limit)
+        ledger.spend(rows(0, 5), EVENT, DELTA, limit)
+    spent = (folder / "ledger.json").read_bytes()
+
+    with pytest.raises(BudgetError, match="privacy.max-epsilon"):
+        ledger.require(rows(0, 5), EVENT, DELTA, limit)
+    with pytest.raises(BudgetError, match="in all runs"):
+        ledger.spend(rows(0, 5), EVENT, DELTA, limit)
+
+    assert (folder / "ledger.json").read_bytes() == spent
+    assert ledger.spend(rows(9, 5), EVENT, DELTA, limit) < limit
+
+
+def test_the_ledger_is_synced_before_spend_returns(folder, monkeypatch):
+    ledger = RecordLedger(folder)
+    synced = []
+    monkeypatch.setattr(
+        record_ledger.os,
+        "fsync",
+        lambda d: synced.append(os.readlink(f"/proc/self/fd/{d}")),
+    )
+
+    ledger.spend(rows(0, 3), EVENT, DELTA, 100.0)
+
+    assert synced == [str(folder / "ledger.tmp"), str(folder)]
+
+
+def test_a_ledger_that_cannot_be_written_releases_nothing(folder, monkeypatch):
+    ledger = RecordLedger(folder)
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record_ledger, "_write_synced", full)
+
+    with pytest.raises(PrivacyError, match="No space left"):
+        ledger.spend(rows(0, 3), EVENT, DELTA, 100.0)
+
+
+def edit(folder: Path) -> None:
+    content = content_of(folder)
+    content["content"]["histories"][0][0][2] = 1
+    (folder / "ledger.json").write_text(json.dumps(content))
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / "ledger.json").read_bytes()
+    (folder / "ledger.json").write_bytes(data[: len(data) // 2])
+
+
+def lose(folder: Path) -> None:
+    (folder / "ledger.json").unlink()
+
+
+def lose_key(folder: Path) -> None:
+    (folder / "key").unlink()
+
+
+def swap(folder: Path) -> None:
+    other = RecordLedger(folder.with_name("another"))
+    other.spend(rows(50, 3), EVENT, DELTA, 100.0)
+    (folder / "ledger.json").write_bytes(
+        (folder.with_name("another") / "ledger.json").read_bytes()
+    )
+
+
+def seal_as_number(folder: Path) -> None:
+    (folder / "ledger.json").write_text('{"seal": 1, "content": {"format": 1}}')
+
+
+@pytest.mark.parametrize("harm", [edit, truncate, lose, lose_key, swap, seal_as_number])
+def test_a_ledger_that_cannot_be_trusted_is_refused(folder, harm):
+    RecordLedger(folder).spend(rows(0, 3), EVENT, DELTA, 100.0)
+    harm(folder)
+
+    with pytest.raises(PrivacyError, match="cannot be trusted"):
+        RecordLedger(folder).spend(rows(0, 3), EVENT, DELTA, 100.0)
+
+
+def test_only_the_owner_can_read_it_and_it_names_no_row(folder):
+    digests = rows(0, 3)
+    RecordLedger(folder).spend(digests, EVENT, DELTA, 100.0)
+
+    text = (folder / "ledger.json").read_text()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()} == {0o600}
+    assert not any(d.hex()[:16] in text for d in digests)
+    # The same row has another name under another key.
+    other = folder.with_name("another")
+    RecordLedger(other).spend(digests, EVENT, DELTA, 100.0)
+    names = [set(content_of(f)["content"]["records"]) for f in (folder, other)]
+    assert len(names[0]) == 3 and not names[0] & names[1]
+
+
+def test_no_release_is_forgotten_where_several_spend_at_a_time(folder):
+    def spend(index: int) -> None:
+        RecordLedger(folder).spend(rows(0, 4), (5.0, 0.1, 1), DELTA, 100.0)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(spend, range(12)))
+
+    assert content_of(folder)["content"]["histories"] == [[[5.0, 0.1, 12]]]
+
+
+def test_a_plan_keeps_the_target_for_all_rounds_together():
+    plan = make_plan(486, 64, 3, 4, 8.0, 0.0, 0.0)
+
+    assert plan.sampling_probability == 64 / 486
+    assert plan.delta == 1e-5
+    spent = by_dp_accounting((plan.noise_multiplier, 64 / 486, 12))
+    assert 7.8 < spent <= 8.0
+    assert make_plan(486, 64, 3, 4, 0.0, 1.7, 1e-6) == Plan(1.7, 64 / 486, 3, 64, 1e-6)
+    assert make_plan(100_000, 64, 1, 1, 0.0, 1.0, 0.0).delta == 100_000**-1.1
+
+
+def test_a_run_keeps_its_first_plan(folder):
+    first, second = Plan(1.0, 0.1, 2, 8, 1e-5), Plan(0.5, 0.1, 2, 8, 1e-5)
+    ledger = RecordLedger(folder)
+
+    assert ledger.plan("run") is None
+    assert ledger.remember_plan("run", first) == first
+    assert RecordLedger(folder).remember_plan("run", second) == first
+    assert RecordLedger(folder).plan("run") == first
+
+
+def test_epsilon_does_not_depend_on_how_releases_are_grouped():
+    parts = [(1.0, 0.1, 2), (2.0, 0.1, 1), (1.0, 0.1, 3)]
+
+    assert record_epsilon(parts, DELTA) == record_epsilon(
+        [(2.0, 0.1, 1), (1.0, 0.1, 5)], DELTA
+    )
+    assert record_epsilon([], DELTA) == 0.0
+
+
+def test_without_sampling_epsilon_is_that_of_the_gaussian_exactly():
+    assert record_epsilon([(2.0, 1.0, 3)], DELTA) == pytest.approx(
+        gaussian_epsilon(2.0, 3, DELTA), rel=1e-9
+    )
+
+
+def test_noise_too_small_for_pld_is_still_bounded():
+    spent = record_epsilon([(0.05, 0.01, 2), (0.04, 0.02, 1)], DELTA)
+
+    assert 10 < spent <= gaussian_epsilon((2 / 0.05**2 + 1 / 0.04**2) ** -0.5, 1, DELTA)
