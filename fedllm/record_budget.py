@@ -78,7 +78,7 @@ class RecordBudget:
             target = min(target, self._limit)
         run = _run_name(config, run_id, target)
         self.plan: Plan = ledger.plan(run) or ledger.remember_plan(
-            run, _plan(config, num_records, target)
+            run, client_plan(config, num_records, target)
         )
 
     def require(self) -> None:
@@ -101,7 +101,7 @@ class RecordBudget:
         return self._ledger.spend(self._digests, plan.event, plan.delta, self._limit)
 
 
-def _plan(config: RunConfig, num_records: int, target_epsilon: float) -> Plan:
+def client_plan(config: RunConfig, num_records: int, target_epsilon: float) -> Plan:
     """Fix the noise for this client's own number of records.
 
     Raises:

@@ -48,6 +48,9 @@ def _run(args: argparse.Namespace) -> bool:
     first: list[Check] = []
     if args.run is not None:
         folder = _run_folder(args.run)
+    if (config := _record_level(args, folder)) is not None:
+        return _run_records(args, config, folder)
+    if folder is not None:
         config, settings, check = _of_run(folder)
         first.append(check)
         num_clients = settings.population_size if args.clients is None else args.clients
@@ -58,12 +61,13 @@ def _run(args: argparse.Namespace) -> bool:
         num_clients = connected if args.clients is None else args.clients
         # d enters R only, and no epsilon.
         settings = privacy_settings(config, max(num_clients, 1), args.dimension)
-    auditor = Auditor(config, settings, num_clients, args.canaries, args.dimension)
+    num_canaries = 1000 if args.canaries is None else args.canaries
+    auditor = Auditor(config, settings, num_clients, num_canaries, args.dimension)
     _say(
         f"audit of {folder or 'the settings'}: {settings.planned_rounds} rounds, "
         f"sampling {settings.sampling!r}, clipping norm {settings.clipping_norm:g}, "
         f"noise multiplier {settings.noise_multiplier:.4g}, delta {settings.delta:g}; "
-        f"{num_clients} honest clients, {args.canaries} canaries, {args.dimension:,} "
+        f"{num_clients} honest clients, {num_canaries} canaries, {args.dimension:,} "
         "values"
     )
     for check in first:
@@ -77,6 +81,52 @@ def _run(args: argparse.Namespace) -> bool:
         _say(f"written: {folder / AUDIT_FILE}")
     _say("PASS" if audit.passed else "FAIL")
     return audit.passed
+
+
+def _record_level(args: argparse.Namespace, folder: Path | None) -> RunConfig | None:
+    """Return the run config if it is one of record level."""
+    typed: dict[str, Any] = {}
+    if folder is None:
+        typed = dict(typed_config(args.run_config or ()))
+    elif (folder / CONFIG_FILE).is_file():
+        typed = read_json(folder / CONFIG_FILE).get("run_config") or {}
+    if typed.get("privacy.unit") != "record":
+        return None
+    return parse_run_config(typed)
+
+
+def _run_records(
+    args: argparse.Namespace, config: RunConfig, folder: Path | None
+) -> bool:
+    """Plant canaries in the records of one client, and say what a guesser sees."""
+    from fedllm.auditing.records import audit_first_client
+
+    num_canaries = 200 if args.canaries is None else args.canaries
+    if num_canaries < 1:
+        raise PrivacyError(f"--canaries: must be at least 1 (got {num_canaries})")
+    num_clients = args.clients or config.strategy.num_clients or 10
+    _say(
+        f"audit of {folder or 'the settings'}: record level, {num_canaries} canary "
+        f"examples, each planted in the first of {num_clients} clients by a fair coin; "
+        f"{config.num_server_rounds} rounds of training on {config.model.name}"
+    )
+    found = audit_first_client(config, num_clients, num_canaries)
+    _say(
+        f"{'PASS' if found.passed else 'FAIL'}  membership: the loss of planted canaries "
+        f"fell by {found.fall_planted:.3f}, of others by {found.fall_others:.3f}; "
+        f"{found.certified.num_correct} of {found.certified.num_guesses} guesses right"
+    )
+    _say(f"accounted epsilon:     {plain(found.accounted)} (add or remove one record)")
+    _say(
+        f"certified lower bound: {found.certified.epsilon:.2f} (confidence 95 %; "
+        f"{num_canaries} canaries can certify at most {found.most:.2f})"
+    )
+    _say(MEANING)
+    if folder is not None:
+        RunDirectory(folder).write_json(AUDIT_FILE, found.as_dict())
+        _say(f"written: {folder / AUDIT_FILE}")
+    _say("PASS" if found.passed else "FAIL")
+    return found.passed
 
 
 def _of_run(folder: Path) -> tuple[RunConfig, PrivacySettings, Check]:
@@ -154,7 +204,7 @@ def _require_unit(unit: object, what: str) -> None:
         )
     if unit != "client":
         raise PrivacyError(
-            f"privacy.unit: only 'client' can be audited (got {unit!r} in {what})"
+            f"privacy.unit: must be 'client' or 'record' (got {unit!r} in {what})"
         )
 
 
@@ -226,7 +276,10 @@ def _parser() -> argparse.ArgumentParser:
         help="honest clients of the rehearsal; default: those of the run, else 20",
     )
     parser.add_argument(
-        "--canaries", type=int, default=1000, metavar="M", help="canary clients"
+        "--canaries",
+        type=int,
+        metavar="M",
+        help="canary clients, default 1000; of record level canary examples, 200",
     )
     parser.add_argument(
         "--dimension",
