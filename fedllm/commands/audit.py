@@ -9,6 +9,7 @@ import argparse
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from fedllm.auditing.auditor import MEANING, Audit, Auditor, Check
 from fedllm.config import RunConfig, fedllm_home, parse_run_config

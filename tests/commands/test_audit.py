@@ -231,3 +231,36 @@ def test_a_truncated_file_is_refused(run, name):
     said = str(audit("--run"))
 
     assert name in said and "Error: " in said and "\n" not in said
+
+
+def test_a_run_of_record_level_is_audited_by_canary_examples(
+    monkeypatch, capsys, tmp_path
+):
+    from fedllm.auditing import records
+    from fedllm.privacy.auditing import CertifiedBound
+
+    asked = []
+    found = records.RecordFindings(
+        7.9, CertifiedBound(1.5, 50, 20, 17), 3.1, 50, 486, 5, 0.21, 0.04
+    )
+
+    def audit_first_client(config, num_clients, num_canaries):
+        asked.append((config.privacy.unit, num_clients, num_canaries))
+        return found
+
+    monkeypatch.setattr(records, "audit_first_client", audit_first_client)
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"run_config": {"privacy.unit": "record", "strategy.num-clients": 7}}
+        )
+    )
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["--run", str(tmp_path), "--canaries", "50"])
+
+    assert stopped.value.code == 0 and asked == [("record", 7, 50)]
+    told = capsys.readouterr().out
+    assert "17 of 20 guesses right" in told and told.endswith("PASS\n")
+    assert "accounted epsilon:     7.90" in told and "1.50 (confidence" in told
+    written = json.loads((tmp_path / "audit.json").read_text())
+    assert written["passed"] is True and written["certified"]["epsilon"] == 1.5
