@@ -19,7 +19,13 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 
 from fedllm.adapter_choice import with_kind
 from fedllm.config import RunConfig, fedllm_home, parse_run_config
-from fedllm.errors import BudgetError, ConfigError, DataError, FedllmError
+from fedllm.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    FedllmError,
+    TimeLimitError,
+)
 from fedllm.replies import (
     ADAPTER_KIND,
     ARRAYS,
@@ -156,6 +162,8 @@ def _number(node_config: Mapping[str, Any], key: str) -> float | None:
 def _train(message: Message, context: Context, config: RunConfig) -> RecordDict:
     """Fine-tune from the server's arrays and return the trained ones."""
     started = time.monotonic()
+    # The message's own clock is the server's, which may be wrong here by any amount.
+    deadline = started + config.strategy.round_timeout
     record = message.content.config_records[CONFIG]
     resident = _load(with_kind(config, record.get(ADAPTER_KIND)))
     partition_id, _ = partition_of(context)
@@ -169,7 +177,7 @@ def _train(message: Message, context: Context, config: RunConfig) -> RecordDict:
     metrics: dict[str, Any] = {}
     if config.privacy.unit == "record":
         trained, metrics["epsilon"] = _train_privately(
-            resident, context, config, examples, arrays, learning_rate
+            resident, context, config, examples, arrays, learning_rate, deadline
         )
     else:
         from fedllm.training import train_adapter, training_seed
@@ -183,6 +191,7 @@ def _train(message: Message, context: Context, config: RunConfig) -> RecordDict:
             config.train,
             learning_rate,
             training_seed(config.seed, server_round, partition_id),
+            deadline,
         )
     if config.privacy.unit == "none":
         metrics = {"num-examples": trained.num_examples, "train-loss": trained.loss}
@@ -206,6 +215,7 @@ def _train_privately(
     examples: list[dict[str, Any]],
     arrays: Mapping[str, Any],
     learning_rate: float,
+    deadline: float,
 ) -> tuple["Trained", float]:
     """Train by DP-SGD, and pay on this client's disk before anything leaves.
 
@@ -249,6 +259,7 @@ def _train_privately(
         config.privacy.max_grad_norm,
         learning_rate,
         budget.plan,
+        deadline,
     )
     return trained, budget.spend()
 
@@ -355,6 +366,8 @@ def _code(error: Exception) -> str:
         return "bad-config"
     if isinstance(error, DataError):
         return "no-data"
+    if isinstance(error, TimeLimitError):
+        return "time-limit"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out-of-memory"
     # On a CPU torch says it with a plain RuntimeError.

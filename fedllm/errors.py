@@ -31,3 +31,7 @@ class BudgetError(PrivacyError):
 
 class FederationError(FedllmError):
     """The federation cannot train: too few clients, or none ever answered."""
+
+
+class TimeLimitError(FedllmError):
+    """A client cannot finish within the time that a round has."""

@@ -27,7 +27,7 @@ from fedllm.privacy.mechanism import (
     noised_sum,
 )
 from fedllm.privacy.record_ledger import Plan
-from fedllm.trained import Trained, left_as_it_was
+from fedllm.trained import Trained, left_as_it_was, require_time
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,6 +43,7 @@ def train_privately(
     max_grad_norm: float,
     learning_rate: float,
     plan: Plan,
+    deadline: float = math.inf,
 ) -> Trained:
     """Fine-tune the adapter from given values by DP-SGD on one client's examples.
 
@@ -57,6 +58,10 @@ def train_privately(
         max_grad_norm: Largest L2 norm of one example's gradient.
         learning_rate: The round's learning rate.
         plan: Noise multiplier, sampling probability, steps, expected batch size.
+        deadline: `time.monotonic()` after which no step is begun.
+
+    Raises:
+        TimeLimitError: The deadline passed before the last step.
 
     Guarantee:
         The result is a function of `plan.steps` Poisson-subsampled Gaussian mechanisms of
@@ -77,7 +82,8 @@ def train_privately(
         set_trained(model, spec, arrays)
         per_example = PerExample(model, pad_token_id)
         update = _Update(per_example.trained, config, learning_rate)
-        for _ in range(plan.steps):
+        for step in range(plan.steps):
+            require_time(deadline, step)
             coins = generator.bernoulli(plan.sampling_probability, len(examples))
             batch = [row for row, coin in zip(examples, coins, strict=True) if coin]
             total = clipped_sum(per_example, batch, config.batch_size, max_grad_norm)

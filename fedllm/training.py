@@ -1,6 +1,7 @@
 """Supervised fine-tuning of an adapter on one partition: the only importer of TRL."""
 
 import logging
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from fedllm.adapters import AdapterSpec, get_trained, set_trained
 from fedllm.config import TrainConfig
 from fedllm.evaluation import answer_losses, collate
-from fedllm.trained import Trained, left_as_it_was
+from fedllm.trained import Trained, left_as_it_was, require_time
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -75,6 +76,7 @@ def train_adapter(
     config: TrainConfig,
     learning_rate: float,
     seed: int,
+    deadline: float = math.inf,
 ) -> Trained:
     """Fine-tune the adapter from given values on one client's examples.
 
@@ -88,6 +90,10 @@ def train_adapter(
         config: Settings of the training.
         learning_rate: The round's learning rate.
         seed: Order of the examples and dropout.
+        deadline: `time.monotonic()` after which no step is begun.
+
+    Raises:
+        TimeLimitError: The deadline passed before the last step.
     """
     base = model.get_base_model()
     # Else the trainer says, each round, that it aligned them.
@@ -107,6 +113,7 @@ def train_adapter(
             proximal_mu=config.proximal_mu,
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Deadline(deadline))
         # On a quantised base SFTTrainer rounds the adapter to bfloat16, whose 8 bits
         # lose small updates; ours stays in float32.
         for parameter in trained:
@@ -120,6 +127,16 @@ def train_adapter(
         num_examples=len(examples),
         num_steps=int(trainer.state.global_step),
     )
+
+
+class _Deadline(TrainerCallback):  # type: ignore[misc] # transformers has no types
+    """Give up a training whose result would come too late to count."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        require_time(self._deadline, state.global_step)
 
 
 def training_seed(seed: int, server_round: int, partition_id: int) -> int:

@@ -590,3 +590,13 @@ def test_an_error_reply_without_text_holds_the_code_alone():
     assert dict(error_content("failed", None).config_records[ERROR]) == {
         "code": "failed"
     }
+
+
+@pytest.mark.parametrize("unit", ["none", "client", "record"])
+def test_a_training_that_comes_too_late_is_given_up_and_says_so(answer, unit):
+    late = {"privacy.unit": unit, "strategy.round-timeout": 1e-6}
+
+    reply = answer({**late, "train.batch-size": 1})
+
+    assert code_of(reply) == "time-limit"
+    assert ("strategy.round-timeout" in text_of(reply)) == (unit == "none")
