@@ -3,9 +3,9 @@
 import logging
 
 from fedllm.config import RunConfig
+from fedllm.noise_plan import num_sampled
 from fedllm.privacy.accounting import plain
 from fedllm.privacy.record_report import RecordSettings
-from fedllm.strategy import num_sampled
 
 logger = logging.getLogger(__name__)
 

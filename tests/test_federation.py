@@ -528,7 +528,7 @@ def test_a_record_level_run_says_what_its_worst_and_median_client_spent(
     settings, caplog
 ):
     caplog.set_level(logging.INFO)
-    federation, grid = start({**settings, **RECORD})
+    federation, _ = start({**settings, **RECORD})
     federation.run()
 
     folder = federation.directory.path

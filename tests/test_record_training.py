@@ -119,7 +119,7 @@ def test_every_gradient_is_clipped_before_it_is_summed(
 
 
 def test_one_example_more_changes_the_sum_by_no_more_than_the_norm(client, examples):
-    model, spec = client
+    model, _ = client
     gradients(client, examples)
     per_example = PerExample(model, 0)
     norm = 1e-3
