@@ -57,6 +57,7 @@ REFUSED: list[dict[str, Scalar]] = [
     {"strategy.aggregator": "median"},
     {"strategy.fraction-evaluate": 0.5},
     {"privacy.unit": "record", "model.quantization": 8},
+    {"privacy.unit": "record", "adapter.kind": "auto"},
     {"privacy.unit": "none", "privacy.max-epsilon": 4.0},
 ]
 

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LARGEST_DELTA = 1e-5
+"""Where a node says nothing else: any epsilon can be had at a delta near 1."""
+
 
 @dataclass
 class _Resident:
@@ -106,7 +109,12 @@ def check_floors(node_config: Mapping[str, Any], config: RunConfig) -> None:
             + ("" if "privacy-unit" in node_config else "; its privacy-unit is not set")
         )
     promised = [e for e in (privacy.target_epsilon, privacy.max_epsilon) if e > 0]
-    if privacy.unit == "record":
+    if privacy.unit == "record" and limit is not None:
+        if delta is None and privacy.delta > _LARGEST_DELTA:
+            raise ConfigError(
+                f"privacy.delta: this node's max-epsilon is meant at {_LARGEST_DELTA:g} "
+                f"or less, where it sets no delta (got {privacy.delta})"
+            )
         # This client's own ledger holds the limit, whatever the run promises.
         limit = None
     if limit is not None and (not promised or min(promised) > limit):

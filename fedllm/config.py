@@ -370,6 +370,11 @@ def _contradictions(config: RunConfig) -> list[str]:
             "model.quantization: must be 0 or 4 under privacy.unit='record' (got 8): in "
             "8 bit the outliers of one example change how its whole batch is rounded"
         )
+    if privacy.unit == "record" and config.adapter.kind == "auto":
+        problems.append(
+            "adapter.kind: name one under privacy.unit='record' (got 'auto', which knows "
+            "what was measured at client level); 'lora-core' bears noise best"
+        )
     if privacy.unit == "client" and strategy.aggregator != "mean":
         problems.append(
             "strategy.aggregator: must be 'mean' under privacy.unit='client' "

@@ -61,6 +61,7 @@ def say_outcome(
             ledger.settings.delta,
         )
         logger.info("privacy: %s", ledger.statement)
+        logger.info("not covered: %s", "; ".join(ledger.as_dict()["not_covered"]))
     else:
         spent = ledger.epsilons()
         logger.info(

@@ -247,6 +247,14 @@ def test_a_node_that_demands_another_unit_refuses(floor, unit):
         check_floors({"privacy-unit": floor}, config)
 
 
+def test_a_limit_cannot_be_passed_by_way_of_a_large_delta():
+    config = parse_run_config({"privacy.unit": "record", "privacy.delta": 0.9})
+
+    with pytest.raises(ConfigError, match="max-epsilon is meant at 1e-05 or less"):
+        check_floors({"privacy-unit": "record", "max-epsilon": 8.0}, config)
+    check_floors({"privacy-unit": "record"}, config)
+
+
 def test_a_limit_without_a_unit_is_one_of_client_level():
     config = parse_run_config({"privacy.unit": "record"})
 

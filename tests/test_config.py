@@ -157,6 +157,7 @@ def test_dropout_is_refused_where_the_kind_may_have_none(kind):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
+        ("adapter.kind", "auto", "name one under privacy.unit='record'"),
         ("model.quantization", 8, "must be 0 or 4 under privacy.unit='record'"),
         ("strategy.fraction-evaluate", 0.5, "under privacy.unit='record'"),
         ("privacy.noise-multiplier", 1.0, "not both"),

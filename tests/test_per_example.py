@@ -69,11 +69,15 @@ def alone(model: Any, examples: list[dict[str, Any]]) -> torch.Tensor:
     """Return each example's gradient by plain autograd, shortest example first."""
     trained = [p for p in model.parameters() if p.requires_grad]
     rows = []
-    for example in sorted(examples, key=lambda row: len(row["input_ids"])):
+    for example in sorted_by_length(examples):
         loss = answer_losses(model, **collate([example], PAD)).mean()
         gradients = torch.autograd.grad(loss, trained)
         rows.append(torch.cat([g.flatten() for g in gradients]))
     return torch.stack(rows)
+
+
+def sorted_by_length(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(examples, key=lambda row: len(row["input_ids"]))
 
 
 def together(model: Any, examples: list[dict[str, Any]], size: int) -> torch.Tensor:
@@ -100,6 +104,19 @@ def test_gradients_are_those_of_each_example_alone(
     assert got.shape == wanted.shape
     assert relative_error(got, wanted) < 1e-5
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("quantization", [0, 4])
+@pytest.mark.parametrize("kind", ["ia3", "vera"])
+def test_gradients_of_kinds_that_are_no_linear_weights_are_right_too(
+    make_model, examples, kind, quantization
+):
+    model = make_model(kind, quantization)
+
+    got = together(model, examples, 4)
+
+    assert relative_error(got, alone(model, examples)) < 1e-5
+    assert torch.equal(got[:1], together(model, sorted_by_length(examples)[:1], 4))
 
 
 def test_every_linear_layer_can_be_adapted(make_model, examples):
@@ -159,7 +176,7 @@ def test_a_layer_that_does_not_see_examples_apart_is_served_one_by_one(
 def test_an_example_that_gives_nan_leaves_the_others_as_they_are(make_model, examples):
     model = make_model("ffa-lora")
     wanted = together(model, examples, 10)
-    ordered = sorted(examples, key=lambda row: len(row["input_ids"]))
+    ordered = sorted_by_length(examples)
     # A token that only some examples have.
     token = next(t for t in ordered[3]["input_ids"] if t not in ordered[0]["input_ids"])
     sick = [i for i, row in enumerate(ordered) if token in row["input_ids"]]
@@ -184,7 +201,7 @@ def test_a_gradient_is_the_same_to_the_last_bit_whoever_is_in_the_batch(
 ):
     """Else one record more changes the gradients of all the others."""
     model = make_model(kind, quantization, dtype)
-    ordered = sorted(examples, key=lambda row: len(row["input_ids"]))
+    ordered = sorted_by_length(examples)
     among = together(model, examples, 4)
 
     for index, example in enumerate(ordered):

@@ -169,7 +169,8 @@ def clipped(vector: Vector, clipping_norm: float) -> Checked:
 class FixedPointSum:
     """A sum that is the same in every order: integers of limit * 2**-40.
 
-    Values are cut toward zero, so that no vector's norm grows. Each is held as at most
+    Values are cut toward zero, so that no vector's norm grows but by a last bit, 2**-52
+    of it, which the margin of `clipped` covers 4,000 times. Each is held as at most
     2**40 units, times a weight; high and low 20 bits are summed apart in 64 bits.
 
     Args:

@@ -121,22 +121,28 @@ class RecordReport:
 
     @property
     def statement(self) -> str:
-        """The sentences that a person reads."""
+        """The one sentence that a person reads."""
+        worst, settings = self.worst, self.settings
         if not self._claims:
             return (
                 "Record-level differential privacy was promised, and no client has "
                 "reported what it spent, so epsilon is not known."
             )
+        if worst is None:
+            return (
+                "Record-level differential privacy was promised, and at least one client "
+                "sent updates without saying what they cost, so epsilon is not bounded."
+            )
         return (
-            f"Record-level differential privacy with epsilon {plain(self.worst)} for the "
-            f"worst client and {plain(self.median)} for the median one, at delta "
-            f"{self.settings.delta:g}, comparing the run with one in which a client has "
-            "one training record more or less (add-or-remove): protection is "
-            f"{strength(math.inf if self.worst is None else self.worst)}. Each of "
-            f"{len(self._claims)} clients clipped and noised its own gradients in "
-            f"{len(self._releases)} rounds and keeps its own account, which the server "
-            "cannot check; no amplification by the choice of clients is claimed. Nobody "
-            "outside a client is trusted but the code that it runs."
+            f"Record-level differential privacy with epsilon {plain(worst)} for the worst "
+            f"client and {plain(self.median)} for the median one at delta "
+            f"{settings.delta:g} (protection: {strength(worst)}), as the {len(self._claims)} "
+            f"clients that took part in {len(self._releases)} rounds report it: for "
+            "whoever sees all that they sent, the server included, whether one training "
+            "record of a client was there or not changes the probability of any "
+            f"conclusion by at most a factor of e^{plain(worst)}, plus "
+            f"{settings.delta:g}; the code that a client runs is trusted, and what is not "
+            "covered is listed beside this under not_covered."
         )
 
     def _write(self) -> None:
@@ -148,6 +154,11 @@ class RecordReport:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self._path)
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _known(value: float) -> float | None:

@@ -253,7 +253,8 @@ def test_the_fixed_point_never_makes_a_vector_longer(vector):
     out = FixedPointSum(20, C)
     out.add(vector)
 
-    assert (np.abs(out.total()) <= np.abs(vector)).all()
+    # Scaling rounds twice: one last bit, which is 1/4,000 of the clip's margin.
+    assert (np.abs(out.total()) <= np.abs(vector) * (1 + 2.0**-52)).all()
 
 
 def test_the_sum_takes_large_weights_exactly():
