@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fedllm.adapter_files import save_adapter
 from fedllm.adapters import AdapterSpec
+from fedllm.durable import replace_whole
 from fedllm.errors import FederationError, FedllmError
 from fedllm.hub import is_disk_full
 
@@ -61,12 +62,8 @@ class RunDirectory:
         """Write one JSON file so that it is there whole or not at all."""
         text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
         target = self.path / name
-        fresh = target.with_suffix(".tmp")
-        with _disk_errors(target), fresh.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            fresh.replace(target)
+        with _disk_errors(target):
+            replace_whole(target, text.encode())
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one round to metrics.jsonl; what is not finite becomes null."""

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fedllm.durable import replace_whole
 from fedllm.errors import PrivacyError
 from fedllm.privacy.accounting import Epsilons, Sampling, epsilons, plain, strength
 from fedllm.privacy.planning import noise_to_signal
@@ -280,18 +280,8 @@ class Ledger:
 
     def _write(self) -> None:
         """Write the file so that it is there whole, and survives a power cut."""
-        fresh = self._path.with_suffix(".tmp")
-        with fresh.open("w", encoding="utf-8") as file:
-            json.dump(self.as_dict(), file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        text = json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"
+        replace_whole(self._path, text.encode())
 
 
 def no_privacy(population_size: int, num_trainable: int) -> dict[str, Any]:

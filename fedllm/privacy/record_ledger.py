@@ -9,7 +9,6 @@ that the client held; the client's epsilon is the largest over the records it ho
 import hashlib
 import hmac
 import json
-import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from fedllm.durable import replace_whole, sync_folder, write_synced
 from fedllm.errors import BudgetError, PrivacyError
 from fedllm.privacy.accounting import (
     Event,
@@ -31,6 +31,7 @@ from fedllm.privacy.accounting import (
 _KEY_FILE = "key"
 _LEDGER_FILE = "ledger.json"
 _FORMAT = 1
+_OWNER_ONLY = 0o600
 
 Histories = dict[str, tuple[Event, ...]]
 
@@ -249,11 +250,11 @@ class RecordLedger:
         fresh = self._folder.with_name(f".{self._folder.name}-{secrets.token_hex(4)}")
         fresh.mkdir(mode=0o700)
         self._key = secrets.token_bytes(32)
-        _write_synced(fresh / _KEY_FILE, self._key)
+        write_synced(fresh / _KEY_FILE, self._key, _OWNER_ONLY)
         empty = {"format": _FORMAT, "plans": {}, "histories": [], "records": {}}
-        _write_synced(fresh / _LEDGER_FILE, self._sealed(empty))
+        write_synced(fresh / _LEDGER_FILE, self._sealed(empty), _OWNER_ONLY)
         fresh.rename(self._folder)
-        _sync_folder(self._folder.parent)
+        sync_folder(self._folder.parent)
 
     def _read_key(self) -> bytes:
         try:
@@ -286,11 +287,8 @@ class RecordLedger:
 
     def _write(self, content: Mapping[str, Any]) -> None:
         """Write the ledger so that it is there whole, and survives a power cut."""
-        fresh = self._path.with_suffix(".tmp")
         try:
-            _write_synced(fresh, self._sealed(content))
-            fresh.replace(self._path)
-            _sync_folder(self._folder)
+            replace_whole(self._path, self._sealed(content), _OWNER_ONLY)
         except OSError as error:
             raise PrivacyError(
                 f"{self._path}: cannot be written: {error.strerror}; nothing is released"
@@ -325,21 +323,3 @@ def _refuse_above(spent: float, limit: float) -> None:
             f"privacy.max-epsilon: one more round would bring a record to epsilon "
             f"{plain(spent)}, above the {limit:g} that may be spent on it in all runs"
         )
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    """Write a file that only its owner may read, and sync it."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Sync a folder, so that what was renamed in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fedllm.durable import replace_whole
 from fedllm.privacy.accounting import Sampling, plain, strength
 
 _NOT_COVERED = [
@@ -147,18 +147,8 @@ class RecordReport:
 
     def _write(self) -> None:
         """Write the file so that it is there whole, and survives a power cut."""
-        fresh = self._path.with_suffix(".tmp")
-        with fresh.open("w", encoding="utf-8") as file:
-            json.dump(self.as_dict(), file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        text = json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"
+        replace_whole(self._path, text.encode())
 
 
 def _known(value: float) -> float | None:

@@ -11,7 +11,6 @@ import pytest
 from dp_accounting import pld
 
 from fedllm.errors import BudgetError, PrivacyError
-from fedllm.privacy import record_ledger
 from fedllm.privacy.accounting import gaussian_epsilon, record_epsilon
 from fedllm.privacy.record_ledger import Plan, RecordLedger, make_plan, row_digest
 
@@ -118,7 +117,7 @@ def test_the_ledger_is_synced_before_spend_returns(folder, monkeypatch):
     ledger = RecordLedger(folder)
     synced = []
     monkeypatch.setattr(
-        record_ledger.os,
+        os,
         "fsync",
         lambda d: synced.append(os.readlink(f"/proc/self/fd/{d}")),
     )
@@ -131,10 +130,10 @@ def test_the_ledger_is_synced_before_spend_returns(folder, monkeypatch):
 def test_a_ledger_that_cannot_be_written_releases_nothing(folder, monkeypatch):
     ledger = RecordLedger(folder)
 
-    def full(path: Path, data: bytes) -> None:
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(record_ledger, "_write_synced", full)
+    monkeypatch.setattr(os, "fsync", full)
 
     with pytest.raises(PrivacyError, match="No space left"):
         ledger.spend(rows(0, 3), EVENT, DELTA, 100.0)
