@@ -367,7 +367,7 @@ def publish(args: argparse.Namespace) -> None:
     root = Path(__file__).parent.parent
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in read(Path(args.out)):
-        if row["partition"] == "iid":
+        if row["partition"] == "iid" and row["momentum"] == 0:
             key = tuple(row[name] for name in _SETTINGS if name != "seed")
             groups.setdefault(key, []).append(row)
     found = [
@@ -379,6 +379,9 @@ def publish(args: argparse.Namespace) -> None:
             "epsilon": rows[0]["epsilon"] or None,
             "rounds": rows[0]["rounds"],
             "noise_multiplier": round(rows[0]["z"], 5),
+            "clipping_norm": rows[0]["clip"],
+            "server_learning_rate": rows[0]["server_lr"],
+            "server_learning_rate_min": rows[0]["server_lr_min"],
             "test_losses": [round(row["test_after"], 3) for row in rows],
         }
         for rows in groups.values()

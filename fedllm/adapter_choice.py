@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 from fedllm.config import AdapterKind, RunConfig
 from fedllm.errors import ConfigError
 from fedllm.noise_plan import privacy_settings
-from fedllm.privacy.planning import Frontier, expected, load_frontier, noise_level
+from fedllm.privacy.planning import (
+    Frontier,
+    Measured,
+    expected,
+    load_frontier,
+    noise_level,
+)
 
 KINDS: tuple[AdapterKind, ...] = ("ffa-lora", "lora-core", "lora", "ia3", "vera")
 """The closed list of kinds that a server may name."""
@@ -25,10 +31,12 @@ class Choice:
     Attributes:
         kind: The kind of adapter.
         reason: One line for a person.
+        measured: The measured federation that is most alike; None: none is.
     """
 
     kind: AdapterKind
     reason: str
+    measured: Measured | None = None
 
 
 def choose_adapter(
@@ -42,6 +50,10 @@ def choose_adapter(
         frontier: What was measured; what comes with the package where None.
     """
     frontier = load_frontier() if frontier is None else frontier
+    # IA3 has no rank; of the others only what was measured with this one counts.
+    rank = config.adapter.rank
+    rows = tuple(r for r in frontier.rows if r.rank == rank or r.kind == "ia3")
+    frontier = replace(frontier, rows=rows)
     level, noise = 0.0, "no noise"
     if config.privacy.unit != "none":
         # The number of values, here 1, does not enter what is used of the settings.
@@ -58,7 +70,12 @@ def choose_adapter(
         )
     ranked = sorted(known, key=lambda kind: -known[kind])
     told = ", ".join(f"{kind} {known[kind]:.0%}" for kind in ranked)
-    return Choice(ranked[0], f"share of the best gain to expect with {where}: {told}")
+    found = expected(ranked[0], level, frontier) if level > 0 else None
+    return Choice(
+        ranked[0],
+        f"share of the best gain to expect with {where}: {told}",
+        found.nearest if found else None,
+    )
 
 
 def expected_gain(kind: str, level: float, frontier: Frontier) -> float | None:
@@ -87,6 +104,26 @@ def expected_gain(kind: str, level: float, frontier: Frontier) -> float | None:
     if not found.inside and not 1 / _REACH <= ratio <= _REACH:
         return None
     return found.share
+
+
+def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
+    """Return the server's run config with `auto` resolved, kind and step.
+
+    An update of one kind is many times as long as one of another, so clipping norm and
+    server learning rate are those that the kind was measured with.
+    """
+    config, measured = with_kind(config, choice.kind), choice.measured
+    if measured is None:
+        return config
+    return replace(
+        config,
+        privacy=replace(config.privacy, clipping_norm=measured.clipping_norm),
+        strategy=replace(
+            config.strategy,
+            server_learning_rate=measured.server_learning_rate,
+            server_learning_rate_min=measured.server_learning_rate_min,
+        ),
+    )
 
 
 def with_kind(config: RunConfig, kind: object) -> RunConfig:

@@ -16,7 +16,7 @@ from typing import Any
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
-from fedllm.adapter_choice import choose_adapter, with_kind
+from fedllm.adapter_choice import choose_adapter, with_choice
 from fedllm.adapters import AdapterSpec, Arrays, adapter_spec, initial_arrays
 from fedllm.config import RunConfig, fedllm_home, flat
 from fedllm.errors import FederationError
@@ -84,7 +84,15 @@ class Federation:
         if config.adapter.kind == "auto":
             choice = choose_adapter(config, len(self.population))
             logger.info("adapter.kind auto: %s; %s", choice.kind, choice.reason)
-            config = self.config = with_kind(config, choice.kind)
+            config = self.config = with_choice(config, choice)
+            if choice.measured is not None:
+                logger.info(
+                    "adapter.kind auto: clipping norm %g and server learning rate %g to "
+                    "%g, as measured with this kind",
+                    config.privacy.clipping_norm,
+                    config.strategy.server_learning_rate,
+                    config.strategy.server_learning_rate_min,
+                )
         self.spec: AdapterSpec = adapter_spec(config.adapter, model_config, config.seed)
         self.public = PublicRows(config, self.base_name, self.spec, home)
         self.ledger: Ledger | None = None

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.adapter_choice import KINDS, choose_adapter, expected_gain, with_kind
+from fedllm.adapter_choice import (
+    KINDS,
+    Choice,
+    choose_adapter,
+    expected_gain,
+    with_choice,
+    with_kind,
+)
 from fedllm.config import AdapterKind, RunConfig, parse_run_config
 from fedllm.errors import ConfigError
 from fedllm.privacy.accounting import calibrate
@@ -15,7 +22,7 @@ from fedllm.privacy.planning import Frontier, Measured, load_frontier
 
 def row(kind: str, clients: int, epsilon: float | None, loss: float) -> Measured:
     z = calibrate(epsilon, 4, 1e-5, "all", 1.0) if epsilon else 0.0
-    return Measured(kind, 8, 100, clients, epsilon, 4, z, (loss,))
+    return Measured(kind, 8, 100, clients, epsilon, 4, z, 0.3, 1.5, 0.5, (loss,))
 
 
 # A core is better under much noise, ffa-lora under little, IA3 without any.
@@ -135,3 +142,24 @@ def test_where_the_run_names_a_kind_nobody_elses_name_counts():
 
     assert with_kind(config, "lora") is config
     assert with_kind(config, None) is config
+
+
+def test_the_kind_comes_with_the_step_that_it_was_measured_with():
+    config = make_config()
+    choice = Choice("ia3", "a reason", row("ia3", 20, 8.0, 2.9))
+
+    resolved = with_choice(config, choice)
+
+    assert resolved.adapter.kind == "ia3"
+    assert resolved.privacy.clipping_norm == 0.3
+    assert resolved.strategy.server_learning_rate == 1.5
+    assert resolved.strategy.server_learning_rate_min == 0.5
+    assert with_choice(config, Choice("ia3", "none")).privacy == config.privacy
+
+
+def test_what_was_measured_with_another_rank_does_not_count():
+    many = choose_adapter(make_config(**{"adapter.rank": 64}), 20, FRONTIER)
+    same = choose_adapter(make_config(), 20, FRONTIER)
+
+    assert many.measured is None and "nothing was measured" in many.reason
+    assert same.measured is not None and same.measured.rank == 8

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedllm.adapter_choice import choose_adapter, with_kind
+from fedllm.adapter_choice import choose_adapter, with_choice
 from fedllm.adapters import resolve
 from fedllm.config import RunConfig, parse_run_config
 from fedllm.errors import ConfigError, FedllmError
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
             choose_adapter(config, clients) if config.adapter.kind == "auto" else None
         )
         if chosen is not None:
-            config = with_kind(config, chosen.kind)
+            config = with_choice(config, chosen)
         if args.trainable is not None and args.trainable < 1:
             raise ConfigError(f"--trainable: must be at least 1 (got {args.trainable})")
         d = args.trainable or _num_trainable(config)

@@ -63,6 +63,9 @@ class Measured:
         epsilon: Zero-out epsilon at delta 1e-5; None without noise.
         rounds: Rounds T.
         noise_multiplier: z; 0.0 without noise.
+        clipping_norm: C.
+        server_learning_rate: Of round 1.
+        server_learning_rate_min: Of the last round.
         test_losses: Test loss after the run, one for each seed, in nats per token.
     """
 
@@ -73,6 +76,9 @@ class Measured:
     epsilon: float | None
     rounds: int
     noise_multiplier: float
+    clipping_norm: float
+    server_learning_rate: float
+    server_learning_rate_min: float
     test_losses: tuple[float, ...]
 
     @property

@@ -55,10 +55,10 @@ def test_advice_for_a_quiet_federation_asks_for_no_more_clients():
 def frontier() -> Frontier:
     """A frontier of three runs, whose loss rises by 0.1 with each doubling of noise."""
     rows = tuple(
-        Measured("ffa-lora", 8, 1000, clients, 8.0, 4, 1.0, losses)
+        Measured("ffa-lora", 8, 1000, clients, 8.0, 4, 1.0, 0.6, 0.6, 0.6, losses)
         for clients, losses in ((20, (3.0, 3.1)), (40, (2.95,)), (80, (2.85,)))
     )
-    quiet = Measured("ffa-lora", 8, 1000, 20, None, 4, 0.0, (2.8,))
+    quiet = Measured("ffa-lora", 8, 1000, 20, None, 4, 0.0, 0.6, 0.6, 0.6, (2.8,))
     return Frontier("a model", "some data", 4.0, 2.5, (*rows, quiet))
 
 
