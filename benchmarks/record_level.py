@@ -1,9 +1,10 @@
 """Measure record-level privacy on SmolLM2 and wordnet-medical.
 
-    python benchmarks/record_level.py gain --clients 1 --batch 256 --steps 10 \
-        --kind lora-core --optimizer adamw --lr 0.01
-    python benchmarks/record_level.py gain --clients 10 --batch 128 --rounds 3 --steps 5
-    python benchmarks/record_level.py overhead
+    core="--kind lora-core --optimizer adamw --lr 0.05 --norm 0.5 --test"
+    python benchmarks/record_level.py gain $core --batch 128 --steps 10 [--twin]
+    python benchmarks/record_level.py gain $core --clients 10 --batch 32 --steps 2 \
+        --rounds 2 [--twin]
+    python benchmarks/record_level.py overhead --batch 64
 
 `gain` runs the clients' DP-SGD as the app does (its own noise, Poisson batches and
 calibration), beside the same steps without clipping and noise (`--twin`), and averages
@@ -99,14 +100,14 @@ def plan_of(args: argparse.Namespace, num_records: int) -> Plan:
 
 
 def gain(args: argparse.Namespace) -> None:
+    if args.twin:
+        args.norm = 1e3
     row = {k: v for k, v in vars(args).items() if k not in ("out", "command")}
     if args.out.exists() and any(
         row.items() <= json.loads(line).items()
         for line in args.out.read_text().splitlines()
     ):
         return
-    if args.twin:
-        args.norm = 1e3
     bench = Bench(args)
     arrays = initial_arrays(bench.spec)
     base = bench.loss(arrays, bench.validation)
