@@ -234,3 +234,27 @@ def test_a_pass_has_the_same_shape_and_no_mask_whoever_is_in_the_batch(
         assert seen == [(4, -(-len(example["input_ids"]) // 16) * 16)]
         assert seen[0] in among
     assert len(among) > 1
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.parametrize("kind", ["ffa-lora", "lora"])
+def test_opacus_makes_the_same_gradients(make_model, examples, kind):
+    from opacus import GradSampleModule
+
+    model = make_model(kind)
+    ours = torch.cat(list(PerExample(model, PAD).gradients(examples, 4)))
+    ordered = sorted_by_length(examples)
+
+    batch = collate(ordered, PAD)
+    counts = (batch["labels"][:, 1:] != -100).sum(1)
+    wrapped = GradSampleModule(model, loss_reduction="sum", strict=False)
+    losses = answer_losses(model, **batch)
+    owners = torch.repeat_interleave(torch.arange(len(ordered)), counts)
+    (losses / counts[owners]).sum().backward()
+    theirs = torch.cat(
+        [p.grad_sample.flatten(1) for p in model.parameters() if p.requires_grad], 1
+    )
+    wrapped.remove_hooks()
+
+    assert ours.abs().max() > 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
