@@ -38,6 +38,7 @@ from fedllm.privacy.planning import (
     load_frontier,
     noise_level,
     noise_to_signal,
+    step_by_rule,
 )
 from fedllm.typed_config import typed_config
 
@@ -131,6 +132,7 @@ def _plan(config: RunConfig, settings: PrivacySettings) -> dict[str, Any]:
         "accountant": spent.accountant,
         "strength": strength(spent.zero_out),
         "noise_to_signal": _ratio(settings),
+        "server_learning_rate_by_rule": _step(config, settings),
         "expected": _expected_dict(_expect(config.adapter.kind, settings)),
         "better": _better(config, settings),
     }
@@ -152,6 +154,18 @@ def _ratio(settings: PrivacySettings) -> float:
     return noise_to_signal(
         settings.noise_multiplier, settings.num_trainable, settings.num_sampled_clients
     )
+
+
+def _step(config: RunConfig, settings: PrivacySettings) -> float | None:
+    """Return the server learning rate that the rule gives; for `ffa-lora` only."""
+    if config.adapter.kind != "ffa-lora":
+        return None
+    level = noise_level(
+        settings.noise_multiplier,
+        settings.planned_rounds,
+        settings.num_sampled_clients,
+    )
+    return round(step_by_rule(level) * 0.6 / settings.clipping_norm, 3)
 
 
 def _expect(kind: str, settings: PrivacySettings) -> Expected | None:
@@ -249,6 +263,12 @@ def _lines(
     ]
     if plan["auto"]:
         lines.insert(1, f"adapter.kind auto: {adapter.kind}; {plan['auto']}")
+    if plan["server_learning_rate_by_rule"] is not None:
+        lines.append(
+            "step by rule: strategy.server-learning-rate "
+            f"{plan['server_learning_rate_by_rule']:.2g} on average over the rounds, at "
+            f"clipping norm {settings.clipping_norm:g} (a rule for one local SGD step)"
+        )
     if "noise_probe" in plan:
         probe = plan["noise_probe"]
         lines.append(

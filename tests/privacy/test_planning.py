@@ -14,6 +14,7 @@ from fedllm.privacy.planning import (
     load_frontier,
     noise_level,
     noise_to_signal,
+    step_by_rule,
 )
 
 
@@ -108,3 +109,16 @@ def test_the_frontier_that_comes_along_holds_what_its_epsilons_say():
         else:
             spent = gaussian_epsilon(row.noise_multiplier, row.rounds, 1e-5)
             assert spent == pytest.approx(row.epsilon, rel=1e-2), row
+
+
+@pytest.mark.parametrize(
+    ("clients", "epsilon", "rounds", "used"),
+    # Mean server learning rates of docs/results.md, which searches found good.
+    [(20, 8.0, 5, 0.6), (20, 4.0, 5, 0.45), (20, 2.0, 5, 0.3), (100, 8.0, 8, 1.0)],
+)
+def test_the_rule_gives_the_steps_that_were_good(clients, epsilon, rounds, used):
+    z = calibrate(epsilon, rounds, 1e-5, "all", 1.0)
+
+    found = step_by_rule(noise_level(z, rounds, clients))
+
+    assert found == pytest.approx(used, rel=0.12)
