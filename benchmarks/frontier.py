@@ -434,6 +434,7 @@ def plot(path: Path) -> None:
         xlabel="noise that adds up: z sqrt(rounds) / clients",
         ylabel="test loss, nats a token",
     )
+    axes.margins(x=0.16)
     axes.legend()
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
