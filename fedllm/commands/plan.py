@@ -208,15 +208,8 @@ def _better(config: RunConfig, settings: PrivacySettings) -> list[dict[str, Any]
         changes.append((f"{clients} clients", config.adapter.kind, more))
     for epsilon in (2.0, 4.0, 8.0):
         if epsilon > _spent(settings, settings.planned_rounds).zero_out * 1.01:
-            weaker = replace(
-                settings, noise_multiplier=_calibrated(settings, epsilon, None)
-            )
+            weaker = replace(settings, noise_multiplier=_calibrated(settings, epsilon))
             changes.append((f"epsilon {epsilon:g}", config.adapter.kind, weaker))
-    for rounds in (1, 3, 5, 8):
-        if rounds < settings.planned_rounds and config.privacy.target_epsilon > 0:
-            z = _calibrated(settings, config.privacy.target_epsilon, rounds)
-            fewer = replace(settings, noise_multiplier=z, planned_rounds=rounds)
-            changes.append((f"{rounds} rounds", config.adapter.kind, fewer))
     for kind in load_frontier().kinds:
         if kind != config.adapter.kind:
             changes.append((f"adapter.kind={kind}", kind, settings))
@@ -229,11 +222,11 @@ def _better(config: RunConfig, settings: PrivacySettings) -> list[dict[str, Any]
     return sorted(out, key=lambda row: float(str(row["test_loss"])))
 
 
-def _calibrated(settings: PrivacySettings, epsilon: float, rounds: int | None) -> float:
-    """Return the noise multiplier for another epsilon or number of rounds."""
+def _calibrated(settings: PrivacySettings, epsilon: float) -> float:
+    """Return the noise multiplier for another epsilon."""
     return calibrate(
         epsilon,
-        rounds or settings.planned_rounds,
+        settings.planned_rounds,
         settings.delta,
         settings.sampling,
         settings.num_sampled_clients / settings.population_size,
@@ -299,6 +292,11 @@ def _expected_lines(plan: dict[str, Any]) -> list[str]:
     ]
     if not found["inside_what_was_measured"]:
         lines.append("  beyond what was measured: taken from its nearest end")
+    if plan["num_rounds"] < found["nearest_rounds"]:
+        lines.append(
+            f"  that took {found['nearest_rounds']} rounds: fewer are fewer steps, which "
+            "this does not count, so expect less"
+        )
     if plan["better"]:
         better = [f"{r['change']} ({r['test_loss']:.2f})" for r in plan["better"]]
         lines.append("better, one change each: " + "; ".join(better))

@@ -149,7 +149,8 @@ def noise_level(
     """Return z * sqrt(T) / n: the noise that adds up over a run, a unit of path.
 
     In each coordinate, divided by clipping norm and mean step. Runs with the same level
-    bear the same steps, whatever their number of clients, rounds and epsilon.
+    bear steps of the same total length, whatever their number of clients and epsilon; a
+    run of few rounds cannot make as good use of that length.
     """
     return noise_multiplier * math.sqrt(num_rounds) / num_sampled_clients
 

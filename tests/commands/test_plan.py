@@ -80,6 +80,13 @@ def test_more_clients_are_expected_to_help_and_the_figures_are_said(capsys):
     assert list(changes.values()) == sorted(changes.values())
 
 
+def test_fewer_rounds_than_were_measured_are_no_promise(capsys):
+    assert "fewer are fewer steps" in told(capsys, "--rounds", "1")
+    assert "fewer are fewer steps" not in told(capsys, "--rounds", "8")
+    changes = [row["change"] for row in planned(capsys, "--rounds", "8")["better"]]
+    assert changes and not any("rounds" in change for change in changes)
+
+
 def test_the_step_by_rule_is_in_units_of_the_clipping_norm(capsys):
     plain = planned(capsys)
     smaller = planned(capsys, "--run-config", "privacy.clipping-norm=0.3")
