@@ -91,10 +91,10 @@ def test_the_step_by_rule_is_in_units_of_the_clipping_norm(capsys):
     plain = planned(capsys)
     smaller = planned(capsys, "--run-config", "privacy.clipping-norm=0.3")
 
-    assert plain["server_learning_rate_by_rule"] == pytest.approx(0.59, abs=0.01)
-    assert smaller["server_learning_rate_by_rule"] == pytest.approx(1.19, abs=0.02)
+    assert plain["server_learning_rate_by_rule"] == pytest.approx(0.60, abs=0.01)
+    assert smaller["server_learning_rate_by_rule"] == pytest.approx(1.20, abs=0.02)
     assert planned(capsys, "--kind", "ia3")["server_learning_rate_by_rule"] is None
-    assert "strategy.server-learning-rate 0.59" in told(capsys)
+    assert "strategy.server-learning-rate 0.6 on" in told(capsys)
 
 
 def test_a_plot_is_written_and_its_path_said(capsys, tmp_path):

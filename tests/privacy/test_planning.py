@@ -113,8 +113,8 @@ def test_the_frontier_that_comes_along_holds_what_its_epsilons_say():
 
 @pytest.mark.parametrize(
     ("clients", "epsilon", "rounds", "used"),
-    # Mean server learning rates of docs/results.md, which searches found good.
-    [(20, 8.0, 5, 0.6), (20, 4.0, 5, 0.45), (20, 2.0, 5, 0.3), (100, 8.0, 8, 1.0)],
+    # Mean server learning rates that were the best of those run (docs/results.md).
+    [(20, 8.0, 5, 0.6), (20, 2.0, 5, 0.2), (100, 8.0, 8, 1.0), (100, 2.0, 8, 0.55)],
 )
 def test_the_rule_gives_the_steps_that_were_good(clients, epsilon, rounds, used):
     z = calibrate(epsilon, rounds, 1e-5, "all", 1.0)
