@@ -21,6 +21,7 @@ from the results file, which lies beside this script.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -146,6 +147,43 @@ class Bench:
         set_trained(self.model, self.spec, unflatten(self.spec, vector))
         return held_out(self.model, examples, self.pad).loss
 
+    def take_public_subspace(self) -> float:
+        """Set A of ffa-lora to the leading directions of the gradient on public rows.
+
+        Returns:
+            The mean share of each layer's gradient, squared, that they hold.
+        """
+        data = DataConfig()
+        public = (
+            load_public(data, "validation").shuffle(seed=42).select(range(128, 256))
+        )
+        examples = labelled(tokenize(public, self.tokenizer, data, 512))
+        base = self.model.get_base_model()
+        whole: dict[str, Any] = {}
+        with contextlib.ExitStack() as stack:
+            # Else nothing before the first adapter would have a gradient.
+            first = base.get_input_embeddings().register_forward_hook(
+                lambda _, __, output: output.requires_grad_()
+            )
+            stack.callback(first.remove)
+            for name in self.spec.modules:
+                layer = base.get_submodule(name).base_layer
+                hook = layer.register_forward_hook(_summed_gradient(name, whole))
+                stack.callback(hook.remove)
+            for part in _batches([(0, example) for example in examples]):
+                inputs = collate([example for _, example in part], self.pad)
+                answer_losses(self.model, **inputs).sum().backward()
+                self.model.zero_grad(set_to_none=True)
+        shares = []
+        for name, gradient in whole.items():
+            _, values, right = torch.linalg.svd(gradient, full_matrices=False)
+            leading = (values[: self.spec.rank] ** 2).sum() / (values**2).sum()
+            shares.append(float(leading))
+            with torch.no_grad():
+                a = base.get_submodule(name).lora_A["default"].weight
+                a.copy_(right[: self.spec.rank])
+        return float(np.mean(shares))
+
     def _hook(self) -> None:
         """Take gradients apart by example, at every trained value."""
         base = self.model.get_base_model()
@@ -215,10 +253,28 @@ class Bench:
             tensor.register_hook(backward)
 
 
+def _summed_gradient(name: str, whole: dict[str, Any]) -> Any:
+    """Make the hook that adds up the gradient of a frozen layer's weight."""
+
+    def forward(_: Any, inputs: Any, output: Any) -> None:
+        given = inputs[0].detach().float()
+
+        def backward(gradient: Any) -> None:
+            single = torch.einsum("bto,bti->oi", gradient.float(), given)
+            whole[name] = whole.get(name, 0) + single
+
+        if output.requires_grad:
+            output.register_hook(backward)
+
+    return forward
+
+
 def screen(args: argparse.Namespace) -> None:
     """Print the loss after round 1 for a grid of steps (server learning rate * C)."""
     seed = args.seed[0]
     bench = Bench(args, seed)
+    if args.public_subspace:
+        tell(share_of_gradient=bench.take_public_subspace())
     start = flatten(initial_arrays(bench.spec))
     began = time.monotonic()
     updates = bench.updates(start, args.batch_size, seed + 1)
@@ -344,6 +400,8 @@ def table(args: argparse.Namespace) -> None:
         rate = f"{first['server_lr']:g}"
         if first["server_lr_min"] != first["server_lr"]:
             rate += f" to {first['server_lr_min']:g}"
+        if first["momentum"]:
+            rate += f", momentum {first['momentum']:g}"
         cells = [
             name,
             f"{first['d']:,}",
@@ -555,6 +613,7 @@ def main() -> None:
     parser.add_argument("--out", default=str(_RESULTS))
     parser.add_argument("--loss-before", type=float, default=3.756)
     parser.add_argument("--loss-without-privacy", type=float, default=2.662)
+    parser.add_argument("--public-subspace", action="store_true")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.3])
     parser.add_argument(
         "--steps", type=float, nargs="+", default=[0.2, 0.4, 0.8, 1.6, 3.2, 6.4]
