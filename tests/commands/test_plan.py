@@ -10,6 +10,7 @@ from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 
 from fedllm.commands import plan
+from tests.test_federation import write_rows
 
 
 def told(capsys, *arguments: str) -> str:
@@ -148,3 +149,21 @@ def test_it_loads_neither_torch_nor_flower_and_takes_under_two_seconds_of_cpu():
 
     cpu = float(done.stdout.split("cpu ")[1])
     assert cpu < 2, f"{cpu} s of processor, {time.monotonic() - began} s in all"
+
+
+def test_the_probe_scores_noise_on_the_real_base(
+    capsys, tiny_llama, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
+    rows = write_rows(tmp_path / "validation.jsonl", 6)
+    typed = f"model.name='{tiny_llama}' model.quantization=0 data.name='{rows}' "
+    probe = ["--run-config", typed + f"data.public-validation='{rows}'", "--probe"]
+
+    quiet = planned(capsys, *probe, "--noise-multiplier", "1e-9")["noise_probe"]
+    loud = planned(capsys, *probe, "--noise-multiplier", "1e3")["noise_probe"]
+
+    assert quiet["noise_alone"] == pytest.approx(quiet["before"], abs=1e-4)
+    # On a random model noise is as good as anything, but it moves the loss.
+    assert abs(loud["noise_alone"] - loud["before"]) > 1e-3
+    with pytest.raises(SystemExit, match="data.public-validation"):
+        plan.main(["--run-config", typed, "--probe"])
