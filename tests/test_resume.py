@@ -33,6 +33,10 @@ class Killed(BaseException):
     """Stands for kill -9: no handler of errors takes it."""
 
 
+def kill(*args: Any) -> Any:
+    raise Killed
+
+
 def learner(message: Message, context: Any) -> Message:
     """A client whose update depends on the round, the adapter and its partition."""
     arrays = message.content.array_records[ARRAYS]
@@ -483,16 +487,11 @@ def test_a_population_of_another_size_is_refused_and_other_ids_are_not(quick):
     assert run.population == [103, 101, 102]
 
 
-def test_where_every_round_was_paid_for_and_lost_nothing_is_claimed(quick):
+def test_where_every_round_was_paid_for_and_lost_nothing_is_claimed(quick, monkeypatch):
     given = {**quick, "num-server-rounds": 1}
     run = federation(given)
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(Killed),
-    ):
-        patch.setattr(
-            run_directory, "save_adapter", lambda *a: (_ for _ in ()).throw(Killed)
-        )
+    monkeypatch.setattr(run, "_save_adapter", kill)
+    with pytest.raises(Killed):
         run.run()
 
     with pytest.raises(FederationError, match="every round was paid for and lost"):
@@ -500,13 +499,11 @@ def test_where_every_round_was_paid_for_and_lost_nothing_is_claimed(quick):
     assert read(run, "privacy.json")["releases"] == [1]
 
 
-def test_what_was_lost_is_said(quick, caplog):
+def test_what_was_lost_is_said(quick, caplog, monkeypatch):
     caplog.set_level("INFO")
     run = federation(quick)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(
-            run, "_validate", lambda r: (_ for _ in ()).throw(Killed) if r == 2 else 1
-        )
+    monkeypatch.setattr(run, "_validate", lambda r: kill() if r == 2 else 1.0)
+    with pytest.raises(Killed):
         run.run()
     resumed()
 

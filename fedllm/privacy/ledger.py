@@ -150,8 +150,8 @@ class Ledger:
         """Enter a round's release.
 
         Raises:
-            PrivacyError: The round was released before, or the budget is spent.
-            OSError: It cannot be written; then nothing may be released.
+            PrivacyError: The round was released before, the budget is spent, or it
+                cannot be written; then nothing may be released.
         """
         if server_round in self._releases:
             raise PrivacyError(f"round {server_round} was released already")
@@ -290,7 +290,12 @@ class Ledger:
     def _write(self) -> None:
         """Write the file so that it is there whole, and survives a power cut."""
         text = json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"
-        replace_whole(self._path, text.encode())
+        try:
+            replace_whole(self._path, text.encode())
+        except OSError as error:
+            raise PrivacyError(
+                f"{self._path}: cannot be written: {error.strerror}; nothing is released"
+            ) from None
 
 
 def no_privacy(

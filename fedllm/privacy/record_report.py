@@ -206,7 +206,12 @@ class RecordReport:
     def _write(self) -> None:
         """Write the file so that it is there whole, and survives a power cut."""
         text = json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"
-        replace_whole(self._path, text.encode())
+        try:
+            replace_whole(self._path, text.encode())
+        except OSError as error:
+            raise PrivacyError(
+                f"{self._path}: cannot be written: {error.strerror}"
+            ) from None
 
 
 def _limit(value: object) -> float:
