@@ -20,7 +20,7 @@ from fedllm.errors import ConfigError, FederationError, PrivacyError
 from fedllm.federation import Federation
 from fedllm.privacy.accounting import gaussian_epsilon
 from fedllm.public_rows import PublicRows
-from fedllm.replies import ARRAYS, METRICS, array_record
+from fedllm.replies import ARRAYS, METRICS, array_record, error_content
 from tests.in_process_grid import InProcessGrid
 from tests.test_federation import NO_PRIVACY, lines_of, partitions, settings
 
@@ -83,10 +83,10 @@ def federation(
 ) -> Federation:
     run_config = {**flat(parse_run_config({})), **given}
     grid = InProcessGrid(partitions(num_clients), run_config, answer)
-    grid.contexts = {
-        first_node + index: context
-        for index, context in enumerate(grid.contexts.values())
-    }
+    contexts = list(grid.contexts.values())
+    grid.contexts = {first_node + index: c for index, c in enumerate(contexts)}
+    for context in contexts:
+        context.run_id = run_id
     return Federation(parse_run_config(run_config), grid, run_id)
 
 
@@ -105,10 +105,8 @@ def kept(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("peft_*/adapter_model.safetensors")):
         for name, value in safetensors.numpy.load_file(path).items():
             found[f"{path.parent.name} {name}"] = value.tobytes()
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
-        del values["seconds"]
-        found[f"line {values['server_round']}"] = values
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    found["lines"] = [{**json.loads(line), "seconds": None} for line in lines]
     result = json.loads((folder / "result.json").read_text())
     found["result"] = {**result, "recommended": Path(result["recommended"]).name}
     return found
@@ -349,7 +347,11 @@ def test_noise_after_a_crash_is_fresh(quick):
 
 def test_a_checkpoint_under_dp_holds_no_draw_and_no_cohort(quick):
     coins = {"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
-    run = federation({**quick, **coins}, lambda m, c: None, num_clients=6)
+
+    def fail(message: Message, context: Any) -> Message:
+        return Message(error_content("no-data", None), reply_to=message)
+
+    run = federation({**quick, **coins}, fail, num_clients=6)
     run.run()
 
     with safetensors.safe_open(run.directory.path / CHECKPOINT_FILE, "np") as file:
