@@ -7,6 +7,7 @@ they follow from seed and round.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from fedllm.adapters import AdapterSpec
 from fedllm.config import RunConfig, Scalar, flat, parse_run_config
 from fedllm.errors import ConfigError, FederationError, PrivacyError
 from fedllm.run_directory import CONFIG_FILE, RESULT_FILE, RunDirectory, read_json
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 
@@ -59,6 +62,74 @@ class State:
     best_loss: float | None
     base: str
     adapter: dict[str, Any]
+
+    def check_model(self, base: str, spec: AdapterSpec) -> None:
+        """Refuse to go on with another base model or adapter.
+
+        Args:
+            base: `models.fingerprint` of the base model of now.
+            spec: The adapter of now.
+
+        Raises:
+            ConfigError: Names what differs.
+        """
+        refuse_changed(
+            {"base model": self.base},
+            {"base model": base},
+            "resume.from: the run began with another base model",
+        )
+        refuse_changed(
+            self.adapter,
+            described(spec),
+            "resume.from: the run began with another adapter",
+        )
+
+    def round_after(self, run: str, releases: list[int]) -> int:
+        """Return the first round that was neither finished nor paid for.
+
+        Args:
+            run: The run that the ledger says it is of.
+            releases: The ledger's rounds.
+
+        Raises:
+            PrivacyError: The ledger is not this run's, or forgets a round.
+        """
+        if run != self.run:
+            raise PrivacyError(
+                f"the ledger is of the run {run!r}, and the checkpoint of {self.run!r}"
+            )
+        if releases[: len(self.releases)] != self.releases:
+            raise PrivacyError(
+                f"the ledger has the rounds {releases}, but {self.releases} had been "
+                "paid for when the checkpoint was written: it was edited or put back"
+            )
+        return max([self.server_round, *releases]) + 1
+
+    def say(self, next_round: int, num_rounds: int) -> None:
+        """Say where the run goes on, and which rounds were paid for and lost.
+
+        Raises:
+            FederationError: No round is left, and none was finished.
+        """
+        lost = list(range(self.server_round + 1, next_round))
+        if self.server_round == 0 and next_round > num_rounds:
+            raise FederationError(
+                "resume.from: every round was paid for and lost, so there is nothing "
+                "to go on with; what a new run spends adds to it"
+            )
+        if lost:
+            logger.warning(
+                "%d round(s) were paid for and lost (%s): they count as spent, and the "
+                "run has as many fewer",
+                len(lost),
+                ", ".join(map(str, lost)),
+            )
+        logger.info(
+            "resumed after round %d; next is round %d of %d",
+            self.server_round,
+            next_round,
+            num_rounds,
+        )
 
 
 @dataclass(frozen=True)
@@ -213,27 +284,3 @@ def described(spec: AdapterSpec) -> dict[str, Any]:
     flat_spec: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
     modules = flat_spec.pop("modules")
     return {**flat_spec, **{f"module {name}": modules[name] for name in modules}}
-
-
-def lost_rounds(state: State, run: str, releases: list[int]) -> list[int]:
-    """Return the rounds that a ledger has and the checkpoint has not.
-
-    Args:
-        state: The checkpoint's.
-        run: The run that the ledger says it is of.
-        releases: The ledger's rounds.
-
-    Raises:
-        PrivacyError: The ledger is not this run's, or forgets a round.
-    """
-    if run != state.run:
-        raise PrivacyError(
-            f"the ledger is of the run {run!r}, and the checkpoint of {state.run!r}"
-        )
-    known = len(state.releases)
-    if releases[:known] != state.releases:
-        raise PrivacyError(
-            f"the ledger has the rounds {releases}, but {state.releases} had been paid "
-            "for when the checkpoint was written: it was edited or put back"
-        )
-    return releases[known:]

@@ -18,14 +18,7 @@ from flwr.serverapp import Grid
 
 from fedllm.adapter_choice import choose_adapter, with_choice
 from fedllm.adapters import AdapterSpec, Arrays, adapter_spec, initial_arrays
-from fedllm.checkpoint import (
-    Checkpoint,
-    State,
-    described,
-    lost_rounds,
-    open_run,
-    refuse_changed,
-)
+from fedllm.checkpoint import Checkpoint, State, described, open_run
 from fedllm.config import RunConfig, fedllm_home, flat
 from fedllm.errors import FederationError
 from fedllm.gathering import Gathering, renewed, wait_for_clients
@@ -118,7 +111,7 @@ class Federation:
         self.spec: AdapterSpec = adapter_spec(config.adapter, model_config, config.seed)
         self._fingerprint = fingerprint(self.base_name)
         if resumed is not None:
-            self._check_same_model(resumed.checkpoint.state)
+            resumed.checkpoint.state.check_model(self._fingerprint, self.spec)
         self.public = PublicRows(config, self.base_name, self.spec, home)
         self.best: _Best | None = None
         self.last_round = 0
@@ -180,24 +173,6 @@ class Federation:
         elif not self.resumed:
             self.directory.write_json(PRIVACY_FILE, no_privacy(size, d, run))
 
-    def _check_same_model(self, state: State) -> None:
-        """Refuse to go on with another base model or adapter.
-
-        Raises:
-            ConfigError: Names what differs.
-        """
-        folder = self.directory.path
-        refuse_changed(
-            {"base model": state.base},
-            {"base model": self._fingerprint},
-            f"{folder}: the run began with another base model",
-        )
-        refuse_changed(
-            state.adapter,
-            described(self.spec),
-            f"{folder}: the run began with another adapter",
-        )
-
     def _go_on(self, checkpoint: Checkpoint) -> None:
         """Take up a run where its checkpoint left it.
 
@@ -206,35 +181,17 @@ class Federation:
             FederationError: No round is left, and none was finished.
         """
         state, account = checkpoint.state, self.ledger or self.records
-        lost: list[int] = []
         if account is not None:
-            lost = lost_rounds(state, account.run, account.releases)
-        num_rounds = self.config.num_server_rounds
-        self.next_round = max([state.server_round, *lost]) + 1
-        if state.server_round == 0 and self.next_round > num_rounds:
-            raise FederationError(
-                f"{self.directory.path}: every round was paid for and lost, so there is "
-                "nothing to go on with; what a new run spends adds to it"
-            )
+            self.next_round = state.round_after(account.run, account.releases)
+        else:
+            self.next_round = state.server_round + 1
+        state.say(self.next_round, self.config.num_server_rounds)
         self.last_round, self.trained = state.server_round, state.trained
         self._failures.update(state.failures)
         self._averaging.optimizer.restore(checkpoint.moments)
         if state.best_round is not None and state.best_loss is not None:
             self.best = _Best(state.best_round, state.best_loss, checkpoint.best)
         self._restore_folder()
-        if lost:
-            logger.warning(
-                "%d round(s) were paid for and lost (%s): they count as spent, and the "
-                "run has as many fewer",
-                len(lost),
-                ", ".join(map(str, lost)),
-            )
-        logger.info(
-            "resumed after round %d; next is round %d of %d",
-            state.server_round,
-            self.next_round,
-            num_rounds,
-        )
 
     def _restore_folder(self) -> None:
         """Make the run folder what it was after the last finished round."""
@@ -326,7 +283,7 @@ class Federation:
         seen = self.strategy.round
         self._note_failures(server_round, seen)
         if self.records is not None:
-            self.records.note_round(server_round, seen.epsilons)
+            self.records.note_round(server_round, seen.epsilons, self.population)
         may_be_empty = config.strategy.sampling == "poisson" and self.records is None
         if seen.usable > 0 or may_be_empty:
             self.trained = True

@@ -97,7 +97,8 @@ def fingerprint(location: str) -> str:
     if not folder.is_dir():
         return f"{location} {_commit(load_config(location))}"
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    for path in [*sorted(weights), folder / "config.json"]:
         size = path.stat().st_size
         with path.open("rb") as file:
             file.seek(max(0, size - (1 << 20)))

@@ -58,10 +58,10 @@ def test_a_client_that_does_not_answer_counts_zero_under_dp_and_n_stays(quick):
 
 def test_a_node_that_comes_back_with_another_id_takes_part_again(quick):
     def answer(message: Message, context: Any) -> Message | None:
-        if message.content.config_records["config"]["server-round"] == 1:
+        if message.metadata.dst_node_id == 101:
             # Killed in mid-training, and started again by its owner.
-            context = run.grid.contexts.pop(101, context)
-            run.grid.contexts[555] = context
+            run.grid.contexts[555] = run.grid.contexts.pop(101)
+            return None
         return learner(message, context)
 
     run = federation({**quick, **NO_PRIVACY, "strategy.round-timeout": 1.0}, answer)

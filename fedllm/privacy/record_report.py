@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -115,13 +115,24 @@ class RecordReport:
         report._floor = worst if count else 0.0
         return report
 
-    def note_round(self, server_round: int, claims: Mapping[int, float | None]) -> None:
+    def note_round(
+        self,
+        server_round: int,
+        claims: Mapping[int, float | None],
+        population: Collection[int] | None = None,
+    ) -> None:
         """Keep what clients claim, on disk.
 
         Args:
             server_round: The round that they took part in.
             claims: Node id -> epsilon; None where an update came without one.
+            population: Node ids of this round; who is not among them may be back under
+                another id. None: as before.
         """
+        self._floor = max([self._floor, *self._every])
+        if population is not None:
+            gone = set(self._claims) - set(population)
+            self._earlier = sorted([*self._earlier, *map(self._claims.pop, gone)])
         for node_id, claim in claims.items():
             told = math.inf if claim is None else claim
             if node_id not in self._claims and self._earlier:
