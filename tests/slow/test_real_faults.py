@@ -87,6 +87,10 @@ class Deployment:
             return []
         return [json.loads(line) for line in path.read_text().splitlines()]
 
+    def usable(self) -> list[int]:
+        """How many clients counted in each round."""
+        return [x["clients_answered"] - x["clients_rejected"] for x in self.lines()[1:]]
+
     def finished(self) -> bool:
         return (self.run / "README.md").exists()
 
@@ -112,7 +116,7 @@ class Deployment:
             os.kill(pid, sign)
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
@@ -156,10 +160,12 @@ def test_a_superlink_that_is_killed_takes_the_run_along_and_resuming_repairs_it(
             wait_until(lambda: len(d.lines()) >= 2)
             folder = d.run
             d.kill("flower-superlink", signal.SIGKILL)
-        # Flower ends the ServerApp of a SuperLink that is gone.
-        wait_until(lambda: not d.processes("flwr-serverapp"))
-        paid = d.privacy()["releases"]
         with d.superlink("superlink-again"):
+            # Flower stops the ServerApp of a SuperLink that is gone, and its process
+            # waits for one to report that to.
+            wait_until(lambda: not d.processes("flwr-serverapp"))
+            paid = d.privacy()["releases"]
+            assert not d.finished()
             d.begin(RESUME)
             wait_until(d.finished)
 
@@ -171,36 +177,43 @@ def test_a_superlink_that_is_killed_takes_the_run_along_and_resuming_repairs_it(
     assert d.lines()[-1]["clients_answered"] == 2
 
 
-QUIET = {"privacy.unit": "none", "privacy.target-epsilon": 0.0}
+# A message takes a client half of this on a busy machine, most of it for imports.
+LIMIT = {
+    "privacy.unit": "none",
+    "privacy.target-epsilon": 0.0,
+    "strategy.round-timeout": 40.0,
+    "num-server-rounds": 9,
+}
 
 
 def test_a_supernode_that_is_killed_counts_zero_and_takes_part_again_once_restarted(
     deployment,
 ):
     d = deployment
-    slow = {"train.local-steps": 400, "num-server-rounds": 9}
     with d.superlink(), d.node(0):
         with d.node(1):
-            d.begin(**QUIET, **slow, **{"strategy.round-timeout": 15.0})
-            wait_until(lambda: len(d.lines()) >= 2)
+            d.begin(**LIMIT)
             wait_until(lambda: len(d.processes("flwr-clientapp")) == 2)
             d.kill("flower-supernode", signal.SIGKILL, says="hospital-1")
         with d.node(1):
-            wait_until(lambda: any(line["clients_answered"] == 1 for line in d.lines()))
+            wait_until(lambda: 1 in d.usable())
             # Flower believes a node that was killed to be there for a minute.
-            wait_until(lambda: d.lines()[-1]["clients_answered"] == 2, 150)
+            wait_until(lambda: 2 in d.usable())
 
-    answered = [line["clients_answered"] for line in d.lines()[1:]]
-    assert answered[0] == answered[-1] == 2
-    assert 1 in answered
+    usable = d.usable()
+    assert usable.index(1) < usable.index(2)
 
 
 def test_a_supernode_that_hangs_past_the_time_limit_loses_its_round_only(deployment):
     d = deployment
     with d.superlink(), d.node(0), d.node(1):
-        d.begin(**QUIET, **{"num-server-rounds": 9, "strategy.round-timeout": 12.0})
-        wait_until(lambda: len(d.lines()) >= 2)
-        d.kill("flower-supernode", signal.SIGSTOP, says="hospital-1")
-        wait_until(lambda: d.lines()[-1]["clients_answered"] == 1)
-        d.kill("flower-supernode", signal.SIGCONT, says="hospital-1")
-        wait_until(lambda: d.lines()[-1]["clients_answered"] == 2)
+        d.begin(**LIMIT)
+        wait_until(lambda: len(d.processes("flwr-clientapp")) == 2)
+        try:
+            d.kill("flower-supernode", signal.SIGSTOP, says="hospital-1")
+            wait_until(lambda: 1 in d.usable())
+        finally:
+            d.kill("flower-supernode", signal.SIGCONT, says="hospital-1")
+        wait_until(lambda: 2 in d.usable())
+
+    assert d.usable()[0] == 1
