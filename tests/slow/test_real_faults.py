@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from tests.slow.flower_processes import (
     BIN,
+    ROOT,
     environment,
     free_port,
     latest_run,
@@ -62,6 +65,14 @@ class Deployment:
 
     def begin(self, run_config: str | None = None, **more: object) -> str:
         """Start a run and return at once."""
+        text = run_config or self.config(**more)
+        command = [str(BIN / "flwr"), "run", ".", "remote", "--run-config", text]
+        done = typed(command, self.env, 120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def config(self, **more: object) -> str:
+        """The run config as it is typed."""
         values = {
             "model.name": str(self.base),
             "data.name": str(self.tmp / "hospital-0.jsonl"),
@@ -71,11 +82,7 @@ class Deployment:
             "train.batch-size": 4,
             **more,
         }
-        text = run_config or " ".join(f"{k}={json.dumps(v)}" for k, v in values.items())
-        command = [str(BIN / "flwr"), "run", ".", "remote", "--run-config", text]
-        done = typed(command, self.env, 120)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return " ".join(f"{k}={json.dumps(v)}" for k, v in values.items())
 
     @property
     def run(self) -> Path:
@@ -175,6 +182,35 @@ def test_a_superlink_that_is_killed_takes_the_run_along_and_resuming_repairs_it(
     assert told["releases"] == [1, 2, 3]
     assert told["epsilon"] <= 8.0
     assert d.lines()[-1]["clients_answered"] == 2
+
+
+def test_a_simulation_that_is_cut_off_goes_on_in_another_one(deployment):
+    d = deployment
+    write_rows(d.tmp / "hospital-0.jsonl", 12)
+    simulate = [sys.executable, "-m", "fedllm.commands.simulate"]
+    simulate += ["--num-supernodes", "3", "--run-config"]
+    begun = subprocess.Popen(
+        [*simulate, d.config(**{"num-server-rounds": 3, "strategy.num-clients": 3})],
+        cwd=ROOT,
+        env=d.env,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: len(d.lines()) >= 2)
+    finally:
+        begun.send_signal(signal.SIGINT)
+        begun.wait(timeout=60)
+    folder, paid = d.run, d.privacy()["releases"]
+    assert not d.finished()
+    done = typed([*simulate, RESUME], d.env, 300)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"run folder: {folder}" in done.stdout
+    told = d.privacy()
+    assert told["releases"] == [1, 2, 3]
+    assert told["releases"][: len(paid)] == paid
+    assert d.lines()[-1]["clients_answered"] == 3
+    assert d.lines()[-1]["clients_rejected"] == 0
 
 
 # A message takes a client half of this on a busy machine, most of it for imports.
