@@ -3,7 +3,7 @@
 import logging
 
 from fedllm.config import RunConfig
-from fedllm.noise_plan import num_sampled
+from fedllm.noise_plan import expected_cohort
 from fedllm.privacy.accounting import plain
 from fedllm.privacy.record_report import RecordSettings
 
@@ -18,14 +18,11 @@ def record_settings(
 ) -> RecordSettings:
     """Say what is fixed for all clients; each calibrates for its own records."""
     privacy, strategy = config.privacy, config.strategy
-    sampled: float = num_sampled(strategy, population_size)
-    if strategy.sampling == "poisson":
-        sampled = strategy.fraction_train * population_size
     return RecordSettings(
         unit="record",
         sampling=strategy.sampling,
         population_size=population_size,
-        num_sampled_clients=sampled,
+        num_sampled_clients=expected_cohort(strategy, population_size),
         max_grad_norm=privacy.max_grad_norm,
         noise_multiplier=privacy.noise_multiplier or None,
         delta=privacy.delta or _LARGEST_DELTA,
