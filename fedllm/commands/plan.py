@@ -11,7 +11,6 @@ validation rows.
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 from dataclasses import replace
@@ -68,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         plan = _plan(config, settings)
         plan["auto"] = chosen.reason if chosen is not None else None
         if args.plot:
-            plan["plot"] = str(_plot(config, settings, Path(args.plot)))
+            plan["plot"] = str(_plotted(config, settings, Path(args.plot)))
         if args.probe:
             plan["noise_probe"] = _probe(config, settings)
     except FedllmError as error:
@@ -319,40 +318,17 @@ def _table(settings: PrivacySettings) -> list[str]:
     return lines
 
 
-def _plot(config: RunConfig, settings: PrivacySettings, path: Path) -> Path:
-    """Draw the expected loss over the number of clients, a line for each epsilon.
+def _plotted(config: RunConfig, settings: PrivacySettings, path: Path) -> Path:
+    """Draw the expected loss over the number of clients, and return the absolute path.
 
     Raises:
         ConfigError: The file cannot be written, or is of no known kind.
     """
-    from matplotlib.figure import Figure
+    from fedllm.plan_plot import draw
 
-    frontier = load_frontier()
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.subplots()
-    sizes = [round(10 * 10 ** (i / 10)) for i in range(21)]
-    for epsilon, mark in zip(_EPSILONS, "osv^", strict=True):
-        z = calibrate(epsilon, settings.planned_rounds, settings.delta, "all", 1.0)
-        losses = []
-        for size in sizes:
-            level = noise_level(z, settings.planned_rounds, size)
-            found = expected(config.adapter.kind, level, frontier)
-            losses.append(found.loss if found else math.nan)
-        label = f"epsilon {epsilon:g}"
-        axes.plot(sizes, losses, marker=mark, markevery=4, label=label)
-    axes.axhline(frontier.loss_before, color="0.5", linestyle=":", label="base")
-    axes.axhline(
-        frontier.loss_without_privacy, color="0.5", linestyle="--", label="no privacy"
-    )
-    axes.set(xscale="log", xlabel="clients, all in each round", ylabel="test loss")
-    axes.set_title(
-        f"{config.adapter.kind}, {settings.planned_rounds} rounds, delta "
-        f"{settings.delta:g}: {frontier.model}, {frontier.data}",
-        fontsize=10,
-    )
-    axes.legend(fontsize=8)
+    rounds, delta = settings.planned_rounds, settings.delta
     try:
-        figure.savefig(path)
+        draw(path, config.adapter.kind, _EPSILONS, rounds, delta)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--plot: {path}: {error}") from None
     return path.absolute()
