@@ -3,6 +3,7 @@
     python -m fedllm.commands.plan --clients 20
     python -m fedllm.commands.plan --run-config configs/private-100.toml --epsilon 2
     python -m fedllm.commands.plan --clients 20 --rounds 100 --noise-multiplier 0.02
+    python -m fedllm.commands.plan --run-config configs/record-level.toml --records 486
 
 No client is asked, and nothing is loaded but with `--probe`, which makes the noise of all
 rounds, puts it into the fresh adapter of the real base model and scores that on the public
@@ -39,6 +40,7 @@ from fedllm.privacy.planning import (
     noise_to_signal,
     step_by_rule,
 )
+from fedllm.record_promise import record_plan, record_plan_lines
 from fedllm.typed_config import typed_config
 
 _DEFAULT_CLIENTS = 20
@@ -54,6 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     try:
         config = _config(args)
+        if config.privacy.unit == "record":
+            plan = _record_plan(config, args)
+            _say(args, plan, record_plan_lines(config, plan))
+            return
         clients = config.strategy.num_clients or _DEFAULT_CLIENTS
         chosen = (
             choose_adapter(config, clients) if config.adapter.kind == "auto" else None
@@ -72,10 +78,13 @@ def main(arguments: list[str] | None = None) -> None:
             plan["noise_probe"] = _probe(config, settings)
     except FedllmError as error:
         sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
-    if args.json:
-        sys.stdout.write(json.dumps(plan, indent=2) + "\n")
-    else:
-        sys.stdout.write("\n".join(_lines(config, settings, plan)) + "\n")
+    _say(args, plan, _lines(config, settings, plan))
+
+
+def _say(args: argparse.Namespace, plan: dict[str, Any], lines: list[str]) -> None:
+    """Print the plan, for a person or as JSON."""
+    text = json.dumps(plan, indent=2) if args.json else "\n".join(lines)
+    sys.stdout.write(text + "\n")
 
 
 def _config(args: argparse.Namespace) -> RunConfig:
@@ -100,11 +109,8 @@ def _config(args: argparse.Namespace) -> RunConfig:
         flags |= {"privacy.target-epsilon": 0.0}
     settings.update({k: v for k, v in flags.items() if v is not None})
     config = parse_run_config(settings)
-    if config.privacy.unit != "client":
-        raise ConfigError(
-            "privacy.unit: only 'client' is planned for here "
-            f"(got {config.privacy.unit!r})"
-        )
+    if config.privacy.unit == "none":
+        raise ConfigError("privacy.unit: there is nothing to plan (got 'none')")
     return config
 
 
@@ -135,6 +141,23 @@ def _plan(config: RunConfig, settings: PrivacySettings) -> dict[str, Any]:
         "expected": _expected_dict(_expect(config.adapter.kind, settings)),
         "better": _better(config, settings),
     }
+
+
+def _record_plan(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the plan of one client with record-level privacy.
+
+    Raises:
+        ConfigError: The number of its records is missing, or a flag asks for what is
+            not measured at record level.
+    """
+    if args.records is None:
+        raise ConfigError(
+            "--records: is needed under privacy.unit='record': how many rows the client "
+            "has"
+        )
+    if args.probe or args.plot:
+        raise ConfigError("--probe and --plot are for privacy.unit='client'")
+    return record_plan(config, args.records)
 
 
 def _spent(settings: PrivacySettings, rounds: int) -> Epsilons:
@@ -380,6 +403,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--epsilon", type=float, help="calibrate the noise to this")
     parser.add_argument("--noise-multiplier", type=float, help="epsilon falls out")
+    parser.add_argument(
+        "--records", type=int, help="of one client, under privacy.unit='record'"
+    )
     parser.add_argument("--delta", type=float)
     parser.add_argument("--sampling", help="all, fixed or poisson")
     parser.add_argument("--fraction", type=float, help="of the clients, in a round")

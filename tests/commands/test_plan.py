@@ -6,7 +6,12 @@ import sys
 import time
 
 import pytest
-from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
+from dp_accounting import (
+    GaussianDpEvent,
+    NeighboringRelation,
+    PoissonSampledDpEvent,
+    SelfComposedDpEvent,
+)
 from dp_accounting.pld import PLDAccountant
 
 from fedllm.commands import plan
@@ -51,6 +56,34 @@ def test_noise_beyond_what_was_measured_is_said_to_be(capsys):
         capsys, "--clients", "3", "--epsilon", "1"
     )
     assert "beyond what was measured" not in told(capsys, "--clients", "20")
+
+
+def test_a_client_of_records_is_planned_for_by_dp_accountings_numbers(capsys):
+    typed = ("--run-config", "configs/record-level.toml", "--records", "486")
+    found = planned(capsys, *typed)
+
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
+    noise = GaussianDpEvent(found["noise_multiplier"])
+    event = PoissonSampledDpEvent(32 / 486, noise)
+    accountant.compose(SelfComposedDpEvent(event, 5 * 2))
+    assert found["epsilon"] == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-3)
+    assert 7.9 < found["epsilon"] <= 8.0
+    assert "noise multiplier 0.5" in told(capsys, *typed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ((), "--records: is needed"),
+        (("--records", "31"), "this client has 31"),
+        (("--records", "486", "--probe"), "--probe and --plot are for"),
+    ],
+)
+def test_a_plan_for_records_that_cannot_be_made_is_one_line(capsys, flags, told):
+    with pytest.raises(SystemExit) as caught:
+        plan.main(["--run-config", "configs/record-level.toml", *flags])
+
+    assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
