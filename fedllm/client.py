@@ -26,6 +26,7 @@ from fedllm.errors import (
     FedllmError,
     TimeLimitError,
 )
+from fedllm.original_run import original_context
 from fedllm.replies import (
     ADAPTER_KIND,
     ARRAYS,
@@ -73,6 +74,7 @@ def reply_to(message: Message, context: Context) -> Message:
     """
     private = True
     try:
+        context = original_context(message, context)
         config = parse_run_config(context.run_config)
         private = config.privacy.unit != "none"
         check_floors(context.node_config, config)
