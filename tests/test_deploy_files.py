@@ -26,7 +26,9 @@ def containers(name: str) -> dict:
 def mounted(service: str) -> dict[str, str]:
     """Return what a service sees: path inside -> path under the federation's folder."""
     pairs = [volume.split(":") for volume in SERVICES[service]["volumes"]]
-    text = [":".join(pair).replace("${FEDERATION:?}", "${FEDERATION}") for pair in pairs]
+    text = [
+        ":".join(pair).replace("${FEDERATION:?}", "${FEDERATION}") for pair in pairs
+    ]
     return {line.split(":")[1]: line.split(":")[0] for line in text}
 
 
@@ -63,7 +65,9 @@ def test_the_network_sees_the_gate_alone():
     assert [s for s in SERVICES if "ports" in SERVICES[s]] == ["superlink"]
     assert SERVICES["superlink"]["ports"] == ["${FEDLLM_GATE_PORT:-9192}:9192"]
     assert SERVICES["gate"]["network_mode"] == "service:superlink"
-    service, policy = (manifests("server.yaml")[k] for k in ("Service", "NetworkPolicy"))
+    service, policy = (
+        manifests("server.yaml")[k] for k in ("Service", "NetworkPolicy")
+    )
     assert [p["port"] for p in service["spec"]["ports"]] == [9192]
     (rule,) = policy["spec"]["ingress"]
     assert [p["port"] for p in rule["ports"]] == [9192]
@@ -99,5 +103,7 @@ def test_the_images_are_pinned_and_not_root():
     project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]
     for wanted in project["dependencies"]:
         name, exact = re.match(r"([\w-]+)(?:\[\w+\])?(?:==(\S+))?", wanted).groups()
-        assert name in pinned, f"{name}: benchmarks/dependency_ranges.py writes the file"
+        assert (
+            name in pinned
+        ), f"{name}: benchmarks/dependency_ranges.py writes the file"
         assert exact in (None, pinned[name])

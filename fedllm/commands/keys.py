@@ -91,12 +91,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the keys")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder of the keys"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--server-name", metavar="NAME", help="name or address that nodes connect to"
     )
-    what.add_argument("--add-node", metavar="NAME", help="make one more node's key only")
+    what.add_argument(
+        "--add-node", metavar="NAME", help="make one more node's key only"
+    )
     parser.add_argument(
         "--server-ip",
         action="append",

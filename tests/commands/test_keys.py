@@ -18,7 +18,7 @@ from fedllm.commands import keys
 @pytest.fixture
 def folder(tmp_path):
     # A name that shells and TOML both have to be protected from.
-    return tmp_path / "a fed's \"keys\""
+    return tmp_path / 'a fed\'s "keys"'
 
 
 def make(folder, *more: str) -> None:
@@ -97,7 +97,9 @@ def test_nothing_that_exists_is_written_over(folder, more):
     make(folder)
     before = contents(folder)
 
-    with pytest.raises(SystemExit, match="KeyFolderError: .*exists, and keys are never"):
+    with pytest.raises(
+        SystemExit, match="KeyFolderError: .*exists, and keys are never"
+    ):
         make(folder, *more)
 
     assert contents(folder) == before

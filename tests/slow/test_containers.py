@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.slow.flower_processes import BIN, ROOT, environment, free_port, running, typed
+from tests.slow.flower_processes import (
+    BIN,
+    ROOT,
+    environment,
+    free_port,
+    running,
+    typed,
+)
 from tests.test_federation import write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -24,8 +31,12 @@ class Service:
 
     def __init__(self, told: dict, federation: Path) -> None:
         self.told = told
-        volumes = [v.replace("${FEDERATION:?}", "${FEDERATION}") for v in told["volumes"]]
-        pairs = [v.replace("${FEDERATION}", str(federation)).split(":") for v in volumes]
+        volumes = [
+            v.replace("${FEDERATION:?}", "${FEDERATION}") for v in told["volumes"]
+        ]
+        pairs = [
+            v.replace("${FEDERATION}", str(federation)).split(":") for v in volumes
+        ]
         self.mounts = {inside: outside for outside, inside, *_ in pairs}
         self.mounts = {k: v.replace("./", f"{DEPLOY}/") for k, v in self.mounts.items()}
         # The gate is told the folder of its three files.
@@ -46,9 +57,9 @@ class Service:
         entry = re.search(rf"AS {target}\nENTRYPOINT (.*)", dockerfile)
         first = json.loads(entry[1]) if entry else []
         words = [self.outside(word) for word in (*first, *self.told["command"])]
-        return [shutil.which(words[0], path=f"{BIN}{os.pathsep}{os.environ['PATH']}")] + [
-            word.replace("superlink:", "localhost:") for word in words[1:]
-        ]
+        return [
+            shutil.which(words[0], path=f"{BIN}{os.pathsep}{os.environ['PATH']}")
+        ] + [word.replace("superlink:", "localhost:") for word in words[1:]]
 
     def env(self, home: Path) -> dict[str, str]:
         """Return the image's variables with /state undone, and the service's own."""
@@ -78,7 +89,13 @@ def test_what_the_compose_file_types_is_a_federation(tmp_path):
     for folder in ("data", "server", "node-1", "models"):
         (tmp_path / folder).mkdir()
     write_rows(tmp_path / "data" / "node-1.jsonl", 12)
-    keys = [sys.executable, "-m", "fedllm.commands.keys", "--out", str(tmp_path / "keys")]
+    keys = [
+        sys.executable,
+        "-m",
+        "fedllm.commands.keys",
+        "--out",
+        str(tmp_path / "keys"),
+    ]
     keys += ["--server-name", "superlink", "--control-address"]
     env = environment(tmp_path / "flwr", tmp_path)
     assert typed([*keys, f"127.0.0.1:{ports['9191']}"], env).returncode == 0
