@@ -202,6 +202,8 @@ def test_a_client_whose_file_is_gone_counts_as_zero_and_its_log_says_why(federat
     assert counts(run) == (3, 3, 1)
     assert json.loads((run / "privacy.json").read_text())["num_sampled_clients"] == 3
     assert "no-data" in said and str(rows) not in said
+    leaked = str(rows).encode()
+    assert [p for p in server_files(federation) if leaked in p.read_bytes()] == []
     (log,) = (federation.folder / "node-3" / "logs").glob("client-*.log")
     assert f"{rows}: no such file" in log.read_text()
 
