@@ -208,18 +208,24 @@ def test_a_client_whose_file_is_gone_counts_as_zero_and_its_log_says_why(federat
     assert f"{rows}: no such file" in log.read_text()
 
 
-def test_a_node_with_an_unknown_key_is_refused(federation):
-    add = "python -m fedllm.commands.keys --out ~/federation/keys --add-node stranger"
-    assert federation.shell(add).returncode == 0
+@pytest.mark.parametrize("name", ["stranger", None])
+def test_a_node_with_an_unknown_key_or_none_is_refused(federation, name):
     known = federation.command("flower-supernode", "nodes/node-1 ")
-    unknown = known.replace("nodes/node-1 ", "nodes/stranger ")
+    option = "--auth-supernode-private-key ~/federation/keys/nodes/"
+    unknown = known.replace(f"{option}node-1 ", f"{option}{name} " if name else "")
     unknown = unknown.replace(federation.ports["9194"], str(free_port()))
-    log = federation.home / "stranger.log"
+    if name:
+        add = (
+            f"python -m fedllm.commands.keys --out ~/federation/keys --add-node {name}"
+        )
+        assert federation.shell(add).returncode == 0
+    log = federation.home / f"{name}.log"
     # A node that is refused says so and, in Flower 1.41, does not end.
     with running(["bash", "-c", unknown], federation.env, log):
         wait_for_line(log, "could not establish a connection to the SuperLink")
 
-    assert "No SuperNode found with the given public key" in federation.log("superlink")
+    assert unknown != known and "SuperNode ID" not in log.read_text()
+    assert "Attempted to register SuperNode" in federation.log("superlink")
     listed = federation.shell("flwr supernode list private --format json").stdout
     assert len(json.loads(listed)["nodes"]) == 3
 
