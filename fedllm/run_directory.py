@@ -40,6 +40,8 @@ class RunDirectory:
     def create(cls, home: Path, run_id: int) -> "RunDirectory":
         """Make `runs/<time>_<run id>/` and point `runs/latest` at it.
 
+        Only its owner may look into it.
+
         Raises:
             FederationError: The disk is full or the folder may not be written.
         """
@@ -52,7 +54,8 @@ class RunDirectory:
             while path.exists():
                 count += 1
                 path = path.with_name(f"{stamp}_{run_id}-{count}")
-            path.mkdir()
+            # The ledger tells who was asked for what, and an adapter is not yet published.
+            path.mkdir(mode=0o700)
         directory = cls(path)
         directory.be_latest()
         return directory
