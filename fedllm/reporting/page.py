@@ -1,6 +1,7 @@
 """report.html: one page about a run, with all that it needs inside."""
 
 import html
+import math
 from typing import Any
 
 from fedllm.config import RunConfig, flat
@@ -148,7 +149,7 @@ def _meaning(privacy: dict[str, Any]) -> str:
     exact = privacy.get("accountant") == "exact Gaussian" and z
     rows = [[str(privacy["neighbouring_relation"]), epsilon, z]]
     if replaced is not None:
-        rows.append(["replace-one", replaced, z / 2 if exact else None])
+        rows.append(["replace-one", replaced, z / 2 if z else None])
     head = ["Relation", "ε", "Right at most, by ε and δ"]
     body = [
         [name, plain(value), percent(guesses_right(value, delta))]
@@ -161,7 +162,8 @@ def _meaning(privacy: dict[str, Any]) -> str:
         "<h3>What the bound allows</h3><p>Somebody who knows everything else about the "
         f"data, and knows that {unit} took part by the toss of a coin, guesses whether it "
         "did. Guessing blindly is right in 50 % of cases; no method at all is right more "
-        f"often than this:</p>{_table(head, body)}"
+        f"often than this. (The factor e^{_text(plain(epsilon))} is {_factor(epsilon)}.)"
+        f"</p>{_table(head, body)}"
         + (
             '<p class="soft">ε and δ bound any mechanism, so they are the weaker limit; '
             "the noise of this run is Gaussian, for which the exact limit is known.</p>"
@@ -169,6 +171,14 @@ def _meaning(privacy: dict[str, Any]) -> str:
             else ""
         )
     )
+
+
+def _factor(epsilon: float) -> str:
+    """Write e^epsilon, rounded up."""
+    if epsilon > 30:
+        return "more than a million million"
+    factor = math.exp(math.ceil(epsilon * 100 - 1e-9) / 100)
+    return f"{math.ceil(factor):,}" if factor >= 100 else f"{factor + 0.005:.2f}"
 
 
 def _result(run: RunRecord) -> str:
@@ -270,7 +280,9 @@ def _rounds(run: RunRecord) -> str:
         {**line, "noise_to_signal": ratio if line["server_round"] else None}
         for line in run.rounds
     ]
-    used = [k for k in _COLUMNS if any(_value(line, k) is not None for line in lines[1:])]
+    used = [
+        k for k in _COLUMNS if any(_value(line, k) is not None for line in lines[1:])
+    ]
     if run.secret_cohorts:
         used = [k for k in _COLUMNS if k in used or k in _SECRET_COLUMNS]
     used = used or ["server_round", "validation_loss"]
@@ -291,7 +303,7 @@ def _cell(run: RunRecord, line: dict[str, Any], key: str) -> str:
     value = _value(line, key)
     if value is None:
         secret = run.secret_cohorts and key in _SECRET_COLUMNS and line["server_round"]
-        return "*" if secret else "–"
+        return "*" if secret else "-"
     if key == "epsilon":
         return plain(value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -56,7 +56,7 @@ def plots(run: "RunRecord") -> list[Plot]:
 
 def _loss(run: "RunRecord") -> Plot | None:
     names = {
-        "validation_loss": "validation (public rows)",
+        "validation_loss": "public validation rows",
         "train_loss": "training",
         "client_loss": "clients' own rows",
     }
@@ -73,7 +73,7 @@ def _loss(run: "RunRecord") -> Plot | None:
             axes.axhline(base, color=_INK, linestyle=":", linewidth=1, label="base")
         axes.set_ylabel("loss, nats per token")
 
-    return _plot("loss", "Loss", _ends(series), draw, run)
+    return _plot("loss", "Loss", _ends(series), draw)
 
 
 def _epsilon(run: "RunRecord") -> Plot | None:
@@ -91,7 +91,10 @@ def _epsilon(run: "RunRecord") -> Plot | None:
         axes.set_ylim(bottom=0)
         axes.set_ylabel("epsilon")
 
-    return _plot("epsilon", "Epsilon spent", _ends({"epsilon": points}), draw, run)
+    summary, ratio = _ends({"epsilon": points}), run.privacy.get("noise_to_signal")
+    if ratio is not None:
+        summary += f"; R is {ratio:.3g} in every round"
+    return _plot("epsilon", "Epsilon spent", summary, draw)
 
 
 def _traffic(run: "RunRecord") -> Plot | None:
@@ -99,7 +102,7 @@ def _traffic(run: "RunRecord") -> Plot | None:
     series = {t: _known(run.rounds, key, first=1) for key, t in names.items()}
     if not all(series.values()):
         return None
-    return _plot("traffic", "Traffic", _sums(series, "MB"), _bars(series, "MB"), run)
+    return _plot("traffic", "Traffic", _sums(series, "MB"), _bars(series, "MB"))
 
 
 def _seconds(run: "RunRecord") -> Plot | None:
@@ -109,7 +112,7 @@ def _seconds(run: "RunRecord") -> Plot | None:
     if not lines or any(len(points) < len(lines) for points in found.values()):
         return None
     draw = _bars(found, "seconds", stacked=True)
-    return _plot("seconds", "Seconds by phase", _sums(found, "s"), draw, run)
+    return _plot("seconds", "Seconds by phase", _sums(found, "s"), draw)
 
 
 def _clients(run: "RunRecord") -> Plot | None:
@@ -122,12 +125,10 @@ def _clients(run: "RunRecord") -> Plot | None:
     if not all(series.values()):
         return None
     draw = _bars(series, "clients")
-    return _plot("clients", "Participation", _sums(series, "in all"), draw, run)
+    return _plot("clients", "Participation", _sums(series, "in all"), draw)
 
 
-def _known(
-    lines: _Lines, key: str, first: int = 0
-) -> list[tuple[int, float]]:
+def _known(lines: _Lines, key: str, first: int = 0) -> list[tuple[int, float]]:
     """Return (round, value) where a value is known, from a first round on."""
     return [
         (line["server_round"], line[key])
@@ -154,7 +155,10 @@ def _bars(
         width = 0.7 if stacked else 0.8 / len(series)
         floor: dict[int, float] = {}
         for i, (text, points) in enumerate(series.items()):
-            x = [r + (0 if stacked else (i - (len(series) - 1) / 2) * width) for r, _ in points]
+            x = [
+                r + (0 if stacked else (i - (len(series) - 1) / 2) * width)
+                for r, _ in points
+            ]
             below = [floor.get(r, 0.0) if stacked else 0.0 for r, _ in points]
             heights = [value for _, value in points]
             axes.bar(x, heights, width, below, color=_SERIES[i], label=text)
@@ -170,7 +174,6 @@ def _plot(
     title: str,
     summary: str,
     draw: Callable[["Axes"], None],
-    run: "RunRecord",
 ) -> Plot:
     """Draw one plot; the same values give the same text."""
     import matplotlib
@@ -178,7 +181,7 @@ def _plot(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.size": 9,
@@ -194,7 +197,7 @@ def _plot(
         "axes.formatter.useoffset": False,
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+        figure = Figure(figsize=(3.7, 2.35), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
         axes.grid(axis="y", color=_FAINT, linewidth=0.6)
@@ -210,10 +213,11 @@ def _plot(
                 handles,
                 labels,
                 loc="outside upper left",
-                ncols=min(3, len(labels)),
+                ncols=len(labels),
                 fontsize=8,
-                handlelength=1.2,
-                columnspacing=1.2,
+                handlelength=1.0,
+                columnspacing=1.0,
+                handletextpad=0.5,
             )
         out = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

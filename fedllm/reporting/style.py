@@ -65,13 +65,13 @@ p { margin: .5rem 0; max-width: 44rem; }
 .bands li[aria-current] { border-color: var(--ink); color: var(--ink); font-weight: 650; }
 
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr));
-  gap: 1px; background: var(--rule); border: 1px solid var(--rule); margin: 1rem 0; }
-.tiles div { background: var(--card); padding: .7rem .8rem; }
-.tiles dl, dl.tiles { margin: 1rem 0; }
+  gap: 1px; margin: 1rem 0; padding: 1px; }
+.tiles div { background: var(--card); padding: .7rem .8rem;
+  box-shadow: 0 0 0 1px var(--rule); }
 .tiles dt { font-size: .8rem; color: var(--soft); line-height: 1.3; }
 .tiles dd { margin: .15rem 0 0; font-size: 1.35rem; font-weight: 600; line-height: 1.2;
   overflow-wrap: anywhere; }
-.tiles dd small { font-size: .8rem; font-weight: 400; color: var(--soft); }
+.tiles dd small { display: block; font-size: .85rem; font-weight: 400; line-height: 1.35; }
 
 .plots { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
@@ -86,7 +86,9 @@ th, td { padding: .3rem .9rem .3rem 0; text-align: right; vertical-align: top;
   border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
-table.words th, table.words td { text-align: left; overflow-wrap: anywhere; }
+table.words th, table.words td { text-align: left; overflow-wrap: break-word; }
+td:first-child { white-space: nowrap; }
+table.words td:first-child { white-space: normal; }
 caption { text-align: left; padding-bottom: .4rem; }
 code { font-size: .88em; overflow-wrap: anywhere; }
 li { margin: .25rem 0; }
