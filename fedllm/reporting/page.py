@@ -389,22 +389,23 @@ def _not_covered(run: RunRecord) -> str:
 
 def _settings(run: RunRecord) -> str:
     """Show the configuration, what differs from the defaults first, and versions."""
-    defaults = flat(RunConfig())
-    settings = run.settings
+    where = f'<p class="soft">Run folder: <code>{_text(run.folder)}</code></p>'
+    settings, defaults = run.settings, flat(RunConfig())
+    if not settings:
+        return where
     changed = [[k, str(v)] for k, v in settings.items() if defaults.get(k) != v]
     every = [[k, str(v)] for k, v in settings.items()]
-    versions = [[k, str(v)] for k, v in run.config.get("versions", {}).items()]
+    versions = [[k, str(v)] for k, v in run.config["versions"].items()]
     said = (
         _table(["Changed from its default", "Value"], changed, "words")
         if changed
         else "<p>Every setting has its default.</p>"
     )
     return (
-        f"<h2>Configuration</h2>{said if settings else ''}"
+        f"<h2>Configuration</h2>{said}"
         f"<details><summary>All settings</summary>{_table(['Key', 'Value'], every, 'words')}"
         "</details><details><summary>Versions</summary>"
-        f"{_table(['Package', 'Version'], versions, 'words')}</details>"
-        f'<p class="soft">Run folder: <code>{_text(run.folder)}</code></p>'
+        f"{_table(['Package', 'Version'], versions, 'words')}</details>{where}"
     )
 
 

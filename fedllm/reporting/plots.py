@@ -56,9 +56,9 @@ def plots(run: "RunRecord") -> list[Plot]:
 
 def _loss(run: "RunRecord") -> Plot | None:
     names = {
-        "validation_loss": "public validation rows",
+        "validation_loss": "validation",
         "train_loss": "training",
-        "client_loss": "clients' own rows",
+        "client_loss": "clients",
     }
     series = {text: _known(run.rounds, key) for key, text in names.items()}
     series = {text: points for text, points in series.items() if points}
@@ -149,22 +149,31 @@ def _line(
 def _bars(
     series: Mapping[str, Sequence[tuple[int, float]]], unit: str, stacked: bool = False
 ) -> Callable[["Axes"], None]:
-    """Return what draws a group or a stack of bars for each round."""
+    """Return what draws a group or a stack of bars for each round.
+
+    Of many rounds bars would be stripes: then lines, or areas for a stack.
+    """
 
     def draw(axes: "Axes") -> None:
-        width = 0.7 if stacked else 0.8 / len(series)
-        floor: dict[int, float] = {}
-        for i, (text, points) in enumerate(series.items()):
-            x = [
-                r + (0 if stacked else (i - (len(series) - 1) / 2) * width)
-                for r, _ in points
-            ]
-            below = [floor.get(r, 0.0) if stacked else 0.0 for r, _ in points]
-            heights = [value for _, value in points]
-            axes.bar(x, heights, width, below, color=_SERIES[i], label=text)
-            for r, value in points:
-                floor[r] = floor.get(r, 0.0) + value
         axes.set_ylabel(unit)
+        rounds = [r for r, _ in next(iter(series.values()))]
+        values = [[value for _, value in points] for points in series.values()]
+        if len(rounds) > _MANY_ROUNDS and stacked:
+            axes.stackplot(rounds, values, colors=_SERIES, labels=series)
+        elif len(rounds) > _MANY_ROUNDS:
+            for i, (text, points) in enumerate(series.items()):
+                _line(axes, points, i, text)
+            axes.set_ylim(bottom=0)
+        elif stacked:
+            floor = [0.0] * len(rounds)
+            for i, (text, heights) in enumerate(zip(series, values, strict=True)):
+                axes.bar(rounds, heights, 0.7, floor, color=_SERIES[i], label=text)
+                floor = [f + h for f, h in zip(floor, heights, strict=True)]
+        else:
+            width = 0.8 / len(series)
+            for i, (text, heights) in enumerate(zip(series, values, strict=True)):
+                x = [r + (i - (len(series) - 1) / 2) * width for r in rounds]
+                axes.bar(x, heights, width, color=_SERIES[i], label=text)
 
     return draw
 
@@ -203,6 +212,7 @@ def _plot(
         axes.grid(axis="y", color=_FAINT, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
+        axes.margins(x=0.03)
         draw(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(5))
