@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from fedllm.builtin_model import NAME as BUILT_IN
 from fedllm.config import RunConfig, fedllm_home
 from fedllm.data_files import looks_local, read_rows
-from fedllm.errors import FedllmError
+from fedllm.errors import DataError, FedllmError
 from fedllm.linear_shapes import KNOWN
 from fedllm.prompts import to_prompt_completion
 from fedllm.reporting.trackers import require_tracker
@@ -76,8 +78,8 @@ def checks(config: RunConfig) -> Iterator[Check]:
         try:
             yield question(config)
         except FedllmError as error:
-            text, _, remedy = str(error).partition(": ")
-            yield Check(name, "FAIL", text, remedy)
+            # Its text ends with the remedy.
+            yield Check(name, "FAIL", " ".join(str(error).split()))
         except Exception as error:  # noqa: BLE001 - a check that breaks is a finding
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             yield Check(name, "FAIL", text, "reinstall: pip install -e .")
@@ -188,7 +190,6 @@ def _model(config: RunConfig) -> Check:
 def _hub(name: str) -> Check:
     """Ask the hub for a model's configuration, a few hundred bytes, and wait briefly."""
     from huggingface_hub import constants
-    from httpx import HTTPError, head
 
     remedy = "name a local folder (model.name), or the built-in model"
     if constants.HF_HUB_OFFLINE:
@@ -196,14 +197,14 @@ def _hub(name: str) -> Check:
         return Check("model", "FAIL", text, f"unset it, or {remedy}")
     url = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
     try:
-        # A file of the hub is a redirect.
-        status = head(url, timeout=_HUB_SECONDS).status_code
+        urlopen(Request(url, method="HEAD"), timeout=_HUB_SECONDS).close()
     except HTTPError as error:
-        text = f"{name}: {constants.ENDPOINT} is out of reach ({type(error).__name__})"
-        return Check("model", "FAIL", text, remedy)
-    if status >= 400:
-        text = f"{name}: {constants.ENDPOINT} answers {status}"
+        error.close()
+        text = f"{name}: {constants.ENDPOINT} answers {error.code}"
         return Check("model", "FAIL", text, f"look at the name; or {remedy}")
+    except OSError as error:
+        text = f"{name}: {constants.ENDPOINT} is out of reach ({error})"
+        return Check("model", "FAIL", text, remedy)
     return Check("model", "ok", f"{name} can be fetched from {constants.ENDPOINT}")
 
 
@@ -219,7 +220,11 @@ def _data(config: RunConfig) -> Check:
     for key, path in named.items():
         if not path:
             continue
-        rows = read_rows(Path(path).expanduser())
+        try:
+            rows = read_rows(Path(path).expanduser())
+        except DataError as error:
+            remedy = "mend the file, or name another; an absolute path is safest"
+            return Check("data", "FAIL", f"{key}: {error}", remedy)
         usable = sum(to_prompt_completion(data, row) is not None for row in rows)
         if not usable:
             remedy = (
