@@ -76,16 +76,12 @@ class PublicRows:
         """Return an adapter's answers, the likeliest token each time."""
         from fedllm.adapters import set_trained
         from fedllm.data import chat_prompt
-        from fedllm.evaluation import generate
+        from fedllm.evaluation import generate_together
 
         model, tokenizer = self._load_model(), self._load_tokenizer()
         set_trained(model, self._spec, arrays)
-        return [
-            "".join(
-                generate(model, tokenizer, chat_prompt(tokenizer, text), max_new_tokens)
-            ).strip()
-            for text in questions
-        ]
+        prompts = [chat_prompt(tokenizer, text) for text in questions]
+        return generate_together(model, tokenizer, prompts, max_new_tokens)
 
     def _score(self, split: _Split, arrays: Mapping[str, Any]) -> HeldOut | None:
         from fedllm.adapters import set_trained

@@ -9,7 +9,7 @@ from fedllm.public_rows import PublicRows
 logger = logging.getLogger(__name__)
 
 _QUESTIONS = 3
-_MAX_NEW_TOKENS = 40
+_MAX_NEW_TOKENS = 32
 
 
 def sample_answers(

@@ -122,6 +122,7 @@ class _Wandb:
             x_disable_stats=True,
             x_disable_meta=True,
             x_disable_machine_info=True,
+            x_save_requirements=False,
         )
         self._run: Any = wandb.init(
             project="fedllm",
@@ -135,4 +136,8 @@ class _Wandb:
         self._run.log(dict(values), step=server_round)
 
     def close(self) -> None:
+        import wandb
+
         self._run.finish()
+        # Its helper process writes the last lines when it ends.
+        wandb.teardown()
