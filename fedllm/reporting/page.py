@@ -145,6 +145,8 @@ def _meaning(privacy: dict[str, Any]) -> str:
         return ""
     unit = "one record of a client" if privacy["unit"] == "record" else "one client"
     replaced = privacy.get("epsilon_replace_one")
+    other = " (zero-out), or which of two data sets it held (replace-one)"
+    other = other if replaced is not None else ""
     z, releases = privacy.get("noise_multiplier"), privacy.get("num_rounds", 0)
     exact = privacy.get("accountant") == "exact Gaussian" and z
     rows = [[str(privacy["neighbouring_relation"]), epsilon, z]]
@@ -159,11 +161,11 @@ def _meaning(privacy: dict[str, Any]) -> str:
     if exact:
         head.append("Right at most, by this run's noise")
     return (
-        "<h3>What the bound allows</h3><p>Somebody who knows everything else about the "
-        f"data, and knows that {unit} took part by the toss of a coin, guesses whether it "
-        "did. Guessing blindly is right in 50 % of cases; no method at all is right more "
-        f"often than this. (The factor e^{_text(plain(epsilon))} is {_factor(epsilon)}.)"
-        f"</p>{_table(head, body)}"
+        "<h3>What the bound allows</h3><p>Somebody knows everything else about the data, "
+        f"and guesses how a fair coin fell: whether {unit} was there or not{other}. Blind "
+        "guesses are right in 50 % of cases; no method at all is right more often than "
+        "this. (The factor "
+        f"e^{_text(plain(epsilon))} is {_factor(epsilon)}.)</p>{_table(head, body)}"
         + (
             '<p class="soft">ε and δ bound any mechanism, so they are the weaker limit; '
             "the noise of this run is Gaussian, for which the exact limit is known.</p>"
@@ -265,9 +267,8 @@ def _answers(run: RunRecord) -> str:
     warning = NOT_ADVICE if medical else SMALL_MODEL
     return (
         "<h2>The same questions to both models</h2>"
-        f"<p><strong>{_text(warning)}</strong> The questions are public rows that neither "
-        f"trained nor chose anything; answers end after "
-        f"{run.answers['max_new_tokens']} tokens.</p>{''.join(parts)}"
+        f"<p><strong>{_text(warning)}</strong> The questions are rows declared public; "
+        f"answers end after {run.answers['max_new_tokens']} tokens.</p>{''.join(parts)}"
     )
 
 

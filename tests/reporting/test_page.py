@@ -184,7 +184,7 @@ def test_a_record_level_run_has_a_page(tmp_path):
     report.note_round(1, {7: 2.0, 8: 3.0})
     _, text = check(folder)
 
-    assert "one record of a client took part" in text
+    assert "one record of a client was there" in text
     assert "add-or-remove one record 3.00" in text
 
 
