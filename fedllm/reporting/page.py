@@ -87,7 +87,7 @@ def _header(run: RunRecord) -> str:
         f"<h1>{_text(settings.get('model.name', 'A run'))}</h1>",
     ]
     if size is not None:
-        value = run.config.get("num_trainable")
+        value = run.config.get("num_trainable", 0)
         parts.append(
             f"<p>An adapter ({_text(kind_and_rank(settings))}, {value:,} trained values) "
             f"trained on <strong>{size} clients</strong> in {run.rounds_done} of "
@@ -186,7 +186,7 @@ def _factor(epsilon: float) -> str:
 def _result(run: RunRecord) -> str:
     """Say what came of it, in numbers."""
     tiles: list[tuple[str, str]] = []
-    losses = [r["validation_loss"] for r in run.rounds]
+    losses = [r.get("validation_loss") for r in run.rounds]
     losses = [loss for loss in losses if loss is not None]
     result = run.result
     if result is not None and result["test_loss_before"] is not None:
@@ -307,7 +307,9 @@ def _cell(run: RunRecord, line: dict[str, Any], key: str) -> str:
         return "*" if secret else "-"
     if key == "epsilon":
         return plain(value)
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float) and value < 1000:
+        return f"{value:.3g}"
+    return f"{value:,.0f}"
 
 
 def _value(line: dict[str, Any], key: str) -> float | int | None:
@@ -396,7 +398,7 @@ def _settings(run: RunRecord) -> str:
         return where
     changed = [[k, str(v)] for k, v in settings.items() if defaults.get(k) != v]
     every = [[k, str(v)] for k, v in settings.items()]
-    versions = [[k, str(v)] for k, v in run.config["versions"].items()]
+    versions = [[k, str(v)] for k, v in run.config.get("versions", {}).items()]
     said = (
         _table(["Changed from its default", "Value"], changed, "words")
         if changed

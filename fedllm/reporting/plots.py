@@ -106,7 +106,7 @@ def _traffic(run: "RunRecord") -> Plot | None:
 
 
 def _seconds(run: "RunRecord") -> Plot | None:
-    lines = [{"server_round": r["server_round"], **r["seconds"]} for r in run.rounds]
+    lines = [{**(r.get("seconds") or {}), **r} for r in run.rounds]
     found = {phase: _known(lines, phase) for phase in PHASES}
     # Where a phase is secret, what is left says little and might say too much.
     if not lines or any(len(points) < len(lines) for points in found.values()):
@@ -267,6 +267,11 @@ def _ends(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
 def _sums(series: Mapping[str, Sequence[tuple[int, float]]], unit: str) -> str:
     """Say what bars come to."""
     return "; ".join(
-        f"{name} {sum(value for _, value in points):.4g} {unit}"
+        f"{name} {_plain(sum(value for _, value in points))} {unit}"
         for name, points in series.items()
     )
+
+
+def _plain(value: float) -> str:
+    """Write a number without an exponent."""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
