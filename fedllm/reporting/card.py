@@ -15,8 +15,8 @@ _MODEL_LICENCES = {
     "openlm-research/open_llama_3b_v2": "apache-2.0",
 }
 _DATA_LICENCES = {
-    "wordnet-medical": "definitions of WordNet 3.0 under its own licence (permissive; the "
-    "text lies beside the data), question wording under Apache-2.0",
+    "wordnet-medical": "of WordNet 3.0, whose definitions it holds (permissive; the text "
+    "lies beside the data)",
 }
 
 
@@ -31,8 +31,8 @@ def card(run: RunRecord) -> str:
 
 # An adapter for {name}
 
-An adapter of kind {settings["adapter.kind"]} ({kind_and_rank(settings)}; {run.config["num_trainable"]:,} trained
-values), trained by fedllm on {run.config["num_clients"]} clients in {run.rounds_done} rounds.
+An adapter of kind {kind_and_rank(settings)}, with {run.config["num_trainable"]:,} trained values,
+trained by fedllm on {run.config["num_clients"]} clients in {run.rounds_done} rounds.
 
 | | |
 |---|---|

@@ -56,8 +56,8 @@ def page(run: RunRecord) -> str:
         _privacy(run),
         _result(run),
         _plots(run),
-        _answers(run),
         _rounds(run),
+        _answers(run),
         _audit(run),
         _not_covered(run),
         _settings(run),
@@ -307,6 +307,8 @@ def _cell(run: RunRecord, line: dict[str, Any], key: str) -> str:
         return "*" if secret else "-"
     if key == "epsilon":
         return plain(value)
+    if key.endswith("loss"):
+        return f"{value:.3f}"
     if isinstance(value, float) and value < 1000:
         return f"{value:.3g}"
     return f"{value:,.0f}"

@@ -215,7 +215,8 @@ def _plot(
         axes.margins(x=0.03)
         draw(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        whole = axes.get_ylabel() == "clients"
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=whole))
         axes.set_xlabel("round")
         handles, labels = axes.get_legend_handles_labels()
         if len(labels) > 1:
