@@ -51,6 +51,7 @@ REFUSED: list[dict[str, Scalar]] = [
     {"strategy.server-learning-rate": 0.1, "strategy.server-learning-rate-min": 1.0},
     {"strategy.fraction-train": 0.5},
     {"strategy.num-clients": 1},
+    {"resume.from": "runs/mine"},
     {"privacy.noise-multiplier": 1.0},
     {"privacy.target-epsilon": 0.0},
     {"privacy.max-epsilon": 4.0},
@@ -155,7 +156,7 @@ def _table(section: Any, prefix: str) -> list[str]:
     for entry in fields(section):
         value = getattr(section, entry.name)
         if not is_dataclass(value):
-            key = prefix + entry.name.replace("_", "-")
+            key = prefix + entry.name.removesuffix("_").replace("_", "-")
             rows.append(_row(key, infos[entry.name], value))
     return rows
 

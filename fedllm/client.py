@@ -26,6 +26,7 @@ from fedllm.errors import (
     FedllmError,
     TimeLimitError,
 )
+from fedllm.original_run import original_context
 from fedllm.replies import (
     ADAPTER_KIND,
     ARRAYS,
@@ -73,6 +74,7 @@ def reply_to(message: Message, context: Context) -> Message:
     """
     private = True
     try:
+        context = original_context(message, context)
         config = parse_run_config(context.run_config)
         private = config.privacy.unit != "none"
         check_floors(context.node_config, config)
@@ -409,7 +411,8 @@ def _append_log(context: Context, text: str) -> str:
         partition_id = 0
     path = fedllm_home() / "logs" / f"client-{partition_id}.log"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # An error's text may quote a row.
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
             file.write(f"{stamp} run {context.run_id} {text}\n")

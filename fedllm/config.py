@@ -30,7 +30,7 @@ Scalar = bool | int | float | str
 
 _SECTION = ConfigDict(
     extra="forbid",
-    alias_generator=lambda name: name.replace("_", "-"),
+    alias_generator=lambda name: _key(name),
     validate_by_name=True,
     validate_by_alias=True,
     allow_inf_nan=False,
@@ -47,6 +47,11 @@ Positive = Annotated[int, Strict(), Field(ge=1)]
 Amount = Annotated[float, Strict(), Field(ge=0)]
 PositiveAmount = Annotated[float, Strict(), Field(gt=0)]
 Share = Annotated[float, Strict(), Field(ge=0, le=1)]
+
+
+def _key(name: str) -> str:
+    """Return the key of an attribute; one underscore ends a name that Python keeps."""
+    return name.removesuffix("_").replace("_", "-")
 
 
 def _bits(value: int) -> int:
@@ -218,6 +223,15 @@ class OutputConfig:
 
 
 @dataclass(frozen=True, config=_SECTION)
+class ResumeConfig:
+    """Going on with a run that was cut off."""
+
+    from_: Text = ""
+    """Empty: a new run; `latest`: the newest run folder; or the absolute path of a run
+    folder. The run goes on in that folder with the settings of its config.json."""
+
+
+@dataclass(frozen=True, config=_SECTION)
 class RunConfig:
     """Everything that one run is told."""
 
@@ -232,6 +246,7 @@ class RunConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
 
 
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
@@ -277,11 +292,10 @@ def flat(config: RunConfig) -> dict[str, Scalar]:
     out: dict[str, Scalar] = {}
     for entry in fields(config):
         value = getattr(config, entry.name)
-        name = entry.name.replace("_", "-")
+        name = _key(entry.name)
         if hasattr(value, "__dataclass_fields__"):
             for inner in fields(value):
-                key = f"{name}.{inner.name.replace('_', '-')}"
-                out[key] = getattr(value, inner.name)
+                out[f"{name}.{_key(inner.name)}"] = getattr(value, inner.name)
         else:
             out[name] = value
     return out
@@ -348,6 +362,12 @@ def _contradictions(config: RunConfig) -> list[str]:
             "strategy.fraction-train: must be 1.0 where strategy.sampling is 'all' "
             f"(got {strategy.fraction_train}); for a part of the clients set "
             "strategy.sampling to 'fixed' or 'poisson'"
+        )
+    resume = config.resume.from_
+    if resume not in ("", "latest") and not Path(resume).is_absolute():
+        problems.append(
+            "resume.from: must be empty, 'latest', or the absolute path of a run folder "
+            f"(got {resume!r})"
         )
     if strategy.num_clients == 1:
         problems.append("strategy.num-clients: must be 0 or at least 2 (got 1)")

@@ -6,9 +6,8 @@ imported where they are used.
 """
 
 import contextlib
-import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -120,7 +119,8 @@ def partition(
     The partitions are disjoint and together hold every row; the same arguments give
     the same rows in every process. A partition may be empty: under `dirichlet` with a
     small alpha, under `size-skew` with few rows, and wherever there are fewer rows than
-    clients (then each row is one client's).
+    clients (then each row is one client's). `natural` with more clients than groups
+    cuts the larger groups into several clients.
 
     Args:
         config: How to share the rows.
@@ -130,7 +130,7 @@ def partition(
         seed: The run's seed.
 
     Raises:
-        ConfigError: No such partition, or `natural` has another number of groups.
+        ConfigError: No such partition, or `natural` has fewer clients than groups.
         DataError: The column to go by is missing, or has rows without a value.
     """
     if not 0 <= partition_id < num_partitions:
@@ -139,16 +139,17 @@ def partition(
         )
     if config.partition in ("dirichlet", "natural"):
         _check_groups(config, rows, num_partitions)
-    if config.partition in ("iid", "size-skew"):
+    if config.partition in ("iid", "size-skew", "natural"):
         # Those partitioners cut contiguous pieces: the shuffle makes them random.
         rows = rows.shuffle(seed=seed)
     if len(rows) < num_partitions:
         return rows.select([partition_id] if partition_id < len(rows) else [])
+    if config.partition == "natural":
+        groups = rows[config.partition_column][:]
+        return rows.select(_parts_of_groups(groups, num_partitions)[partition_id])
     partitioner = _make_partitioner(config, len(rows), num_partitions, seed)
     partitioner.dataset = rows
-    # NaturalIdPartitioner draws a progress bar, which would show for each client.
-    with contextlib.redirect_stderr(io.StringIO()):
-        return partitioner.load_partition(partition_id)
+    return partitioner.load_partition(partition_id)
 
 
 def tokenize(
@@ -212,12 +213,36 @@ def _make_partitioner(
             min_partition_size=0,
             seed=seed,
         )
-    if config.partition == "natural":
-        return flower.NaturalIdPartitioner(config.partition_column)
     if config.partition == "size-skew":
         # LinearPartitioner means the same but refuses a client without a row.
         return flower.SizePartitioner(_linear_sizes(num_rows, num_partitions))
     return flower.IidPartitioner(num_partitions)
+
+
+def _parts_of_groups(
+    groups: Sequence[str | int], num_partitions: int
+) -> list[list[int]]:
+    """Cut groups into parts of one group each, the largest part in two while need be.
+
+    Args:
+        groups: The group of each row.
+        num_partitions: Number of parts, at least that of the groups.
+
+    Returns:
+        Row numbers of each part, in the order of the groups' names.
+    """
+    rows: dict[str | int, list[int]] = {}
+    for number, group in enumerate(groups):
+        rows.setdefault(group, []).append(number)
+    parts = dict.fromkeys(rows, 1)
+    for _ in range(num_partitions - len(rows)):
+        largest = max(sorted(rows, key=str), key=lambda g: len(rows[g]) / parts[g])
+        parts[largest] += 1
+    return [
+        rows[group][part :: parts[group]]
+        for group in sorted(rows, key=str)
+        for part in range(parts[group])
+    ]
 
 
 def _linear_sizes(num_rows: int, num_partitions: int) -> list[int]:
@@ -243,9 +268,9 @@ def _check_groups(config: DataConfig, rows: "Dataset", num_partitions: int) -> N
                 f"(got {value!r:.80} in row {number})"
             )
     groups = len(set(values))
-    if config.partition == "natural" and groups != num_partitions:
+    if config.partition == "natural" and num_partitions < groups:
         raise ConfigError(
-            f"data.partition: 'natural' makes one client of each of the {groups} "
+            f"data.partition: 'natural' makes at least one client of each of the {groups} "
             f"values of {column!r} (got {num_partitions} clients): add "
             f'--federation-config "num-supernodes={groups}"'
         )

@@ -35,3 +35,7 @@ class FederationError(FedllmError):
 
 class TimeLimitError(FedllmError):
     """A client cannot finish within the time that a round has."""
+
+
+class KeyFolderError(FedllmError):
+    """Keys for a deployment cannot be made there; nothing was written over."""

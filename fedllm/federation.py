@@ -18,10 +18,12 @@ from flwr.serverapp import Grid
 
 from fedllm.adapter_choice import choose_adapter, with_choice
 from fedllm.adapters import AdapterSpec, Arrays, adapter_spec, initial_arrays
+from fedllm.checkpoint import Checkpoint, State, described, open_run
 from fedllm.config import RunConfig, fedllm_home, flat
 from fedllm.errors import FederationError
-from fedllm.gathering import Gathering, wait_for_clients
+from fedllm.gathering import Gathering, renewed, wait_for_clients
 from fedllm.noise_plan import privacy_settings
+from fedllm.original_run import ORIGINAL_RUN, original_run
 from fedllm.outcome import say_outcome
 from fedllm.privacy.accounting import plain
 from fedllm.privacy.ledger import Ledger, no_privacy
@@ -41,6 +43,7 @@ from fedllm.run_directory import (
 from fedllm.sample_answers import sample_answers
 from fedllm.server_optimizer import cosine
 from fedllm.strategy import (
+    AdapterFedAvg,
     ClientLevelDP,
     Round,
     make_strategy,
@@ -72,13 +75,24 @@ class Federation:
 
     @noting_failure
     def __init__(self, config: RunConfig, grid: Grid, run_id: int) -> None:
-        from fedllm.models import load_config, locate
+        from fedllm.models import fingerprint, load_config, locate
 
         require_tracker(config.output.tracker)
+        home = fedllm_home()
+        resumed = open_run(config, home) if config.resume.from_ else None
+        if resumed is not None:
+            config, self.directory = resumed.config, resumed.directory
+            run_id = resumed.checkpoint.state.run_id
+        else:
+            self.directory = RunDirectory.create(home, run_id)
+            self.directory.lock()
         self.config = config
         self.grid = grid
-        home = fedllm_home()
-        self.directory = RunDirectory.create(home, run_id)
+        self.run_id = run_id
+        self.resumed = resumed is not None
+        self._run_name = (
+            resumed.checkpoint.state.run if resumed else self.directory.path.name
+        )
         logger.info("run folder: %s", self.directory.path)
         self.watch = RunWatch(self.directory.path, config.output.tracker)
         self.base_name = locate(config.model.name, home)
@@ -86,7 +100,8 @@ class Federation:
         if config.adapter.kind != "auto":
             # Whatever is wrong with it is said before anybody is waited for.
             adapter_spec(config.adapter, model_config, config.seed)
-        self.population = wait_for_clients(grid, config)
+        known = resumed.checkpoint.state.population if resumed else []
+        self.population = wait_for_clients(grid, config, known)
         if config.adapter.kind == "auto":
             choice = choose_adapter(config, len(self.population))
             logger.info("adapter.kind auto: %s; %s", choice.kind, choice.reason)
@@ -100,26 +115,26 @@ class Federation:
                     config.strategy.server_learning_rate_min,
                 )
         self.spec: AdapterSpec = adapter_spec(config.adapter, model_config, config.seed)
+        self._fingerprint = fingerprint(self.base_name)
+        if resumed is not None:
+            resumed.checkpoint.state.check_model(self._fingerprint, self.spec)
         self.public = PublicRows(config, self.base_name, self.spec, home)
-        self.ledger: Ledger | None = None
-        self.records: RecordReport | None = None
-        path = self.directory.path / PRIVACY_FILE
-        size, d = len(self.population), self.spec.num_trainable
-        if config.privacy.unit == "client":
-            self.ledger = Ledger.create(path, privacy_settings(config, size, d))
-        elif config.privacy.unit == "record":
-            self.records = RecordReport(path, record_settings(config, size, d))
-        self.strategy = make_strategy(
-            config, initial_arrays(self.spec), self.population, self.ledger
-        )
-        self.arrays: Arrays = initial_arrays(self.spec)
         self.best: _Best | None = None
         self.last_round = 0
+        self.next_round = 1
         self.trained = False
         self._failures: Counter[str] = Counter()
-        self.directory.write_json(CONFIG_FILE, self._resolved())
-        if config.privacy.unit == "none":
-            self.directory.write_json(PRIVACY_FILE, no_privacy(size, d))
+        self.ledger: Ledger | None = None
+        self.records: RecordReport | None = None
+        self._open_privacy()
+        self.arrays: Arrays = initial_arrays(self.spec)
+        if resumed is not None:
+            self.arrays = resumed.checkpoint.arrays
+        self.strategy = make_strategy(config, self.arrays, self.population, self.ledger)
+        if resumed is not None:
+            self._go_on(resumed.checkpoint)
+        else:
+            self.directory.write_json(CONFIG_FILE, self._resolved())
 
     @noting_failure
     def run(self) -> dict[str, Any]:
@@ -132,6 +147,99 @@ class Federation:
             FederationError: No client ever returned a usable update.
             PrivacyError: Noise alone does harm and the run was told to refuse.
         """
+        try:
+            if not self.resumed:
+                self._prepare()
+            self._train()
+            self._require_training()
+            return self._finish()
+        finally:
+            self.directory.unlock()
+
+    def _open_privacy(self) -> None:
+        """Start what counts the privacy spent, or read back what was.
+
+        Raises:
+            PrivacyError: It cannot be trusted, or is of other settings.
+        """
+        config, size, d = self.config, len(self.population), self.spec.num_trainable
+        path, run = self.directory.path / PRIVACY_FILE, self._run_name
+        if config.privacy.unit == "client":
+            settings = privacy_settings(config, size, d)
+            if self.resumed:
+                self.ledger = Ledger.load(path)
+                self.ledger.check_same(settings)
+            else:
+                self.ledger = Ledger.create(path, settings, run)
+        elif config.privacy.unit == "record":
+            promised = record_settings(config, size, d)
+            if self.resumed:
+                self.records = RecordReport.load(path, promised)
+            else:
+                self.records = RecordReport.create(path, promised, run)
+        elif not self.resumed:
+            self.directory.write_json(PRIVACY_FILE, no_privacy(size, d, run))
+
+    def _go_on(self, checkpoint: Checkpoint) -> None:
+        """Take up a run where its checkpoint left it.
+
+        Raises:
+            PrivacyError: The ledger forgets what the checkpoint knows.
+            FederationError: No round is left, and none was finished.
+        """
+        state, account = checkpoint.state, self.ledger or self.records
+        if account is not None:
+            self.next_round = state.round_after(account.run, account.releases)
+        else:
+            self.next_round = state.server_round + 1
+        state.say(self.next_round, self.config.num_server_rounds)
+        self.last_round, self.trained = state.server_round, state.trained
+        self._failures.update(state.failures)
+        self._averaging.optimizer.restore(checkpoint.moments)
+        if state.best_round is not None and state.best_loss is not None:
+            self.best = _Best(state.best_round, state.best_loss, checkpoint.best)
+        self._restore_folder()
+
+    def _restore_folder(self) -> None:
+        """Make the run folder what it was after the last finished round."""
+        self.directory.go_back(self.last_round)
+        if self.last_round:
+            self._save_adapter(self.last_round, self.arrays)
+        if self.best is not None and self.best.server_round:
+            self._save_adapter(self.best.server_round, self.best.arrays)
+            self.directory.copy_adapter(self.best.server_round, "peft_best")
+        self.directory.be_latest()
+
+    @property
+    def _averaging(self) -> AdapterFedAvg:
+        """The strategy under the privacy, if there is any."""
+        if isinstance(self.strategy, ClientLevelDP):
+            return self.strategy.strategy
+        return self.strategy
+
+    def _write_checkpoint(self) -> None:
+        """Keep what the next round starts from, once this one is paid for and saved."""
+        account = self.ledger or self.records
+        state = State(
+            run=self._run_name,
+            run_id=self.run_id,
+            server_round=self.last_round,
+            releases=account.releases if account is not None else [],
+            population=self.population,
+            trained=self.trained,
+            # How many failed tells how many were asked.
+            failures=dict(self._failures) if self._may_count() else {},
+            best_round=self.best.server_round if self.best else None,
+            best_loss=self.best.loss if self.best else None,
+            base=self._fingerprint,
+            adapter=described(self.spec),
+        )
+        best = self.best.arrays if self.best else {}
+        moments = self._averaging.optimizer.moments
+        Checkpoint(state, self.arrays, best, moments).write(self.directory)
+
+    def _prepare(self) -> None:
+        """Score the untuned model, and say what is promised, before round 1."""
         self._evaluate_base()
         if isinstance(self.strategy, ClientLevelDP):
             say_promise(self.strategy.ledger)
@@ -139,7 +247,11 @@ class Federation:
                 probe_noise(self.strategy, self.public, self.best.loss)
         if self.records is not None:
             say_record_promise(self.records.settings)
-        for server_round in range(1, self.config.num_server_rounds + 1):
+        self._write_checkpoint()
+
+    def _train(self) -> None:
+        """Run the rounds that are left, while there is budget."""
+        for server_round in range(self.next_round, self.config.num_server_rounds + 1):
             limit = self.config.privacy.max_epsilon
             if self.ledger is not None and not self.ledger.may_spend(limit):
                 logger.info(
@@ -157,13 +269,15 @@ class Federation:
                     server_round,
                 )
                 break
-        self._require_training()
-        return self._finish()
+        if self.last_round and not self._is_due(self.last_round):
+            self._keep_best(self.last_round, self.public.validation_loss(self.arrays))
 
     def _run_round(self, server_round: int) -> None:
         """Send, gather, aggregate, evaluate, save, and say so in one line."""
         config = self.config
         started = time.monotonic()
+        self.population = renewed(self.population, set(self.grid.get_node_ids()))
+        self._averaging.population = self.population
         messages = list(
             self.strategy.configure_train(
                 server_round, array_record(self.arrays), self._instructions(), self.grid
@@ -176,17 +290,17 @@ class Federation:
         seen = self.strategy.round
         self._note_failures(server_round, seen)
         if self.records is not None:
-            self.records.note_round(server_round, seen.epsilons)
+            self.records.note_round(server_round, seen.epsilons, self.population)
         may_be_empty = config.strategy.sampling == "poisson" and self.records is None
         if seen.usable > 0 or may_be_empty:
             self.trained = True
         if record is not None:
             self.arrays = read_global(record, self.spec.trained_shapes)
         client_loss = self._evaluate_clients(server_round)
-        self.last_round = server_round
         loss = self._validate(server_round)
         evaluated = time.monotonic()
         self._save(server_round, loss)
+        self.last_round = server_round
         done = time.monotonic()
         # How long a cohort takes tells how many it has.
         known = self._may_count()
@@ -198,6 +312,7 @@ class Federation:
             "save": done - evaluated + self.watch.take_seconds(),
         }
         self._write_line(server_round, seen, loss, client_loss, seconds)
+        self._write_checkpoint()
         parts = [f"round {server_round}/{config.num_server_rounds}"]
         if known:
             parts.append(f"{seen.usable} of {seen.asked} clients")
@@ -216,8 +331,11 @@ class Federation:
         logger.info("%s", ", ".join(parts))
 
     def _instructions(self) -> ConfigRecord:
-        """Return what every message says besides its round: which adapter it holds."""
-        return ConfigRecord({ADAPTER_KIND: self.spec.kind})
+        """Return what every message says besides its round: adapter, and run if resumed."""
+        said = ConfigRecord({ADAPTER_KIND: self.spec.kind})
+        if self.resumed:
+            said[ORIGINAL_RUN] = original_run(self.config, self.run_id)
+        return said
 
     def _evaluate_base(self) -> None:
         """Measure the untuned model, which is round 0."""
@@ -232,10 +350,14 @@ class Federation:
 
     def _validate(self, server_round: int) -> float | None:
         """Measure the adapter on public validation rows, where it is due."""
-        last = server_round == self.config.num_server_rounds
-        if server_round % self.config.strategy.evaluate_every and not last:
+        if not self._is_due(server_round):
             return None
         return self.public.validation_loss(self.arrays)
+
+    def _is_due(self, server_round: int) -> bool:
+        """Tell whether a round's adapter is scored on public rows."""
+        last = server_round == self.config.num_server_rounds
+        return last or server_round % self.config.strategy.evaluate_every == 0
 
     def _evaluate_clients(self, server_round: int) -> float | None:
         """Ask clients for the loss on their own rows; without DP only."""
@@ -253,16 +375,24 @@ class Federation:
 
     def _save(self, server_round: int, loss: float | None) -> None:
         """Save the round where it is due, is the last, or is the best so far."""
-        previous = server_round - 1
+        previous = self.last_round
         if (
             previous
             and previous % self.config.output.save_every
             and not (self.best is not None and self.best.server_round == previous)
         ):
             self.directory.drop_round(previous)
+        self._save_adapter(server_round, self.arrays)
+        self._keep_best(server_round, loss)
+
+    def _save_adapter(self, server_round: int, arrays: Arrays) -> None:
+        """Write `peft_<round>/`."""
         self.directory.save_round(
-            server_round, self.spec, self.arrays, self.base_name, self._origin()
+            server_round, self.spec, arrays, self.base_name, self._origin()
         )
+
+    def _keep_best(self, server_round: int, loss: float | None) -> None:
+        """Make a round the best one, if its loss is the lowest."""
         if loss is not None and self.best is not None and loss < self.best.loss:
             self.best = _Best(server_round, loss, self.arrays)
             self.directory.copy_adapter(server_round, "peft_best")

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -102,17 +102,37 @@ class Gathering:
         return replies[:1] or None
 
 
-def wait_for_clients(grid: Grid, config: RunConfig) -> list[int]:
+def renewed(population: Sequence[int], connected: Collection[int]) -> list[int]:
+    """Return the population with new nodes in the places of those that are gone.
+
+    A SuperNode without a key of its own has another id each time it starts, and a
+    SuperLink without a database gives new ones to all. Places are kept and never
+    become more, so n and N hold.
+    """
+    fresh = iter(sorted(set(connected) - set(population)))
+    return [n if n in connected else next(fresh, n) for n in population]
+
+
+def wait_for_clients(
+    grid: Grid, config: RunConfig, known: Sequence[int] = ()
+) -> list[int]:
     """Wait until enough clients are connected and return their node ids.
+
+    Args:
+        grid: Flower's way to the clients.
+        config: The run config.
+        known: Clients of a run that is resumed: as many must be there again.
 
     Raises:
         FederationError: They are too few when the time is up.
     """
-    wanted = config.strategy.num_clients
+    wanted = len(known) or config.strategy.num_clients
     deadline = time.monotonic() + config.strategy.wait_for_clients
     told = False
     while True:
         nodes = sorted(grid.get_node_ids())
+        if known and len(nodes) >= wanted:
+            return renewed(known, nodes)
         if len(nodes) >= max(wanted, 2):
             # More than were asked for: the first by id, which Flower draws at random.
             return nodes[:wanted] if wanted else nodes

@@ -87,6 +87,25 @@ def load_config(location: str) -> "PretrainedConfig":
     return config
 
 
+def fingerprint(location: str) -> str:
+    """Return what tells a base model from any other, without reading all of it.
+
+    Of a folder: name, size and last megabyte of each file of weights, and the
+    configuration. Of a hub id: the commit.
+    """
+    folder = Path(location)
+    if not folder.is_dir():
+        return f"{location} {_commit(load_config(location))}"
+    digest = hashlib.sha256()
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    for path in [*sorted(weights), folder / "config.json"]:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(f"{path.name} {size} ".encode() + file.read())
+    return f"{folder.name} {digest.hexdigest()[:16]}"
+
+
 def load_tokenizer(location: str) -> "PreTrainedTokenizerBase":
     """Return the model's tokenizer, with a padding token and padding on the right.
 

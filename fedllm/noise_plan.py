@@ -10,9 +10,6 @@ def privacy_settings(
 ) -> PrivacySettings:
     """Fix the noise before round 1: given, or calibrated to the target epsilon."""
     privacy, strategy = config.privacy, config.strategy
-    sampled: float = num_sampled(strategy, population_size)
-    if strategy.sampling == "poisson":
-        sampled = strategy.fraction_train * population_size
     delta = privacy.delta or default_delta(population_size)
     noise_multiplier = privacy.noise_multiplier or calibrate(
         privacy.target_epsilon,
@@ -25,7 +22,7 @@ def privacy_settings(
         unit="client",
         sampling=strategy.sampling,
         population_size=population_size,
-        num_sampled_clients=sampled,
+        num_sampled_clients=expected_cohort(strategy, population_size),
         clipping_norm=privacy.clipping_norm,
         noise_multiplier=noise_multiplier,
         delta=delta,
@@ -34,6 +31,13 @@ def privacy_settings(
         num_trainable=num_trainable,
         planned_rounds=config.num_server_rounds,
     )
+
+
+def expected_cohort(config: StrategyConfig, population_size: int) -> float:
+    """Return n, what a round's sum is divided by: the expected number under `poisson`."""
+    if config.sampling == "poisson":
+        return config.fraction_train * population_size
+    return num_sampled(config, population_size)
 
 
 def num_sampled(config: StrategyConfig, population_size: int) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
+from filelock import FileLock, Timeout
 
 from fedllm.adapter_files import save_adapter
 from fedllm.adapters import AdapterSpec
@@ -33,10 +34,13 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = FileLock(path / ".lock", thread_local=False)
 
     @classmethod
     def create(cls, home: Path, run_id: int) -> "RunDirectory":
         """Make `runs/<time>_<run id>/` and point `runs/latest` at it.
+
+        Only its owner may look into it.
 
         Raises:
             FederationError: The disk is full or the folder may not be written.
@@ -50,20 +54,72 @@ class RunDirectory:
             while path.exists():
                 count += 1
                 path = path.with_name(f"{stamp}_{run_id}-{count}")
-            path.mkdir()
-            link = path.parent / "latest"
-            fresh = path.parent / f".latest-{run_id}"
+            # The ledger tells who was asked for what, and an adapter is not yet published.
+            path.mkdir(mode=0o700)
+        directory = cls(path)
+        directory.be_latest()
+        return directory
+
+    def be_latest(self) -> None:
+        """Point `latest` beside this folder at it."""
+        fresh = self.path.parent / f".latest-{self.path.name}"
+        with _disk_errors(fresh):
             fresh.unlink(missing_ok=True)
-            fresh.symlink_to(path.name, target_is_directory=True)
-            fresh.replace(link)
-        return cls(path)
+            fresh.symlink_to(self.path.name, target_is_directory=True)
+            fresh.replace(self.path.parent / "latest")
+
+    def lock(self) -> None:
+        """Keep every other process from running in this folder, until this one ends.
+
+        Raises:
+            FederationError: Another one does.
+        """
+        with _disk_errors(self.path):
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout:
+                raise FederationError(
+                    f"{self.path}: another run is at work in this folder; wait for it, "
+                    "or stop it (flwr stop)"
+                ) from None
+
+    def unlock(self) -> None:
+        """Let others in."""
+        self._lock.release()
+
+    def go_back(self, server_round: int) -> None:
+        """Remove what a crash left of later rounds, and what it left half-written.
+
+        Args:
+            server_round: The last round that counts.
+        """
+        metrics = self.path / METRICS_FILE
+        with _disk_errors(self.path):
+            kept = [
+                line
+                for line in metrics.read_text("utf-8").splitlines()
+                if 0 <= _round_of(line) <= server_round
+            ]
+            replace_whole(metrics, "".join(f"{line}\n" for line in kept).encode())
+            for path in self.path.glob("peft_*"):
+                number = path.name.removeprefix("peft_")
+                if not number.isdigit() or int(number) > server_round:
+                    shutil.rmtree(path)
+            for path in self.path.glob(".peft_*"):
+                shutil.rmtree(path)
+            for path in self.path.glob("*.tmp"):
+                path.unlink()
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one JSON file so that it is there whole or not at all."""
         text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+        self.write_file(name, text.encode())
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a file so that it is there whole, or as it was."""
         target = self.path / name
         with _disk_errors(target):
-            replace_whole(target, text.encode())
+            replace_whole(target, data)
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one round to metrics.jsonl; what is not finite becomes null."""
@@ -161,6 +217,14 @@ def _disk_errors(path: Path) -> Iterator[None]:
             f"{path}: cannot be written: {error.strerror}; set FEDLLM_HOME to a folder "
             "that can"
         ) from None
+
+
+def _round_of(line: str) -> int:
+    """Return the round of a line of metrics.jsonl; -1 for one that a crash cut short."""
+    try:
+        return int(json.loads(line)["server_round"])
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def _finite(value: Any) -> Any:

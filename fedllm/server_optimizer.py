@@ -1,6 +1,7 @@
 """The server's step: what is made of the (noised) mean update, and its size."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,17 @@ class ServerOptimizer:
     momentum: float
     first: Vector | None = None
     second: Vector | None = None
+
+    @property
+    def moments(self) -> dict[str, Vector]:
+        """What it remembers, by name; empty before the first step and without moments."""
+        if self.first is None or self.second is None:
+            return {}
+        return {"first": self.first, "second": self.second}
+
+    def restore(self, moments: Mapping[str, Vector]) -> None:
+        """Remember what another one did."""
+        self.first, self.second = moments.get("first"), moments.get("second")
 
     def step(self, update: Vector, learning_rate: float) -> Vector:
         """Return what to add to the adapter, and remember the moments."""

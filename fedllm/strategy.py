@@ -94,7 +94,8 @@ class AdapterFedAvg(FedAvg):
     Args:
         config: The run config.
         reference: The global adapter's trained values by name.
-        population: Node ids of all clients, fixed for the run.
+        population: Node ids of all clients; fixed in number and order, while a client
+            that comes back may have another id.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class AdapterFedAvg(FedAvg):
     ) -> None:
         super().__init__(min_train_nodes=0, min_evaluate_nodes=0)
         self.config = config
-        self.population = sorted(population)
+        self.population = list(population)
         self.reference = {k: np.array(v, np.float32) for k, v in reference.items()}
         self.shapes = {k: v.shape for k, v in self.reference.items()}
         self.optimizer = ServerOptimizer(

@@ -12,7 +12,12 @@ from typing import Any, TypeVar, cast
 
 from fedllm.report import write_report
 from fedllm.reporting.state import RunState
-from fedllm.reporting.trackers import TrackerName, make_tracker, numbers
+from fedllm.reporting.trackers import (
+    TrackerName,
+    make_tracker,
+    numbers,
+    require_tracker,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +41,8 @@ class RunWatch:
 
     def __init__(self, folder: Path, tracker: TrackerName) -> None:
         self._folder = folder
-        self._tracker = make_tracker(tracker, folder)
+        require_tracker(tracker)
+        self._tracker = _harmless(lambda: make_tracker(tracker, folder), "the tracker")
         self._state = _harmless(lambda: RunState(folder), "its state")
         self._seconds = 0.0
         self._not_before = 0.0

@@ -1,5 +1,6 @@
 import json
 import logging
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -509,11 +510,12 @@ def test_in_a_simulation_under_dp_nothing_about_the_client_is_shown(
     assert "client 0: round 6: 1 steps on 5 examples" in caplog.text
 
 
-def test_a_clients_own_log_has_what_it_did(answer, home):
+def test_a_clients_own_log_has_what_it_did_for_its_owner_only(answer, home):
     answer(server_round=5)
 
     log = (home / "logs" / "client-0.log").read_text()
     assert "run 1 client 0: round 5: 1 steps on 5 examples" in log
+    assert stat.S_IMODE((home / "logs").stat().st_mode) == 0o700
 
 
 def test_what_the_length_limit_cuts_is_said_once(answer, home):

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -307,7 +308,7 @@ def ids_of(config: DataConfig, num_partitions: int, seed: int = 42) -> list[list
     return [part["id"][:] for part in parts]
 
 
-KINDS = {"iid": 20, "dirichlet": 20, "size-skew": 20, "natural": 11}
+KINDS = {"iid": 20, "dirichlet": 20, "size-skew": 20, "natural": 30}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -370,10 +371,21 @@ def test_a_small_alpha_may_leave_a_client_without_a_row() -> None:
     assert sum(sizes) == 4863
 
 
-def test_natural_needs_as_many_clients_as_there_are_groups() -> None:
+def test_natural_needs_at_least_as_many_clients_as_there_are_groups() -> None:
     config = DataConfig(partition="natural")
-    with pytest.raises(ConfigError, match=r"each of the 11 values.*\(got 20 clients\)"):
-        partition(config, load_rows(config), 0, 20, 42)
+    with pytest.raises(ConfigError, match=r"each of the 11 values.*\(got 10 clients\)"):
+        partition(config, load_rows(config), 0, 10, 42)
+
+
+def test_natural_cuts_the_largest_sites_for_more_clients() -> None:
+    config = DataConfig(partition="natural")
+    rows = load_rows(config)
+    parts = [partition(config, rows, i, 40, 42) for i in range(40)]
+    sizes = [len(part) for part in parts]
+    assert all(len(set(part["site"])) == 1 for part in parts)
+    assert sorted(row for part in parts for row in part["id"]) == sorted(rows["id"])
+    smallest_site = min(Counter(rows["site"]).values())
+    assert max(sizes) <= 2 * max(smallest_site, min(sizes))
 
 
 @pytest.mark.parametrize("kind", ["natural", "dirichlet"])

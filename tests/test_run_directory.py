@@ -1,6 +1,7 @@
 import errno
 import json
 import math
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ def test_a_run_folder_lies_under_home_and_latest_points_at_the_newest(tmp_path):
     assert second.path.name.endswith("_2")
     assert (tmp_path / "runs" / "latest").resolve() == second.path.resolve()
     assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_only_its_owner_looks_into_a_run_folder(folder):
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
 
 
 def test_latest_still_holds_when_the_home_is_moved(tmp_path):

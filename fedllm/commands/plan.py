@@ -3,6 +3,7 @@
     python -m fedllm.commands.plan --clients 20
     python -m fedllm.commands.plan --run-config configs/private-100.toml --epsilon 2
     python -m fedllm.commands.plan --clients 20 --rounds 100 --noise-multiplier 0.02
+    python -m fedllm.commands.plan --run-config configs/record-level.toml --records 486
 
 No client is asked, and nothing is loaded but with `--probe`, which makes the noise of all
 rounds, puts it into the fresh adapter of the real base model and scores that on the public
@@ -11,7 +12,6 @@ validation rows.
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 from dataclasses import replace
@@ -40,6 +40,7 @@ from fedllm.privacy.planning import (
     noise_to_signal,
     step_by_rule,
 )
+from fedllm.record_promise import record_plan, record_plan_lines
 from fedllm.typed_config import typed_config
 
 _DEFAULT_CLIENTS = 20
@@ -55,6 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     try:
         config = _config(args)
+        if config.privacy.unit == "record":
+            plan = _record_plan(config, args)
+            _say(args, plan, record_plan_lines(config, plan))
+            return
         clients = config.strategy.num_clients or _DEFAULT_CLIENTS
         chosen = (
             choose_adapter(config, clients) if config.adapter.kind == "auto" else None
@@ -68,15 +73,18 @@ def main(arguments: list[str] | None = None) -> None:
         plan = _plan(config, settings)
         plan["auto"] = chosen.reason if chosen is not None else None
         if args.plot:
-            plan["plot"] = str(_plot(config, settings, Path(args.plot)))
+            plan["plot"] = str(_plotted(config, settings, Path(args.plot)))
         if args.probe:
             plan["noise_probe"] = _probe(config, settings)
     except FedllmError as error:
         sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
-    if args.json:
-        sys.stdout.write(json.dumps(plan, indent=2) + "\n")
-    else:
-        sys.stdout.write("\n".join(_lines(config, settings, plan)) + "\n")
+    _say(args, plan, _lines(config, settings, plan))
+
+
+def _say(args: argparse.Namespace, plan: dict[str, Any], lines: list[str]) -> None:
+    """Print the plan, for a person or as JSON."""
+    text = json.dumps(plan, indent=2) if args.json else "\n".join(lines)
+    sys.stdout.write(text + "\n")
 
 
 def _config(args: argparse.Namespace) -> RunConfig:
@@ -101,11 +109,8 @@ def _config(args: argparse.Namespace) -> RunConfig:
         flags |= {"privacy.target-epsilon": 0.0}
     settings.update({k: v for k, v in flags.items() if v is not None})
     config = parse_run_config(settings)
-    if config.privacy.unit != "client":
-        raise ConfigError(
-            "privacy.unit: only 'client' is planned for here "
-            f"(got {config.privacy.unit!r})"
-        )
+    if config.privacy.unit == "none":
+        raise ConfigError("privacy.unit: there is nothing to plan (got 'none')")
     return config
 
 
@@ -136,6 +141,23 @@ def _plan(config: RunConfig, settings: PrivacySettings) -> dict[str, Any]:
         "expected": _expected_dict(_expect(config.adapter.kind, settings)),
         "better": _better(config, settings),
     }
+
+
+def _record_plan(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the plan of one client with record-level privacy.
+
+    Raises:
+        ConfigError: The number of its records is missing, or a flag asks for what is
+            not measured at record level.
+    """
+    if args.records is None:
+        raise ConfigError(
+            "--records: is needed under privacy.unit='record': how many rows the client "
+            "has"
+        )
+    if args.probe or args.plot:
+        raise ConfigError("--probe and --plot are for privacy.unit='client'")
+    return record_plan(config, args.records)
 
 
 def _spent(settings: PrivacySettings, rounds: int) -> Epsilons:
@@ -319,40 +341,17 @@ def _table(settings: PrivacySettings) -> list[str]:
     return lines
 
 
-def _plot(config: RunConfig, settings: PrivacySettings, path: Path) -> Path:
-    """Draw the expected loss over the number of clients, a line for each epsilon.
+def _plotted(config: RunConfig, settings: PrivacySettings, path: Path) -> Path:
+    """Draw the expected loss over the number of clients, and return the absolute path.
 
     Raises:
         ConfigError: The file cannot be written, or is of no known kind.
     """
-    from matplotlib.figure import Figure
+    from fedllm.plan_plot import draw
 
-    frontier = load_frontier()
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.subplots()
-    sizes = [round(10 * 10 ** (i / 10)) for i in range(21)]
-    for epsilon, mark in zip(_EPSILONS, "osv^", strict=True):
-        z = calibrate(epsilon, settings.planned_rounds, settings.delta, "all", 1.0)
-        losses = []
-        for size in sizes:
-            level = noise_level(z, settings.planned_rounds, size)
-            found = expected(config.adapter.kind, level, frontier)
-            losses.append(found.loss if found else math.nan)
-        label = f"epsilon {epsilon:g}"
-        axes.plot(sizes, losses, marker=mark, markevery=4, label=label)
-    axes.axhline(frontier.loss_before, color="0.5", linestyle=":", label="base")
-    axes.axhline(
-        frontier.loss_without_privacy, color="0.5", linestyle="--", label="no privacy"
-    )
-    axes.set(xscale="log", xlabel="clients, all in each round", ylabel="test loss")
-    axes.set_title(
-        f"{config.adapter.kind}, {settings.planned_rounds} rounds, delta "
-        f"{settings.delta:g}: {frontier.model}, {frontier.data}",
-        fontsize=10,
-    )
-    axes.legend(fontsize=8)
+    rounds, delta = settings.planned_rounds, settings.delta
     try:
-        figure.savefig(path)
+        draw(path, config.adapter.kind, _EPSILONS, rounds, delta)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--plot: {path}: {error}") from None
     return path.absolute()
@@ -404,6 +403,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--epsilon", type=float, help="calibrate the noise to this")
     parser.add_argument("--noise-multiplier", type=float, help="epsilon falls out")
+    parser.add_argument(
+        "--records", type=int, help="of one client, under privacy.unit='record'"
+    )
     parser.add_argument("--delta", type=float)
     parser.add_argument("--sampling", help="all, fixed or poisson")
     parser.add_argument("--fraction", type=float, help="of the clients, in a round")

@@ -7,6 +7,7 @@ packages of this environment, and ends with status 1 where the run failed.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -19,12 +20,15 @@ import time
 from pathlib import Path
 from urllib.request import urlopen
 
+import psutil
+
 _START_SECONDS = 120.0
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
     app = Path(args.app).resolve()
     if not (app / "pyproject.toml").is_file():
         sys.exit(f"{app}: no pyproject.toml: run this in fedllm's folder, or name it")
@@ -117,15 +121,22 @@ def _wait_until_up(superlink: "subprocess.Popen[bytes]", port: int) -> bool:
 
 
 def _stop(superlink: "subprocess.Popen[bytes]") -> None:
-    """End the SuperLink and what it started: its own process group."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(superlink.pid, sign)
-            superlink.wait(timeout=20)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+    """End the SuperLink and all that it started, which is in sessions of its own."""
+    try:
+        root = psutil.Process(superlink.pid)
+        started = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(process)
+        _, started = psutil.wait_procs(started, timeout=20)
+
+
+def _interrupt(*_: object) -> None:
+    """Let a request to end be what Ctrl-C is, so that nothing is left running."""
+    raise KeyboardInterrupt
 
 
 def _free_port() -> int:

@@ -81,15 +81,22 @@ class Ledger:
         settings: PrivacySettings,
         releases: list[int],
         noise_probe: Mapping[str, float] | None,
+        run: str = "",
     ) -> None:
         self.settings = settings
+        self.run = run
         self._path = path
         self._releases = releases
         self._noise_probe = noise_probe
 
     @classmethod
-    def create(cls, path: Path, settings: PrivacySettings) -> "Ledger":
+    def create(cls, path: Path, settings: PrivacySettings, run: str = "") -> "Ledger":
         """Start a ledger on disk.
+
+        Args:
+            path: The file.
+            settings: What is promised.
+            run: Name of the run that it is of.
 
         Raises:
             PrivacyError: There is one already.
@@ -98,7 +105,7 @@ class Ledger:
             raise PrivacyError(
                 f"{path}: there is a ledger already; a run keeps its own"
             )
-        ledger = cls(path, settings, [], None)
+        ledger = cls(path, settings, [], None, run)
         ledger._write()
         return ledger
 
@@ -115,7 +122,8 @@ class Ledger:
             values = {f.name: content[f.name] for f in fields(PrivacySettings)}
             settings = PrivacySettings(**values)
             releases = [int(r) for r in content["releases"]]
-            ledger = cls(path, settings, releases, content["noise_probe"])
+            run = str(content.get("run", ""))
+            ledger = cls(path, settings, releases, content["noise_probe"], run)
             edited = ledger._contradiction(content)
         except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
             raise PrivacyError(f"{path}: the ledger cannot be read: {error}") from None
@@ -133,7 +141,7 @@ class Ledger:
         changed = [
             f"{key} was {old[key]!r} and is now {new[key]!r}"
             for key in old
-            if old[key] != new[key]
+            if not _alike(old[key], new[key])
         ]
         if changed:
             raise PrivacyError("privacy settings have changed: " + "; ".join(changed))
@@ -142,8 +150,8 @@ class Ledger:
         """Enter a round's release.
 
         Raises:
-            PrivacyError: The round was released before, or the budget is spent.
-            OSError: It cannot be written; then nothing may be released.
+            PrivacyError: The round was released before, the budget is spent, or it
+                cannot be written; then nothing may be released.
         """
         if server_round in self._releases:
             raise PrivacyError(f"round {server_round} was released already")
@@ -205,6 +213,7 @@ class Ledger:
                 "with the server"
             )
         return {
+            "run": self.run,
             **asdict(settings),
             "neighbouring_relation": "zero-out",
             "epsilon": epsilon,
@@ -281,13 +290,21 @@ class Ledger:
     def _write(self) -> None:
         """Write the file so that it is there whole, and survives a power cut."""
         text = json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"
-        replace_whole(self._path, text.encode())
+        try:
+            replace_whole(self._path, text.encode())
+        except OSError as error:
+            raise PrivacyError(
+                f"{self._path}: cannot be written: {error.strerror}; nothing is released"
+            ) from None
 
 
-def no_privacy(population_size: int, num_trainable: int) -> dict[str, Any]:
+def no_privacy(
+    population_size: int, num_trainable: int, run: str = ""
+) -> dict[str, Any]:
     """Return privacy.json of a run that protects nothing: epsilon is None, not 0."""
     empty = dict.fromkeys(f.name for f in fields(PrivacySettings))
     return {
+        "run": run,
         **empty,
         "unit": "none",
         "population_size": population_size,
@@ -307,6 +324,13 @@ def no_privacy(population_size: int, num_trainable: int) -> dict[str, Any]:
         "statement": "No differential privacy: no noise was added, and what the adapter "
         "tells about a client's data is not bounded.",
     }
+
+
+def _alike(old: Any, new: Any) -> bool:
+    """Tell whether two settings are the same but for SciPy's last digits."""
+    if isinstance(old, float) and isinstance(new, float):
+        return math.isclose(old, new, rel_tol=1e-9)
+    return bool(old == new)
 
 
 def _bounded(value: float | None) -> float | None:

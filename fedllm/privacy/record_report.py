@@ -3,12 +3,13 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedllm.durable import replace_whole
+from fedllm.errors import PrivacyError
 from fedllm.privacy.accounting import Sampling, plain, strength
 
 _NOT_COVERED = [
@@ -60,24 +61,83 @@ class RecordReport:
     Args:
         path: The file, privacy.json.
         settings: What was promised.
+        run: Name of the run.
     """
 
-    def __init__(self, path: Path, settings: RecordSettings) -> None:
+    def __init__(self, path: Path, settings: RecordSettings, run: str = "") -> None:
         self.settings = settings
+        self.run = run
         self._path = path
         self._claims: dict[int, float] = {}
+        # From before a crash, of nodes whose ids may be gone, the smallest first.
+        self._earlier: list[float] = []
+        self._floor = 0.0
         self._releases: list[int] = []
-        self._write()
 
-    def note_round(self, server_round: int, claims: Mapping[int, float | None]) -> None:
+    @classmethod
+    def create(
+        cls, path: Path, settings: RecordSettings, run: str = ""
+    ) -> "RecordReport":
+        """Start a report on disk."""
+        report = cls(path, settings, run)
+        report._write()
+        return report
+
+    @classmethod
+    def load(cls, path: Path, settings: RecordSettings) -> "RecordReport":
+        """Go on with a report.
+
+        The file has the number of claims, the largest and the middle one; as many
+        that agree with those stand for what each client claimed, until it claims anew.
+
+        Raises:
+            PrivacyError: It is missing, damaged, or of other settings.
+        """
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            report = cls(path, settings, str(content["run"]))
+            report._releases = [int(r) for r in content["releases"]]
+            count = int(content["num_clients_reported"])
+            worst, median = _limit(content["epsilon"]), _limit(
+                content["epsilon_median"]
+            )
+            changed = [
+                f"{key} was {content[key]!r} and is now {value!r}"
+                for key, value in asdict(settings).items()
+                if content[key] != value
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PrivacyError(f"{path}: cannot be read: {error}") from None
+        if changed:
+            raise PrivacyError("privacy settings have changed: " + "; ".join(changed))
+        middle = min(count, count // 2 + 1)
+        report._earlier = [median] * middle + [worst] * (count - middle)
+        report._floor = worst if count else 0.0
+        return report
+
+    def note_round(
+        self,
+        server_round: int,
+        claims: Mapping[int, float | None],
+        population: Collection[int] | None = None,
+    ) -> None:
         """Keep what clients claim, on disk.
 
         Args:
             server_round: The round that they took part in.
             claims: Node id -> epsilon; None where an update came without one.
+            population: Node ids of this round; who is not among them may be back under
+                another id. None: as before.
         """
+        self._floor = max([self._floor, *self._every])
+        if population is not None:
+            gone = set(self._claims) - set(population)
+            self._earlier = sorted([*self._earlier, *map(self._claims.pop, gone)])
         for node_id, claim in claims.items():
             told = math.inf if claim is None else claim
+            if node_id not in self._claims and self._earlier:
+                # It stands for one of these; taking the smallest understates nobody.
+                self._earlier.pop(0)
             self._claims[node_id] = max(self._claims.get(node_id, 0.0), told)
         if claims:
             self._releases.append(server_round)
@@ -86,19 +146,28 @@ class RecordReport:
     @property
     def worst(self) -> float | None:
         """The largest epsilon of a client; None where it is not known."""
-        return _known(max(self._claims.values(), default=math.inf))
+        return _known(max([*self._every, self._floor])) if self._every else None
 
     @property
     def median(self) -> float | None:
         """The middle epsilon of the clients that took part; None: not known."""
-        values = list(self._claims.values())
-        return _known(statistics.median(values)) if values else None
+        return _known(statistics.median(self._every)) if self._every else None
+
+    @property
+    def releases(self) -> list[int]:
+        """The rounds in which a client sent an update."""
+        return list(self._releases)
+
+    @property
+    def _every(self) -> list[float]:
+        return [*self._earlier, *self._claims.values()]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of privacy.json, with every key that other units have."""
         settings = self.settings
         worst = self.worst
         return {
+            "run": self.run,
             **asdict(settings),
             "clipping_norm": None,
             "neighbouring_relation": "add-or-remove one record",
@@ -106,7 +175,7 @@ class RecordReport:
             "epsilon_median": self.median,
             "epsilon_replace_one": None,
             "epsilon_add_or_remove": worst,
-            "num_clients_reported": len(self._claims),
+            "num_clients_reported": len(self._every),
             "sampling_probability": settings.num_sampled_clients
             / settings.population_size,
             "num_rounds": len(self._releases),
@@ -123,7 +192,7 @@ class RecordReport:
     def statement(self) -> str:
         """The one sentence that a person reads."""
         worst, settings = self.worst, self.settings
-        if not self._claims:
+        if not self._every:
             return (
                 "Record-level differential privacy was promised, and no client has "
                 "reported what it spent, so epsilon is not known."
@@ -136,7 +205,7 @@ class RecordReport:
         return (
             f"Record-level differential privacy with epsilon {plain(worst)} for the worst "
             f"client and {plain(self.median)} for the median one at delta "
-            f"{settings.delta:g} (protection: {strength(worst)}), as the {len(self._claims)} "
+            f"{settings.delta:g} (protection: {strength(worst)}), as the {len(self._every)} "
             f"clients that took part in {len(self._releases)} rounds report it: for "
             "whoever sees all that they sent, the server included, whether one training "
             "record of a client was there or not changes the probability of any "
@@ -148,7 +217,17 @@ class RecordReport:
     def _write(self) -> None:
         """Write the file so that it is there whole, and survives a power cut."""
         text = json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"
-        replace_whole(self._path, text.encode())
+        try:
+            replace_whole(self._path, text.encode())
+        except OSError as error:
+            raise PrivacyError(
+                f"{self._path}: cannot be written: {error.strerror}"
+            ) from None
+
+
+def _limit(value: object) -> float:
+    """Return an epsilon of a file, infinite where it has none."""
+    return math.inf if value is None else float(value)  # type: ignore[arg-type]
 
 
 def _known(value: float) -> float | None:

@@ -94,7 +94,11 @@ class _MLflow:
         from mlflow.tracking import MlflowClient
 
         self._client: Any = MlflowClient((folder / "mlflow").as_uri())
-        experiment = self._client.create_experiment("fedllm")
+        # A run that is gone on with finds its folder there.
+        found = self._client.get_experiment_by_name("fedllm")
+        experiment = (
+            found.experiment_id if found else self._client.create_experiment("fedllm")
+        )
         run = self._client.create_run(experiment, run_name=folder.name)
         self._run_id = run.info.run_id
 

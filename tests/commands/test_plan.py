@@ -6,7 +6,12 @@ import sys
 import time
 
 import pytest
-from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
+from dp_accounting import (
+    GaussianDpEvent,
+    NeighboringRelation,
+    PoissonSampledDpEvent,
+    SelfComposedDpEvent,
+)
 from dp_accounting.pld import PLDAccountant
 
 from fedllm.commands import plan
@@ -38,6 +43,49 @@ def test_epsilon_and_noise_are_dp_accountings(capsys):
     assert there["epsilon_replace_one"] == pytest.approx(19.12, abs=0.01)
 
 
+def test_an_epsilon_as_a_flag_takes_the_place_of_a_typed_noise_multiplier(capsys):
+    typed = "privacy.noise-multiplier=3.0 privacy.target-epsilon=0.0"
+
+    found = planned(capsys, "--run-config", typed, "--epsilon", "8", "--rounds", "5")
+
+    assert found["noise_multiplier"] == pytest.approx(1.342, abs=1e-3)
+
+
+def test_noise_beyond_what_was_measured_is_said_to_be(capsys):
+    assert "beyond what was measured" in told(
+        capsys, "--clients", "3", "--epsilon", "1"
+    )
+    assert "beyond what was measured" not in told(capsys, "--clients", "20")
+
+
+def test_a_client_of_records_is_planned_for_by_dp_accountings_numbers(capsys):
+    typed = ("--run-config", "configs/record-level.toml", "--records", "486")
+    found = planned(capsys, *typed)
+
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
+    noise = GaussianDpEvent(found["noise_multiplier"])
+    event = PoissonSampledDpEvent(32 / 486, noise)
+    accountant.compose(SelfComposedDpEvent(event, 5 * 2))
+    assert found["epsilon"] == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-3)
+    assert 7.9 < found["epsilon"] <= 8.0
+    assert "noise multiplier 0.5" in told(capsys, *typed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ((), "--records: is needed"),
+        (("--records", "31"), "this client has 31"),
+        (("--records", "486", "--probe"), "--probe and --plot are for"),
+    ],
+)
+def test_a_plan_for_records_that_cannot_be_made_is_one_line(capsys, flags, told):
+    with pytest.raises(SystemExit) as caught:
+        plan.main(["--run-config", "configs/record-level.toml", *flags])
+
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("kind", "d"),
     [
@@ -58,6 +106,19 @@ def test_the_blueprints_own_setting_is_called_no_protection(capsys):
     assert "epsilon 127,132 zero-out" in text
     assert "protection is none to speak of" in text
     assert "2 in each of 100 rounds" in text
+
+
+def test_the_apps_own_settings_count_where_nothing_is_typed(
+    capsys, tmp_path, monkeypatch
+):
+    (tmp_path / "pyproject.toml").write_text(
+        "[tool.flwr.app.config]\nnum-server-rounds = 9\nadapter.rank = 4\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+    found = planned(capsys)
+
+    assert (found["num_rounds"], found["num_trainable"]) == (9, 92_160)
 
 
 def test_a_typed_file_comes_before_the_flags(capsys, tmp_path):

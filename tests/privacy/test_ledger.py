@@ -148,7 +148,7 @@ def test_a_release_that_cannot_be_written_is_not_made(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(PrivacyError, match="No space left on device; nothing is rel"):
         ledger.spend(1)
     monkeypatch.undo()
 

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 
@@ -87,6 +89,17 @@ def end_daemon(flwr_home: Path) -> None:
             name = (folder / "cmdline").read_bytes()
             if started_by_us and b"flower-superlink" in name:
                 os.kill(int(folder.name), signal.SIGTERM)
+
+
+def processes_of(fedllm_home: Path) -> list[str]:
+    """Return what runs with this home in its environment, but for this process."""
+    wanted = f"FEDLLM_HOME={fedllm_home}"
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if wanted in (f"{k}={v}" for k, v in process.environ().items()):
+                found.append(" ".join(process.cmdline()))
+    return found
 
 
 def readme_command(heading: str) -> str:

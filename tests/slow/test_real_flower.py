@@ -2,17 +2,22 @@
 
 import json
 import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.slow.flower_processes import (
     BIN,
+    ROOT,
     end_daemon,
     environment,
     free_port,
     latest_run,
+    processes_of,
     running,
     typed,
     wait_for_port,
@@ -73,6 +78,28 @@ def test_secret_cohorts_leave_no_trace_of_who_took_part(tiny_llama, tmp_path, en
         assert values["megabytes_up"] is values["seconds"]["train"] is None
     assert not re.search(r"client \d+ of", done.stdout)
     assert not re.search(r"client \d+: round", done.stdout)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_simulation_that_is_ended_leaves_no_process(tiny_llama, tmp_path, env, sign):
+    config = run_config(tiny_llama, tmp_path, **{"num-server-rounds": 500})
+    command = [sys.executable, "-m", "fedllm.commands.simulate"]
+    command += ["--num-supernodes", "2", "--run-config", config]
+    log = tmp_path / "log.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=output, stderr=output
+        )
+    deadline = time.monotonic() + 300
+    while "round 1/500, 2 of 2" not in log.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
+    assert len(processes_of(tmp_path / "fedllm")) > 3
+
+    process.send_signal(sign)
+
+    assert process.wait(timeout=60) == 130
+    assert processes_of(tmp_path / "fedllm") == []
 
 
 @pytest.mark.parametrize(

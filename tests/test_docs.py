@@ -1,0 +1,71 @@
+"""Every command that the README and the pages show can be typed: flags and settings exist.
+
+What they do when they run is for the tests of each; here nothing is started.
+"""
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from flwr.common.config import parse_config_args
+
+from fedllm.config import parse_run_config
+from fedllm.typed_config import typed_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
+def shown() -> list[tuple[str, str]]:
+    """Return (page, command) for each of ours, in blocks and in running text."""
+    found = []
+    for page in PAGES:
+        text = page.read_text("utf-8").replace("\\\n", " ")
+        blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+        lines = [line.strip() for block in blocks for line in block.splitlines()]
+        lines += [
+            " ".join(t.split()) for t in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)
+        ]
+        for line in lines:
+            for command in line.split(" && "):
+                ours = re.search(
+                    r"(python -m fedllm\.commands\.\w+|python evaluate\.py|flwr run)\b.*",
+                    command,
+                )
+                if ours and not re.search(r"\.\.\.|FILE|DIR|NAME|=N\b", command):
+                    found.append((page.name, ours.group().split("  #")[0]))
+    return sorted(set(found))
+
+
+SHOWN = shown()
+
+
+def test_there_are_commands_to_check():
+    assert len(SHOWN) > 20
+    assert {"README.md", "getting-started.md", "privacy.md"} <= {p for p, _ in SHOWN}
+
+
+@pytest.mark.parametrize(("page", "command"), SHOWN)
+def test_a_command_that_is_shown_can_be_typed(page, command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    if words[0] == "flwr":
+        assert set(flags(words)) <= {"--stream", "--run-config", "--federation-config"}
+    else:
+        module = "evaluate" if words[1] == "evaluate.py" else words[2].split(".")[-1]
+        known = import_module(f"fedllm.commands.{module}")
+        known._parser().parse_args(words[2 if words[1] == "evaluate.py" else 3 :])
+    for typed in values(words, "--run-config"):
+        parse_run_config(typed_config([typed]))
+    for typed in values(words, "--federation-config"):
+        assert parse_config_args([typed])["num-supernodes"] > 0
+
+
+def flags(words: list[str]) -> list[str]:
+    return [word for word in words if word.startswith("--")]
+
+
+def values(words: list[str], flag: str) -> list[str]:
+    return [words[i + 1] for i, word in enumerate(words[:-1]) if word == flag]
