@@ -216,6 +216,10 @@ class OutputConfig:
 
     save_every: Positive = 1
     """Rounds between two saved adapters; the last round is always saved."""
+    tracker: Literal["none", "tensorboard", "mlflow", "wandb"] = "none"
+    """Where the lines of metrics.jsonl go as well, in the run folder: `mlflow` keeps a
+    local folder, `wandb` is offline unless WANDB_MODE is `online`. `pip install` the
+    package, or `fedllm[trackers]`."""
 
 
 @dataclass(frozen=True, config=_SECTION)

@@ -189,6 +189,50 @@ def generate(
         raise failure[0]
 
 
+def generate_together(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    max_new_tokens: int,
+) -> list[str]:
+    """Return the likeliest answers to a few prompts, in one pass for all.
+
+    Through a 4-bit base on a CPU that takes little longer than one answer.
+
+    Args:
+        model: The model; left in eval mode.
+        tokenizer: Its tokenizer.
+        prompts: Whole prompts, template included; at least one.
+        max_new_tokens: Where to stop at the latest.
+    """
+    from transformers import GenerationConfig
+
+    model.eval()
+    pad = tokenizer.pad_token_id or tokenizer.eos_token_id
+    encoded = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+    width = max(map(len, encoded))
+    # An answer follows its prompt, so prompts are padded on the left; with a token of
+    # their own, since the repetition penalty would see another.
+    ids = torch.tensor([row[:1] * (width - len(row)) + row for row in encoded])
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in encoded])
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        repetition_penalty=1.1,
+        eos_token_id=_ends(model, tokenizer),
+        pad_token_id=pad,
+    )
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+        )
+    answers = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
 @dataclass(frozen=True)
 class MultipleChoice:
     """Share of questions whose right option has the highest mean log-probability."""

@@ -32,13 +32,15 @@ from fedllm.promise import probe_noise, say_promise
 from fedllm.public_rows import PublicRows
 from fedllm.record_promise import record_settings, say_record_promise
 from fedllm.replies import ADAPTER_KIND, array_record, read_global
-from fedllm.report import write_report
+from fedllm.reporting.record import ANSWERS_FILE
+from fedllm.reporting.trackers import require_tracker
 from fedllm.run_directory import (
     CONFIG_FILE,
     PRIVACY_FILE,
     RESULT_FILE,
     RunDirectory,
 )
+from fedllm.sample_answers import sample_answers
 from fedllm.server_optimizer import cosine
 from fedllm.strategy import (
     AdapterFedAvg,
@@ -46,6 +48,7 @@ from fedllm.strategy import (
     Round,
     make_strategy,
 )
+from fedllm.watching import RunWatch, noting_failure
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +73,11 @@ class Federation:
         run_id: Flower's id of the run.
     """
 
+    @noting_failure
     def __init__(self, config: RunConfig, grid: Grid, run_id: int) -> None:
         from fedllm.models import fingerprint, load_config, locate
 
+        require_tracker(config.output.tracker)
         home = fedllm_home()
         resumed = open_run(config, home) if config.resume.from_ else None
         if resumed is not None:
@@ -89,6 +94,7 @@ class Federation:
             resumed.checkpoint.state.run if resumed else self.directory.path.name
         )
         logger.info("run folder: %s", self.directory.path)
+        self.watch = RunWatch(self.directory.path, config.output.tracker)
         self.base_name = locate(config.model.name, home)
         model_config = load_config(self.base_name)
         if config.adapter.kind != "auto":
@@ -130,6 +136,7 @@ class Federation:
         else:
             self.directory.write_json(CONFIG_FILE, self._resolved())
 
+    @noting_failure
     def run(self) -> dict[str, Any]:
         """Train, save and report.
 
@@ -301,7 +308,8 @@ class Federation:
             "train": waiting.seconds if known else None,
             "aggregate": gathered - started - waiting.seconds if known else None,
             "evaluate": evaluated - gathered,
-            "save": done - evaluated,
+            # The page of the round before was drawn after that round's line.
+            "save": done - evaluated + self.watch.take_seconds(),
         }
         self._write_line(server_round, seen, loss, client_loss, seconds)
         self._write_checkpoint()
@@ -408,7 +416,14 @@ class Federation:
             "test_examples": before.num_examples if before else 0,
         }
         self.directory.write_json(RESULT_FILE, result)
-        write_report(self.directory.path)
+        tuned, tuned_round = self.arrays, self.last_round
+        if result["best_round"] and self.best is not None:
+            tuned, tuned_round = self.best.arrays, self.best.server_round
+        base = initial_arrays(self.spec)
+        answers = sample_answers(self.public, base, tuned, tuned_round)
+        if answers is not None:
+            self.directory.write_json(ANSWERS_FILE, answers)
+        self.watch.finish()
         say_outcome(result, self.ledger or self.records, self.directory.path)
         return result
 
@@ -479,25 +494,25 @@ class Federation:
             epsilon = self.ledger.epsilons().zero_out if server_round else 0.0
         if self.records is not None:
             epsilon = self.records.worst if server_round else 0.0
-        self.directory.add_metrics(
-            {
-                "server_round": server_round,
-                "clients_asked": seen.asked if known else None,
-                "clients_answered": seen.answered if known else None,
-                "clients_rejected": len(seen.rejected) if known else None,
-                "train_loss": seen.train_loss,
-                "validation_loss": loss,
-                "client_loss": client_loss,
-                "seconds": {
-                    phase: None if value is None else round(value, 3)
-                    for phase, value in seconds.items()
-                },
-                "megabytes_down": seen.bytes_down / 1e6 if known else None,
-                "megabytes_up": seen.bytes_up / 1e6 if known else None,
-                "epsilon": epsilon,
-                "learning_rate": rate if server_round else None,
-            }
-        )
+        line = {
+            "server_round": server_round,
+            "clients_asked": seen.asked if known else None,
+            "clients_answered": seen.answered if known else None,
+            "clients_rejected": len(seen.rejected) if known else None,
+            "train_loss": seen.train_loss,
+            "validation_loss": loss,
+            "client_loss": client_loss,
+            "seconds": {
+                phase: None if value is None else round(value, 3)
+                for phase, value in seconds.items()
+            },
+            "megabytes_down": seen.bytes_down / 1e6 if known else None,
+            "megabytes_up": seen.bytes_up / 1e6 if known else None,
+            "epsilon": epsilon,
+            "learning_rate": rate if server_round else None,
+        }
+        self.directory.add_metrics(line)
+        self.watch.note(line)
 
     def _origin(self) -> dict[str, Any]:
         """Return what an adapter folder says of itself."""

@@ -12,6 +12,8 @@ from fedllm.errors import FederationError
 
 logger = logging.getLogger(__name__)
 
+_SECONDS_BETWEEN_LINES = 5.0
+
 
 class Gathering:
     """Replies of one round, yielded as they arrive.
@@ -54,14 +56,12 @@ class Gathering:
                 if replies:
                     yield replies[0]
                 now = time.monotonic()
-                if self._title and (now - told > 5 or answered == self._asked):
-                    logger.info(
-                        "%s: %d of %d clients answered after %.0f s",
-                        self._title,
-                        answered,
-                        self._asked,
-                        now - self._started,
-                    )
+                if self._title and (
+                    answered == 1
+                    or answered == self._asked
+                    or now - told > _SECONDS_BETWEEN_LINES
+                ):
+                    self._tell(answered, now)
                     told = now
             left = self._started + self._timeout - time.monotonic()
             if left <= 0 or not self._pending:
@@ -69,6 +69,21 @@ class Gathering:
             pause = 0.05 if arrived else min(1.0, pause * 1.5)
             time.sleep(min(pause, left))
             self.seconds += min(pause, left)
+
+    def _tell(self, answered: int, now: float) -> None:
+        """Say how many answered, and how long the others may take."""
+        passed = now - self._started
+        left = passed * (self._asked - answered) / answered
+        # Later replies do not count.
+        left = min(left, max(self._timeout - passed, 0.0))
+        logger.info(
+            "%s: client %d of %d answered after %.0f s%s",
+            self._title,
+            answered,
+            self._asked,
+            passed,
+            f", about {left:.0f} s left" if answered < self._asked else "",
+        )
 
     def _pull(self, message_id: str) -> list[Message] | None:
         """Return the reply to one message; None while there is none.

@@ -315,3 +315,37 @@ def _keep_gradients_right(model: "PreTrainedModel") -> None:
 
 def _is_no_cast(record: logging.LogRecord) -> bool:
     return "inputs will be cast" not in str(record.msg)
+
+
+def try_quantization(bits: int, device: str) -> None:
+    """Quantise a small matrix and back, to know that this machine can.
+
+    Args:
+        bits: 4 or 8.
+        device: "cuda" or "cpu".
+
+    Raises:
+        ModelError: It cannot, or what comes back is not what went in.
+    """
+    import torch
+
+    _require_bitsandbytes(device)
+    from bitsandbytes import functional
+
+    matrix = torch.linspace(-1, 1, 4096, device=device).reshape(64, 64)
+    try:
+        if bits == 4:
+            packed, state = functional.quantize_4bit(matrix, quant_type="nf4")
+            back = functional.dequantize_4bit(packed, state)
+        else:
+            packed, scale, _ = functional.int8_vectorwise_quant(matrix.half())
+            back = packed.float() * scale.reshape(-1, 1) / 127
+    except Exception as error:
+        raise ModelError(
+            f"bitsandbytes fails on {device} ({error}): reinstall it (`pip install"
+            " bitsandbytes`) or set model.quantization=0"
+        ) from error
+    if float((back - matrix).norm() / matrix.norm()) > 0.2:
+        raise ModelError(
+            f"bitsandbytes gives wrong values on {device}: set model.quantization=0"
+        )

@@ -50,6 +50,39 @@ class PublicRows:
         """Return the score on all test rows; None without such rows."""
         return self._score("test", arrays)
 
+    def questions(self, count: int) -> list[tuple[str, str]]:
+        """Return (question, answer) of public rows, of test rows where there are any.
+
+        Only rows of one question and one answer count, drawn by the run's seed.
+        """
+        from fedllm.data import load_public, to_prompt_completion
+
+        data = self._config.data
+        rows = load_public(data, "test")
+        if rows is None:
+            rows = load_public(data, "validation")
+        found: list[tuple[str, str]] = []
+        for row in () if rows is None else rows.shuffle(seed=self._config.seed):
+            turns = to_prompt_completion(data, row)
+            if turns is not None and len(turns[0]) == 1:
+                found.append((turns[0][0]["content"], turns[1][0]["content"]))
+            if len(found) == count:
+                break
+        return found
+
+    def answers(
+        self, arrays: Mapping[str, Any], questions: list[str], max_new_tokens: int
+    ) -> list[str]:
+        """Return an adapter's answers, the likeliest token each time."""
+        from fedllm.adapters import set_trained
+        from fedllm.data import chat_prompt
+        from fedllm.evaluation import generate_together
+
+        model, tokenizer = self._load_model(), self._load_tokenizer()
+        set_trained(model, self._spec, arrays)
+        prompts = [chat_prompt(tokenizer, text) for text in questions]
+        return generate_together(model, tokenizer, prompts, max_new_tokens)
+
     def _score(self, split: _Split, arrays: Mapping[str, Any]) -> HeldOut | None:
         from fedllm.adapters import set_trained
         from fedllm.evaluation import held_out

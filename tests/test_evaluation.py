@@ -21,6 +21,7 @@ from fedllm.evaluation import (
     answer_losses,
     collate,
     generate,
+    generate_together,
     held_out,
     load_questions,
     multiple_choice,
@@ -357,6 +358,16 @@ def test_an_answer_streams_in_pieces_and_stops_at_the_limit(model, tokenizer):
     assert len(pieces) > 1
     assert prompt not in "".join(pieces)
     assert pieces == list(generate(model, tokenizer, prompt, 12))
+
+
+def test_answers_in_one_pass_are_those_of_one_at_a_time(model, tokenizer):
+    prompts = ["What is asthma?", "Define anaemia. A deficiency of red", "An"]
+
+    together = generate_together(model, tokenizer, prompts, 12)
+
+    alone = ["".join(generate(model, tokenizer, p, 12)).strip() for p in prompts]
+    assert together == alone
+    assert len(set(alone)) == 3
 
 
 def test_an_answer_stops_at_the_end_of_text(model, tokenizer, monkeypatch):

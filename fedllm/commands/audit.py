@@ -17,6 +17,8 @@ from fedllm.errors import FedllmError, PrivacyError
 from fedllm.noise_plan import privacy_settings
 from fedllm.privacy.accounting import plain
 from fedllm.privacy.ledger import Ledger, PrivacySettings
+from fedllm.report import write_report
+from fedllm.reporting.record import AUDIT_FILE
 from fedllm.run_directory import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -27,7 +29,6 @@ from fedllm.run_directory import (
 )
 from fedllm.typed_config import typed_config
 
-AUDIT_FILE = "audit.json"
 LATEST = "latest"
 
 
@@ -79,6 +80,7 @@ def _run(args: argparse.Namespace) -> bool:
     if folder is not None:
         content = {**audit.as_dict(), "settings": asdict(settings)}
         RunDirectory(folder).write_json(AUDIT_FILE, content)
+        write_report(folder)
         _say(f"written: {folder / AUDIT_FILE}")
     _say("PASS" if audit.passed else "FAIL")
     return audit.passed
@@ -125,6 +127,7 @@ def _run_records(
     _say(MEANING)
     if folder is not None:
         RunDirectory(folder).write_json(AUDIT_FILE, found.as_dict())
+        write_report(folder)
         _say(f"written: {folder / AUDIT_FILE}")
     _say("PASS" if found.passed else "FAIL")
     return found.passed

@@ -15,6 +15,9 @@ from typing import Any, Literal
 from scipy.optimize import brentq
 from scipy.special import erfcx, log_ndtr
 
+from fedllm.privacy.wording import plain as plain
+from fedllm.privacy.wording import strength as strength
+
 Sampling = Literal["all", "fixed", "poisson"]
 Relation = Literal["REPLACE_SPECIAL", "ADD_OR_REMOVE_ONE"]
 """Zero-out and add-or-remove, by dp-accounting's names."""
@@ -212,26 +215,6 @@ def _record_epsilon(events: tuple[Event, ...], delta: float) -> float:
 def default_delta(population_size: int) -> float:
     """Return min(1e-5, N^-1.1)."""
     return float(min(1e-5, population_size**-1.1))
-
-
-def strength(epsilon: float | None) -> str:
-    """Say an epsilon in words (tiers of Ponomareva et al. 2023, How to DP-fy ML)."""
-    if epsilon is None:
-        return "none"
-    if epsilon <= 1:
-        return "strong"
-    if epsilon <= 10:
-        return "reasonable"
-    return "weak" if epsilon <= 50 else "none to speak of"
-
-
-def plain(epsilon: float | None) -> str:
-    """Write an epsilon for a person; rounded up, so that it is never understated."""
-    if epsilon is None or not math.isfinite(epsilon):
-        return "not bounded"
-    if epsilon >= 1000:
-        return f"{math.ceil(epsilon):,}"
-    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"
 
 
 def _log_delta(epsilon: float, mu: float) -> float:

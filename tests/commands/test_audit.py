@@ -103,6 +103,7 @@ def test_a_runs_own_settings_are_audited_and_the_findings_kept(run, capsys):
     assert "PASS  ledger of the run: 3 rounds in the ledger, 3 in metrics.jsonl" in out
     written = json.loads((run / "audit.json").read_text())
     assert written["passed"] is True
+    assert "Audit: passed" in (run / "report.html").read_text()
     assert written["settings"]["population_size"] == 12
     assert written["rehearsal"]["rounds"] == 3
     assert 7.99 < written["rehearsal"]["accounted"] <= 8.0

@@ -1,0 +1,95 @@
+"""README.md of a run folder: the model card, in the form that the Hugging Face hub reads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedllm.reporting.page import kind_and_rank
+from fedllm.reporting.record import RunRecord
+from fedllm.reporting.verdict import NOT_ADVICE, SMALL_MODEL, verdict
+
+# What a local folder or a short name does not tell the hub.
+_HUB_NAMES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_MODEL_LICENCES = {
+    "smollm2-135m-instruct": "apache-2.0",
+    "openlm-research/open_llama_3b_v2": "apache-2.0",
+}
+_DATA_LICENCES = {
+    "wordnet-medical": "of WordNet 3.0, whose definitions it holds (permissive; the text "
+    "lies beside the data)",
+}
+
+
+def card(run: RunRecord) -> str:
+    """Return the card."""
+    settings = run.settings
+    name, data = str(settings["model.name"]), str(settings["data.name"])
+    result = run.result or {}
+    return f"""---
+{_metadata(run)}
+---
+
+# An adapter for {name}
+
+An adapter of kind {kind_and_rank(settings)}, with {run.config["num_trainable"]:,} trained values,
+trained by fedllm on {run.config["num_clients"]} clients in {run.rounds_done} rounds.
+
+| | |
+|---|---|
+| base model | {_HUB_NAMES.get(name, name)} |
+| its licence | {_MODEL_LICENCES.get(name, "not known here: see where it comes from")} |
+| data | {data} |
+| its licence | {_DATA_LICENCES.get(data, "not known here: ask who holds it")} |
+
+## Privacy
+
+{run.privacy["statement"]}
+
+Not covered: {"; ".join(run.privacy["not_covered"])}.
+
+## Results
+
+{verdict(result) if result else "The run has not come to its end."}
+
+## Use
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("peft_final")
+```
+
+## Limits
+
+{SMALL_MODEL} {NOT_ADVICE}
+"""
+
+
+def _metadata(run: RunRecord) -> str:
+    """Return the front matter; what is not known is left out."""
+    settings = run.settings
+    name, data = str(settings["model.name"]), str(settings["data.name"])
+    base = _HUB_NAMES.get(name) or str(run.config["base"])
+    lines: dict[str, Any] = {}
+    # A path on this machine is no name that the hub could look up.
+    if not Path(base).is_absolute():
+        lines["base_model"] = base
+        lines["base_model_relation"] = "adapter"
+    if name in _MODEL_LICENCES:
+        lines["license"] = _MODEL_LICENCES[name]
+    lines["library_name"] = "peft"
+    lines["pipeline_tag"] = "text-generation"
+    tags = ["federated-learning", _method(settings)]
+    if run.privacy["unit"] != "none":
+        tags.insert(1, "differential-privacy")
+    if data == "wordnet-medical":
+        lines["language"] = "en"
+        tags.append("medical")
+    text = [f"{key}: {json.dumps(value)}" for key, value in lines.items()]
+    return "\n".join([*text, f"tags: [{', '.join(tags)}]"])
+
+
+def _method(settings: dict[str, Any]) -> str:
+    """Name PEFT's method, as the hub tags it: three kinds are LoRA."""
+    kind = str(settings["adapter.kind"])
+    return kind if kind in ("ia3", "vera") else "lora"

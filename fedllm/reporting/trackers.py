@@ -1,0 +1,147 @@
+"""Rounds handed on to TensorBoard, MLflow or Weights & Biases, into the run folder.
+
+A tracker is fed the lines of metrics.jsonl and the name of the run folder, nothing else:
+what is null there reaches none of them. Each package is imported only where it is chosen.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from fedllm.errors import ConfigError
+
+TrackerName = Literal["none", "tensorboard", "mlflow", "wandb"]
+
+_PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "wandb": "wandb"}
+
+
+class Tracker(Protocol):
+    """Takes numbers, round by round."""
+
+    def log(self, server_round: int, values: Mapping[str, float]) -> None:
+        """Take the numbers of a round."""
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+
+
+def require_tracker(name: TrackerName) -> None:
+    """Refuse a tracker whose package is not there.
+
+    Raises:
+        ConfigError: Names the command that installs it.
+    """
+    if name != "none" and find_spec(name) is None:
+        raise ConfigError(
+            f"output.tracker: the package of {name!r} is not installed: "
+            f"pip install {_PACKAGES[name]}, or set output.tracker='none'"
+        )
+
+
+def make_tracker(name: TrackerName, folder: Path) -> Tracker | None:
+    """Make a tracker that writes under a run folder; None for `none`.
+
+    Raises:
+        ConfigError: Its package is not installed.
+    """
+    require_tracker(name)
+    makers: dict[str, Callable[[Path], Tracker]] = {
+        "tensorboard": _TensorBoard,
+        "mlflow": _MLflow,
+        "wandb": _Wandb,
+    }
+    return None if name == "none" else makers[name](folder)
+
+
+def numbers(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return the numbers of a line of metrics.jsonl; nulls are left out."""
+    out: dict[str, float] = {}
+    for key, value in line.items():
+        if isinstance(value, Mapping):
+            out.update(numbers(value, f"{prefix}{key}/"))
+        elif isinstance(value, int | float) and key != "server_round":
+            out[prefix + key] = float(value)
+    return out
+
+
+class _TensorBoard:
+    """Event files in `tensorboard/`."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, server_round: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, server_round)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _MLflow:
+    """MLflow's folder of files in `mlflow/`."""
+
+    def __init__(self, folder: Path) -> None:
+        # MLflow tells its makers of each use unless it is asked not to.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # Its database store needs the whole of MLflow; the folder is all that we want.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        from mlflow.tracking import MlflowClient
+
+        self._client: Any = MlflowClient((folder / "mlflow").as_uri())
+        # A run that is gone on with finds its folder there.
+        found = self._client.get_experiment_by_name("fedllm")
+        experiment = (
+            found.experiment_id if found else self._client.create_experiment("fedllm")
+        )
+        run = self._client.create_run(experiment, run_name=folder.name)
+        self._run_id = run.info.run_id
+
+    def log(self, server_round: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self._client.log_metric(self._run_id, key, value, step=server_round)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
+
+
+class _Wandb:
+    """Weights & Biases in `wandb/`; nothing is sent unless WANDB_MODE says `online`."""
+
+    def __init__(self, folder: Path) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        settings = wandb.Settings(
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            silent=True,
+            x_disable_stats=True,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            x_save_requirements=False,
+        )
+        self._run: Any = wandb.init(
+            project="fedllm",
+            name=folder.name,
+            dir=str(folder),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            settings=settings,
+        )
+
+    def log(self, server_round: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=server_round)
+
+    def close(self) -> None:
+        import wandb
+
+        self._run.finish()
+        # Its helper process writes the last lines when it ends.
+        wandb.teardown()

@@ -1,0 +1,25 @@
+"""The sentences that page and card share."""
+
+from pathlib import Path
+from typing import Any
+
+NOT_ADVICE = "This is a language model's text, not medical advice."
+SMALL_MODEL = "A language model states wrong things fluently."
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Say what a run was worth, from result.json."""
+    before, after = result["test_loss_before"], result["test_loss_after"]
+    recommended = result["recommended"]
+    told = "the base" if recommended == "base" else Path(recommended).name
+    if before is None:
+        return f"No public test rows: nothing was measured. Recommended: {told}."
+    if recommended == "base":
+        return (
+            f"No round beat the base on public validation rows, so the base is what is "
+            f"recommended: loss {before:.3f} on {result['test_examples']} public test rows."
+        )
+    return (
+        f"Loss on {result['test_examples']} public test rows, which chose nothing: "
+        f"{before:.3f} for the base, {after:.3f} for what is recommended, {told}."
+    )

@@ -1,0 +1,47 @@
+"""What an attacker can reach at most, against the mechanism itself."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+from fedllm.privacy.accounting import gaussian_epsilon
+from fedllm.privacy.wording import gaussian_guesses_right, guesses_right
+
+
+@given(st.floats(0, 100), st.floats(1e-12, 0.1))
+def test_a_bound_by_epsilon_lies_between_chance_and_certainty(epsilon, delta):
+    assert 0.5 <= guesses_right(epsilon, delta) <= 1.0
+
+
+@given(st.floats(0.3, 50), st.integers(1, 50), st.sampled_from([1e-3, 1e-5, 1e-9]))
+def test_what_is_known_of_the_noise_is_never_above_the_bound_by_epsilon(z, t, delta):
+    epsilon = gaussian_epsilon(z, t, delta)
+
+    exact = gaussian_guesses_right(z, t)
+
+    assert 0.5 < exact <= guesses_right(epsilon, delta) * (1 + 1e-9)
+
+
+def test_a_real_attacker_reaches_the_limit_and_does_not_pass_it():
+    z, rounds, n = 1.3, 5, 200_000
+    draws = np.random.default_rng(3)
+    took_part = draws.integers(0, 2, n)
+    seen = took_part[:, None] + z * draws.standard_normal((n, rounds))
+
+    right = ((seen.sum(1) > rounds / 2) == took_part).mean()
+
+    assert right == pytest.approx(gaussian_guesses_right(z, rounds), abs=0.004)
+    assert right == pytest.approx(norm.cdf(math.sqrt(rounds) / z / 2), abs=0.004)
+
+
+def test_known_values():
+    assert guesses_right(0.0, 0.0) == 0.5
+    assert guesses_right(math.inf, 1e-5) == 1.0
+    assert guesses_right(math.log(3), 0.0) == pytest.approx(0.75)
+    e8 = math.exp(8)
+    by_hand = (1 + (e8 - 1 + 2e-5) / (e8 + 1)) / 2
+    assert guesses_right(8.0, 1e-5) == pytest.approx(by_hand, abs=1e-12)

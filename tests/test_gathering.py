@@ -1,0 +1,66 @@
+"""Lines of progress: sparing, with the time left, and none where cohorts are secret."""
+
+import logging
+
+import pytest
+
+from fedllm import gathering
+from fedllm.gathering import Gathering
+
+
+class SlowGrid:
+    """Answers one message a second, on a clock that only moves when it is slept on."""
+
+    def __init__(self, count, monkeypatch):
+        self.now, self.count = 100.0, count
+        monkeypatch.setattr(gathering.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(gathering.time, "sleep", self._sleep)
+
+    def _sleep(self, seconds):
+        self.now += seconds
+
+    def push_messages(self, messages):
+        return list(range(len(messages)))
+
+    def pull_messages(self, ids):
+        ready = 100.0 + ids[0] + 1.0
+        return ["reply"] if self.now >= ready else []
+
+
+def progress(count, may_count, monkeypatch, caplog, timeout=1e4):
+    caplog.set_level(logging.INFO)
+    waiting = Gathering(SlowGrid(count, monkeypatch), ["m"] * count, timeout)
+    waiting.describe(2, 5, may_count)
+    answered = len(list(waiting))
+    return answered, caplog.messages
+
+
+def test_the_first_and_the_last_are_said_with_the_time_left(monkeypatch, caplog):
+    answered, lines = progress(4, True, monkeypatch, caplog)
+
+    assert answered == 4
+    assert lines[0] == "round 2/5: client 1 of 4 answered after 2 s, about 5 s left"
+    assert lines[-1] == "round 2/5: client 4 of 4 answered after 4 s"
+
+
+def test_large_cohorts_are_told_of_at_most_once_in_five_seconds(monkeypatch, caplog):
+    _, lines = progress(100, True, monkeypatch, caplog)
+
+    assert 10 <= len(lines) <= 22
+    middle = lines[len(lines) // 2]
+    done, left = int(middle.split()[3]), float(middle.split()[-3])
+    assert left == pytest.approx(100 - done, abs=3)
+
+
+def test_nobody_is_waited_for_beyond_the_time_limit(monkeypatch, caplog):
+    answered, lines = progress(100, True, monkeypatch, caplog, timeout=10.5)
+
+    assert answered == 10
+    assert lines[0].endswith("answered after 2 s, about 9 s left")
+
+
+def test_secret_cohorts_are_not_counted_aloud(monkeypatch, caplog):
+    answered, lines = progress(4, False, monkeypatch, caplog)
+
+    assert answered == 4
+    assert lines == []

@@ -1,0 +1,43 @@
+"""Memory that is computed from a configuration is that of the model itself."""
+
+import pytest
+
+from fedllm.config import parse_run_config
+from fedllm.memory_need import memory_need
+from fedllm.models import load_base, load_config
+
+
+def total_bytes(model):
+    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def needed(tiny_llama, **changes):
+    typed = {key.replace("__", ".").replace("_", "-"): v for key, v in changes.items()}
+    return memory_need(parse_run_config(typed), load_config(str(tiny_llama)), "cpu")
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_the_base_takes_what_is_said(tiny_llama, tmp_path, bits):
+    model = load_base(str(tiny_llama), bits, tmp_path, "cpu")
+
+    said = needed(tiny_llama, model__quantization=bits).base
+    assert said == pytest.approx(total_bytes(model), rel=0.05)
+
+
+def test_an_adapter_with_adam_takes_twice_that_with_sgd(tiny_llama):
+    sgd = needed(tiny_llama, adapter__rank=4)
+    adam = needed(tiny_llama, adapter__rank=4, train__optimizer="adamw")
+
+    # B of q_proj (64 x 4) and v_proj (32 x 4), in 2 layers: value and gradient.
+    assert sgd.adapter == 2 * (64 + 32) * 4 * 4 * 2
+    assert adam.adapter == 2 * sgd.adapter
+
+
+def test_checkpointing_and_smaller_batches_need_less(tiny_llama):
+    plain = needed(tiny_llama)
+    half = needed(tiny_llama, train__batch_size=4)
+    light = needed(tiny_llama, train__gradient_checkpointing=True)
+
+    assert half.activations == plain.activations / 2
+    assert light.activations < plain.activations
