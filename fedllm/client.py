@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Context, Message, MetricRecord, RecordDict
+import numpy as np
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 
 from fedllm.adapter_choice import with_kind
 from fedllm.config import RunConfig, fedllm_home, parse_run_config
@@ -32,7 +33,7 @@ from fedllm.replies import (
     ARRAYS,
     CONFIG,
     METRICS,
-    array_record,
+    encoded_record,
     error_content,
     read_global,
 )
@@ -178,9 +179,8 @@ def _train(message: Message, context: Context, config: RunConfig) -> RecordDict:
     resident = _load(with_kind(config, record.get(ADAPTER_KIND)))
     partition_id, _ = partition_of(context)
     examples = _examples(resident, context, config)
-    arrays = read_global(
-        message.content.array_records[ARRAYS], resident.spec.trained_shapes
-    )
+    shapes, encoding = resident.spec.trained_shapes, config.wire.encoding
+    arrays = read_global(message.content.array_records[ARRAYS], shapes, encoding)
     server_round = int(record["server-round"])  # type: ignore[arg-type]
     learning_rate = float(record["learning-rate"])  # type: ignore[arg-type]
     ready = time.monotonic()
@@ -212,10 +212,30 @@ def _train(message: Message, context: Context, config: RunConfig) -> RecordDict:
         f"{trained.num_examples} examples in {time.monotonic() - ready:.1f} s "
         f"(ready after {ready - started:.1f} s)",
     )
-    content = RecordDict({ARRAYS: array_record(trained.arrays)})
+    sent = _encoded(trained.arrays, arrays, config, server_round, partition_id)
+    content = RecordDict({ARRAYS: sent})
     if metrics:
         content[METRICS] = MetricRecord(metrics)
     return content
+
+
+def _encoded(
+    trained: Mapping[str, Any],
+    received: Mapping[str, Any],
+    config: RunConfig,
+    server_round: int,
+    partition_id: int,
+) -> ArrayRecord:
+    """Return what this client sends: values, or its update where the encoding rounds.
+
+    Rounding is a function of what would be sent exactly and of public numbers, so it
+    takes nothing from a guarantee, and its seed need not be secret.
+    """
+    encoding = config.wire.encoding
+    generator = np.random.default_rng([config.seed, server_round, partition_id])
+    if encoding != "float32":
+        trained = {name: value - received[name] for name, value in trained.items()}
+    return encoded_record(trained, encoding, generator)
 
 
 def _train_privately(
@@ -285,7 +305,8 @@ def _evaluate(message: Message, context: Context, config: RunConfig) -> RecordDi
     resident = _load(with_kind(config, record.get(ADAPTER_KIND)))
     examples = _examples(resident, context, config)
     shapes = resident.spec.trained_shapes
-    arrays = read_global(message.content.array_records[ARRAYS], shapes)
+    sent = message.content.array_records[ARRAYS]
+    arrays = read_global(sent, shapes, config.wire.encoding)
     set_trained(resident.model, resident.spec, arrays)
     examples = examples[: config.strategy.evaluate_examples or None]
     score = held_out(resident.model, examples, resident.tokenizer.pad_token_id or 0)

@@ -39,6 +39,8 @@ _SECTION = ConfigDict(
 
 AdapterKind = Literal["ffa-lora", "lora-core", "lora", "ia3", "vera", "auto"]
 
+Encoding = Literal["float32", "float16", "int8"]
+
 Text = Annotated[str, Strict()]
 Name = Annotated[str, Strict(), Field(min_length=1)]
 Flag = Annotated[bool, Strict()]
@@ -211,6 +213,15 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True, config=_SECTION)
+class WireConfig:
+    """What travels between server and clients."""
+
+    encoding: Encoding = "float32"
+    """How adapters travel, both ways: `float32` exactly, 4 bytes a value; `float16`, 2;
+    `int8`, 1.02, rounded at random in blocks of 256."""
+
+
+@dataclass(frozen=True, config=_SECTION)
 class OutputConfig:
     """What a run leaves on disk."""
 
@@ -245,6 +256,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    wire: WireConfig = field(default_factory=WireConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
 

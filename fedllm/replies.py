@@ -10,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedllm.config import Encoding
+from fedllm.wire import PACKED, pack, packed_size, unpack
+
 ARRAYS = "arrays"
 CONFIG = "config"
 METRICS = "metrics"
@@ -29,6 +32,8 @@ ERROR_CODES = (
 """All that a client may say of its failure under differential privacy."""
 
 _MAX_HEADER_BYTES = 1024
+_KINDS = {"f": "a float of at most 64 bits", "u": "bytes"}
+_LARGEST_ITEM = {"f": 8, "u": 1}
 _MAX_EXAMPLES = 2**31
 
 
@@ -38,7 +43,8 @@ class Reply:
 
     Attributes:
         node_id: Who sent it.
-        arrays: Name -> array for every declared name that decodes; None on an error.
+        arrays: Name -> array for every declared name that decodes, of values, or of the
+            update where the encoding packs; None on an error.
         num_examples: Examples behind the update; None where not sent or absurd.
         train_loss: Mean training loss; None where not sent or not finite.
         eval_loss: Loss on the client's own rows; None where not sent or not finite.
@@ -72,7 +78,11 @@ def error_content(code: str, text: str | None) -> RecordDict:
     return RecordDict({ERROR: ConfigRecord(record)})
 
 
-def read_reply(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> Reply:
+def read_reply(
+    message: Message,
+    shapes: Mapping[str, tuple[int, ...]],
+    encoding: Encoding = "float32",
+) -> Reply:
     """Decode a reply. Total: whatever the client sent, it never raises.
 
     Memory is bounded by the declared shapes: an array whose bytes cannot be one of
@@ -82,6 +92,7 @@ def read_reply(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> Reply
         message: The reply, as Flower inflated it.
         shapes: Name -> shape of the arrays that the adapter declares; empty for a
             reply without arrays.
+        encoding: How they travel; but for `float32` what is read is the update.
     """
     node_id = 0
     try:
@@ -98,7 +109,8 @@ def read_reply(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> Reply
         metrics = _metrics(content)
         if not shapes:
             return Reply(node_id, **metrics)
-        arrays, num_bytes = _read_arrays(content.array_records.get(ARRAYS), shapes)
+        sent = content.array_records.get(ARRAYS)
+        arrays, num_bytes = _read_arrays(sent, shapes, encoding)
     except Exception as error:  # noqa: BLE001 - a hostile reply may raise anything
         return Reply(node_id, code="malformed", text=type(error).__name__)
     if isinstance(arrays, str):
@@ -111,24 +123,59 @@ def array_record(arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
     return ArrayRecord({name: Array(value) for name, value in arrays.items()})
 
 
+def encoded_record(
+    arrays: Mapping[str, npt.NDArray[np.float32]],
+    encoding: Encoding,
+    generator: np.random.Generator,
+) -> ArrayRecord:
+    """Make the record that travels.
+
+    Args:
+        arrays: Trained values; from a client, for all but `float32`, its update.
+        encoding: How they travel.
+        generator: Of random rounding.
+    """
+    if encoding == "float32":
+        return array_record(arrays)
+    return array_record({PACKED: pack(arrays, encoding, generator)})
+
+
 def read_global(
-    record: ArrayRecord, shapes: Mapping[str, tuple[int, ...]]
+    record: ArrayRecord,
+    shapes: Mapping[str, tuple[int, ...]],
+    encoding: Encoding = "float32",
 ) -> dict[str, npt.NDArray[Any]]:
     """Decode the server's arrays.
 
     Raises:
         ValueError: They are not exactly the declared ones.
     """
-    arrays, _ = _read_arrays(record, shapes)
+    arrays, _ = _read_arrays(record, shapes, encoding)
     if isinstance(arrays, str):
         raise ValueError(f"the server's adapter cannot be used: {arrays}")
     return arrays
 
 
 def _read_arrays(
-    record: ArrayRecord | None, shapes: Mapping[str, tuple[int, ...]]
+    record: ArrayRecord | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    encoding: Encoding,
 ) -> tuple[dict[str, npt.NDArray[Any]] | str, int]:
     """Return the arrays by name or what is wrong with them, and their bytes."""
+    if encoding == "float32":
+        return _read_named(record, shapes, "f")
+    size = sum(int(np.prod(shape)) for shape in shapes.values())
+    declared = {PACKED: (packed_size(size, encoding),)}
+    found, num_bytes = _read_named(record, declared, "u")
+    if isinstance(found, str):
+        return found, num_bytes
+    return dict(unpack(found[PACKED], shapes, encoding)), num_bytes
+
+
+def _read_named(
+    record: ArrayRecord | None, shapes: Mapping[str, tuple[int, ...]], kind: str
+) -> tuple[dict[str, npt.NDArray[Any]] | str, int]:
+    """Return the arrays as they travel, or what is wrong with them, and their bytes."""
     if record is None:
         return "no arrays", 0
     if len(record) != len(shapes):
@@ -142,16 +189,17 @@ def _read_arrays(
         num_bytes += len(item.data)
         if item.stype != "numpy.ndarray":
             return f"array {name} is not in NumPy's format", num_bytes
-        if len(item.data) > int(np.prod(shape)) * 8 + _MAX_HEADER_BYTES:
+        largest = _LARGEST_ITEM[kind]
+        if len(item.data) > int(np.prod(shape)) * largest + _MAX_HEADER_BYTES:
             return f"array {name} is too large", num_bytes
-        array = _read_npy(item.data, shape)
+        array = _read_npy(item.data, shape, kind)
         if isinstance(array, str):
             return f"array {name} {array}", num_bytes
         arrays[name] = array
     return arrays, num_bytes
 
 
-def _read_npy(data: bytes, shape: tuple[int, ...]) -> npt.NDArray[Any] | str:
+def _read_npy(data: bytes, shape: tuple[int, ...], kind: str) -> npt.NDArray[Any] | str:
     """Decode NumPy's file format for one expected shape, or say what is wrong.
 
     `numpy.load` allocates what the header claims before it looks at the bytes.
@@ -163,8 +211,8 @@ def _read_npy(data: bytes, shape: tuple[int, ...]) -> npt.NDArray[Any] | str:
     got, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
     if tuple(got) != tuple(shape):
         return f"has shape {tuple(got)}, not {tuple(shape)}"
-    if dtype.kind != "f" or dtype.itemsize > 8:
-        return f"has type {dtype}, not a float of at most 64 bits"
+    if dtype.kind != kind or dtype.itemsize > _LARGEST_ITEM[kind]:
+        return f"has type {dtype}, not {_KINDS[kind]}"
     values = np.frombuffer(data, dtype=dtype, offset=stream.tell())
     if values.size != int(np.prod(shape)):
         return "is cut short"

@@ -8,7 +8,7 @@ nor the result depends on how many there are or in which order they come.
 import copy
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,16 @@ from fedllm.privacy.mechanism import (
     clipped_update,
     noised_sum,
 )
-from fedllm.replies import ARRAYS, CONFIG, METRICS, Reply, array_record, read_reply
+from fedllm.replies import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    Reply,
+    array_record,
+    encoded_record,
+    read_global,
+    read_reply,
+)
 from fedllm.server_optimizer import ServerOptimizer, cosine
 
 logger = logging.getLogger(__name__)
@@ -134,9 +143,10 @@ class AdapterFedAvg(FedAvg):
             server_round,
             self.config.num_server_rounds,
         )
-        content = RecordDict({ARRAYS: arrays, CONFIG: record})
+        sent = self._encoded(arrays, server_round)
+        content = RecordDict({ARRAYS: sent, CONFIG: record})
         cohort = self._cohort(server_round)
-        size = sum(len(array.data) for array in arrays.values())
+        size = sum(len(array.data) for array in sent.values())
         self.round = Round(asked=len(cohort), bytes_down=size * len(cohort))
         return self._messages(content, cohort, MessageType.TRAIN, server_round)
 
@@ -189,7 +199,8 @@ class AdapterFedAvg(FedAvg):
             return []
         record = ConfigRecord({**dict(config.items()), "server-round": server_round})
         chosen = self._draw(server_round + 2**31, count)
-        content = RecordDict({ARRAYS: arrays, CONFIG: record})
+        sent = self._encoded(arrays, server_round)
+        content = RecordDict({ARRAYS: sent, CONFIG: record})
         return self._messages(content, chosen, MessageType.EVALUATE, server_round)
 
     def aggregate_evaluate(
@@ -210,14 +221,35 @@ class AdapterFedAvg(FedAvg):
     def read(self, replies: Iterable[Message]) -> Iterator[Reply]:
         """Decode replies one at a time, and count them; yield those with arrays."""
         for message in replies:
-            reply = read_reply(message, self.shapes)
+            reply = read_reply(message, self.shapes, self.config.wire.encoding)
             self.round.answered += 1
             self.round.bytes_up += reply.num_bytes
             if reply.code is None:
                 self.round.epsilons[reply.node_id] = reply.epsilon
-                yield reply
+                yield self._as_values(reply)
             else:
                 self.reject(reply, reply.code)
+
+    def _encoded(self, arrays: ArrayRecord, server_round: int) -> ArrayRecord:
+        """Return the adapter as it travels down."""
+        encoding = self.config.wire.encoding
+        if encoding == "float32":
+            return arrays
+        named = read_global(arrays, self.shapes)
+        # Rounding what was released is post-processing: it may be done again.
+        generator = np.random.default_rng([self.config.seed, server_round])
+        return encoded_record(named, encoding, generator)
+
+    def _as_values(self, reply: Reply) -> Reply:
+        """Return a reply with values where an update came."""
+        if self.config.wire.encoding == "float32" or reply.arrays is None:
+            return reply
+        with np.errstate(all="ignore"):
+            values = {
+                name: self.reference[name].astype(np.float64) + update
+                for name, update in reply.arrays.items()
+            }
+        return replace(reply, arrays=values)
 
     def reject(self, reply: Reply, code: str) -> None:
         """Note a reply whose update counts as zero; its text only without DP."""

@@ -7,10 +7,12 @@ private: the one place of the tests that reaches for it.
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedllm.replies import ADAPTER_KIND, ARRAYS, CONFIG, array_record
+from fedllm.config import Encoding
+from fedllm.replies import ADAPTER_KIND, ARRAYS, CONFIG, encoded_record
 
 RUN_ID = 7
 
@@ -41,6 +43,7 @@ def train_instruction(
     learning_rate: float = 0.5,
     message_type: str = "train",
     adapter_kind: str | None = None,
+    encoding: Encoding = "float32",
 ) -> Message:
     """Return what the server asks of a client in a round."""
     config: dict[str, Any] = {
@@ -49,7 +52,8 @@ def train_instruction(
     }
     if adapter_kind is not None:
         config[ADAPTER_KIND] = adapter_kind
-    content = RecordDict({ARRAYS: array_record(arrays), CONFIG: ConfigRecord(config)})
+    record = encoded_record(arrays, encoding, np.random.default_rng(0))
+    content = RecordDict({ARRAYS: record, CONFIG: ConfigRecord(config)})
     return instruction(content, message_type)
 
 

@@ -109,6 +109,22 @@ def test_under_dp_a_reply_holds_the_trained_arrays_and_nothing_else(answer, arra
     assert all(a.dtype == np.float32 for a in got.values())
 
 
+@pytest.mark.parametrize("encoding", ["float16", "int8"])
+def test_a_client_that_packs_sends_its_update(answer, arrays, encoding):
+    exact = values(answer(), arrays)
+    shapes = {name: a.shape for name, a in arrays.items()}
+
+    packed = answer({"wire.encoding": encoding}, encoding=encoding)
+
+    read = read_reply(packed, shapes, encoding)
+    updates = {name: value - arrays[name] for name, value in exact.items()}
+    # A scale of its block, which has values of several arrays here.
+    allowed = 1.01 / 127 * max(np.abs(update).max() for update in updates.values())
+    for name, update in updates.items():
+        np.testing.assert_allclose(read.arrays[name], update, atol=allowed)
+    assert read_reply(packed, shapes).code == "malformed"
+
+
 def test_without_dp_the_examples_and_the_loss_come_along(answer, arrays):
     reply = answer(WITHOUT_DP)
 

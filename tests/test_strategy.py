@@ -14,9 +14,16 @@ from flwr.serverapp.strategy import FedAvg
 from fedllm.config import parse_run_config
 from fedllm.errors import PrivacyError
 from fedllm.privacy.ledger import Ledger, PrivacySettings
-from fedllm.replies import ARRAYS, METRICS, array_record, read_global
+from fedllm.replies import (
+    ARRAYS,
+    METRICS,
+    array_record,
+    encoded_record,
+    read_global,
+)
 from fedllm.server_optimizer import ServerOptimizer, cosine
 from fedllm.strategy import AdapterFedAvg, ClientLevelDP, make_strategy
+from fedllm.wire import PACKED
 from tests.flower_messages import be_a_task
 
 C = 0.5
@@ -121,6 +128,53 @@ def test_without_dp_the_mean_equals_flowers_fedavg():
         np.testing.assert_allclose(
             record[name].numpy(), expected[name].numpy(), atol=1e-6
         )
+
+
+@pytest.mark.parametrize("encoding", ["float16", "int8"])
+def test_rounded_updates_give_the_mean_of_exact_ones_and_go_down_packed(encoding):
+    strategy = make_strategy(public(**{"wire.encoding": encoding}), START, [1, 2], None)
+    first, second = ask(strategy)
+    updates = [{k: np.full_like(v, by) for k, v in START.items()} for by in (1.0, 0.5)]
+    generator = np.random.default_rng(0)
+    replies = [
+        packed_answer(message, update, encoding, generator)
+        for message, update in zip((first, second), updates, strict=True)
+    ]
+
+    record, _ = strategy.aggregate_train(1, replies)
+
+    np.testing.assert_allclose(moved(strategy, record), 0.75, atol=1e-3)
+    sent = first.content.array_records[ARRAYS]
+    assert list(sent) == [PACKED]
+    received = read_global(sent, SHAPES, encoding)
+    for name, value in START.items():
+        np.testing.assert_allclose(received[name], value, atol=0.01 * abs(value).max())
+    assert strategy.round.bytes_down == 2 * len(sent[PACKED].data)
+    assert strategy.round.bytes_up == 2 * len(sent[PACKED].data)
+
+
+@pytest.mark.parametrize("encoding", ["float16", "int8"])
+def test_what_a_packed_update_claims_is_clipped_after_it_is_decoded(tmp_path, encoding):
+    ledger = open_ledger(tmp_path, 1e-12)
+    config = private(**{"wire.encoding": encoding})
+    strategy = make_strategy(config, START, [1, 2, 3, 4], ledger)
+    huge = {k: np.full_like(v, 6e4) for k, v in START.items()}
+    spoiled = {k: np.full_like(v, np.nan) for k, v in START.items()}
+    messages = ask(strategy)
+    replies = [
+        packed_answer(message, update, encoding, np.random.default_rng(0))
+        for message, update in zip(messages, (huge, spoiled), strict=False)
+    ]
+
+    record, _ = strategy.aggregate_train(1, replies)
+
+    assert np.linalg.norm(moved(strategy, record)) == pytest.approx(C / 4, rel=1e-5)
+    assert [code for _, code, _ in strategy.round.rejected] == ["not-finite"]
+
+
+def packed_answer(message, update, encoding, generator):
+    record = encoded_record(update, encoding, generator)
+    return Message(RecordDict({ARRAYS: record}), reply_to=message)
 
 
 def test_the_result_does_not_depend_on_the_order_of_replies(tmp_path):

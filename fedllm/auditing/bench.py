@@ -15,12 +15,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedllm.config import RunConfig
+from fedllm.config import RunConfig, WireConfig
 from fedllm.errors import PrivacyError
 from fedllm.noise_plan import num_sampled
 from fedllm.privacy.ledger import Ledger, PrivacySettings
 from fedllm.privacy.mechanism import SecureGenerator
-from fedllm.replies import ARRAYS, METRICS, array_record
+from fedllm.replies import ARRAYS, METRICS, array_record, encoded_record
 from fedllm.server_optimizer import ServerOptimizer
 from fedllm.strategy import (
     AdapterFedAvg,
@@ -82,7 +82,8 @@ class Setup:
         """Put a fresh strategy, with a ledger of its own, on the bench."""
         with tempfile.TemporaryDirectory(prefix="fedllm-audit-") as folder:
             yield Bench(
-                config or self.config,
+                # Replies are made in the plain encoding, unless a check asks for another.
+                config or replace(self.config, wire=WireConfig()),
                 self.settings,
                 dimension,
                 num_clients,
@@ -241,10 +242,14 @@ def honest_reply(
         norm: In units of C; negative for the opposite direction.
         num_examples: What the client claims; None: nothing.
     """
-    size = bench.settings.num_trainable
-    value = norm * bench.settings.clipping_norm / size**0.5
-    arrays = array_record(bench.update(np.full(size, value)))
-    content = RecordDict({ARRAYS: arrays})
+    size, encoding = bench.settings.num_trainable, bench.config.wire.encoding
+    value = np.float32(norm * bench.settings.clipping_norm / size**0.5)
+    if encoding == "float32":
+        arrays = bench.update(np.full(size, value))
+    else:
+        arrays = {k: np.full_like(v, value) for k, v in bench.reference.items()}
+    record = encoded_record(arrays, encoding, np.random.default_rng(0))
+    content = RecordDict({ARRAYS: record})
     if num_examples is not None:
         content[METRICS] = MetricRecord({"num-examples": num_examples})
     return content

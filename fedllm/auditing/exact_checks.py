@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import RecordDict
@@ -15,7 +16,8 @@ from fedllm.auditing.bench import (
     honest_reply,
     norm_of,
 )
-from fedllm.auditing.hostile_replies import Content, hostile_replies
+from fedllm.auditing.hostile_replies import Content, hostile_replies, packed_replies
+from fedllm.config import Encoding, WireConfig
 from fedllm.privacy.ledger import PrivacySettings
 
 _MOST_COUNTED = 100
@@ -27,23 +29,37 @@ _SMALL = 64
 def sensitivity(setup: Setup) -> Finding:
     """Put each hostile reply among honest ones that all pull the same way."""
     with setup.bench(_SMALL, silent=True) as bench:
-        kinds = hostile_replies(bench.start, setup.settings.clipping_norm)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy warns of hostile headers.
-        sums = {kind: _sum_with(setup, content) for kind, content in kinds.items()}
-    without = _sum_with(setup, None)
-    size = {k: norm_of(v - without) for k, v in sums.items()}
-    worst = max(size, key=size.__getitem__)
-    pairs = itertools.combinations(sums.values(), 2)
-    swap = max((norm_of(a - b) for a, b in pairs), default=0.0)
-    clip = setup.settings.clipping_norm
-    one, two = size[worst] / clip, swap / clip
+        reference = bench.start
+    plain = hostile_replies(reference, setup.settings.clipping_norm)
+    found = [_moved_by(setup, "float32", plain)]
+    encodings: tuple[Encoding, ...] = ("float16", "int8")
+    for encoding in encodings:
+        packed = packed_replies(reference, encoding)
+        found.append(_moved_by(setup, encoding, packed))
+    (one, worst), two = max(one for one, _ in found), max(two for _, two in found)
+    count = len(plain) + sum(len(packed_replies(reference, e)) for e in encodings)
     passed = one <= 1 + _ROUNDING and two <= 2 + _ROUNDING
     return passed, (
-        f"of {len(kinds)} kinds of hostile reply none may move the sum by more than "
+        f"of {count} kinds of hostile reply none may move the sum by more than "
         f"1 C, nor by 2 C when it replaces another: {one:.9f} C "
         f"({worst!r}) and {two:.9f} C"
     )
+
+
+def _moved_by(
+    setup: Setup, encoding: Encoding, kinds: Mapping[str, Content]
+) -> tuple[tuple[float, str], float]:
+    """Return the most that a reply moved the sum by, its kind, and the most by a swap.
+
+    Both in units of C.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy warns of hostile headers.
+        sums = {k: _sum_with(setup, c, encoding) for k, c in kinds.items()}
+    without, clip = _sum_with(setup, None, encoding), setup.settings.clipping_norm
+    worst = max((norm_of(v - without) / clip, kind) for kind, v in sums.items())
+    pairs = itertools.combinations(sums.values(), 2)
+    return worst, max(norm_of(a - b) / clip for a, b in pairs)
 
 
 def weights(setup: Setup) -> Finding:
@@ -136,9 +152,10 @@ def recomputed_epsilon(settings: PrivacySettings, content: Mapping[str, Any]) ->
     return min(unsampled, float(accountant.get_epsilon(delta)))
 
 
-def _sum_with(setup: Setup, content: Content | None) -> Vector:
+def _sum_with(setup: Setup, content: Content | None, encoding: Encoding) -> Vector:
     """Return the noiseless sum of honest replies and one more, in a fresh round."""
-    with setup.bench(_SMALL, silent=True) as bench:
+    config = replace(setup.config, wire=WireConfig(encoding=encoding))
+    with setup.bench(_SMALL, silent=True, config=config) as bench:
         first, *others = bench.population
         replies = [(node, honest_reply(bench, 2.0)) for node in others]
         hostile = [] if content is None else [(first, content)]

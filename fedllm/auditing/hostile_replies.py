@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
 
+from fedllm.config import Encoding
 from fedllm.replies import ARRAYS, ERROR, METRICS, array_record, error_content
+from fedllm.wire import PACKED, pack
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 Content = RecordDict | Error
@@ -44,6 +46,45 @@ def hostile_replies(reference: Arrays, clipping_norm: float) -> dict[str, Conten
     replies["an error code"] = error_content("no-data", None)
     replies["an error code of its own"] = RecordDict({ERROR: ConfigRecord({"code": 7})})
     return replies
+
+
+def packed_replies(reference: Arrays, encoding: Encoding) -> dict[str, Content]:
+    """Return kind -> content of a reply where updates travel packed.
+
+    Args:
+        reference: The global adapter.
+        encoding: `float16` or `int8`.
+    """
+    far = {name: np.full_like(value, 9) for name, value in reference.items()}
+    good = pack(far, encoding, np.random.default_rng(0))
+    scales = (np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45, -1.0)
+    head = {f"begins with {value}": np.float32(value).tobytes() for value in scales}
+    damaged = {
+        kind: np.frombuffer(start + good.tobytes()[len(start) :], np.uint8)
+        for kind, start in head.items()
+    }
+    packed: dict[str, npt.NDArray[Any]] = {
+        "far": good,
+        **damaged,
+        "no bit set": np.zeros_like(good),
+        "every bit set": np.full_like(good, 255),
+        "a byte missing": good[:-1],
+        "a byte too many": np.append(good, good[:1]),
+        "floats for bytes": good.astype(np.float32),
+        "signed bytes": good.view(np.int8),
+        "in two dimensions": good[None],
+    }
+    contents: dict[str, Content] = {
+        f"{encoding}: {kind}": RecordDict({ARRAYS: array_record({PACKED: value})})
+        for kind, value in packed.items()
+    }
+    named = RecordDict({ARRAYS: array_record(far)})
+    twice = RecordDict({ARRAYS: array_record({PACKED: good, "another": good})})
+    return {
+        **contents,
+        f"{encoding}: not packed": named,
+        f"{encoding}: packed twice": twice,
+    }
 
 
 def _arrays(
