@@ -5,9 +5,8 @@ import time
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
-from peft import get_peft_model_state_dict
-
 from naive_app.client_app import load_model
+from peft import get_peft_model_state_dict
 
 app = ServerApp()
 
