@@ -31,6 +31,7 @@ from fedllm.original_run import original_context
 from fedllm.replies import (
     ADAPTER_KIND,
     ARRAYS,
+    CLIENT_PHASES,
     CONFIG,
     METRICS,
     encoded_record,
@@ -177,6 +178,7 @@ def _train(message: Message, context: Context, config: RunConfig) -> RecordDict:
     deadline = started + config.strategy.round_timeout
     record = message.content.config_records[CONFIG]
     resident = _load(with_kind(config, record.get(ADAPTER_KIND)))
+    loaded = time.monotonic()
     partition_id, _ = partition_of(context)
     examples = _examples(resident, context, config)
     shapes, encoding = resident.spec.trained_shapes, config.wire.encoding
@@ -203,17 +205,26 @@ def _train(message: Message, context: Context, config: RunConfig) -> RecordDict:
             training_seed(config.seed, server_round, partition_id),
             deadline,
         )
+    ended = time.monotonic()
+    began = ready if trained.began is None else trained.began
+    sent = _encoded(trained.arrays, arrays, config, server_round, partition_id)
+    content = RecordDict({ARRAYS: sent})
+    times = (started, loaded, ready, began, ended, time.monotonic())
     if config.privacy.unit == "none":
         metrics = {"num-examples": trained.num_examples, "train-loss": trained.loss}
+        # Under DP times would leave without noise: they go to this client's log only.
+        for phase, since, until in zip(CLIENT_PHASES, times, times[1:], strict=False):
+            metrics[f"seconds-{phase}"] = until - since
+    # Until the first step, by the server's clock, which may be wrong here.
+    age = time.time() - (time.monotonic() - began) - message.metadata.created_at
     _note(
         context,
         config,
         f"client {partition_id}: round {server_round}: {trained.num_steps} steps on "
-        f"{trained.num_examples} examples in {time.monotonic() - ready:.1f} s "
-        f"(ready after {ready - started:.1f} s)",
+        f"{trained.num_examples} examples in {ended - ready:.1f} s "
+        f"(ready after {ready - started:.1f} s; first step {age:.1f} s after the "
+        f"message was made, {began - started:.1f} s after it was taken up)",
     )
-    sent = _encoded(trained.arrays, arrays, config, server_round, partition_id)
-    content = RecordDict({ARRAYS: sent})
     if metrics:
         content[METRICS] = MetricRecord(metrics)
     return content

@@ -506,6 +506,13 @@ class Federation:
                 phase: None if value is None else round(value, 3)
                 for phase, value in seconds.items()
             },
+            "client_seconds": (
+                {
+                    phase: round(value / seen.num_timed, 3)
+                    for phase, value in seen.client_seconds.items()
+                }
+                or None
+            ),
             "megabytes_down": seen.bytes_down / 1e6 if known else None,
             "megabytes_up": seen.bytes_up / 1e6 if known else None,
             "epsilon": epsilon,

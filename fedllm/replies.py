@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ ERROR = "error"
 
 ADAPTER_KIND = "adapter-kind"
 """Entry of a message's config: the kind that the server took where the run says auto."""
+
+CLIENT_PHASES = ("load", "tokenise", "build", "train", "encode")
+"""What a client's seconds go to, in this order; sent without DP only."""
 
 ERROR_CODES = (
     "no-data",
@@ -49,6 +52,7 @@ class Reply:
         train_loss: Mean training loss; None where not sent or not finite.
         eval_loss: Loss on the client's own rows; None where not sent or not finite.
         epsilon: What the client says it has spent; None where not sent or not finite.
+        seconds: Phase -> seconds of CLIENT_PHASES; empty where not sent or absurd.
         code: None, or why there is no update: one of ERROR_CODES or `malformed`.
         text: The client's own words on its failure, for runs without DP only.
         num_bytes: Size of the arrays on the wire.
@@ -60,6 +64,7 @@ class Reply:
     train_loss: float | None = None
     eval_loss: float | None = None
     epsilon: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
     code: str | None = None
     text: str = ""
     num_bytes: int = 0
@@ -228,12 +233,22 @@ def _metrics(content: RecordDict) -> dict[str, Any]:
         "num_examples": count if sane else None,
         "train_loss": _loss(record.get("train-loss")),
         "eval_loss": _loss(record.get("eval-loss")),
-        "epsilon": _epsilon(record.get("epsilon")),
+        "epsilon": _finite(record.get("epsilon")),
+        "seconds": _seconds(record),
     }
 
 
-def _epsilon(value: object) -> float | None:
-    """Return an epsilon if it is a finite, non-negative number."""
+def _seconds(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the seconds of every phase, or none where one is missing or absurd."""
+    told = {phase: _finite(record.get(f"seconds-{phase}")) for phase in CLIENT_PHASES}
+    known = {phase: value for phase, value in told.items() if value is not None}
+    # More than thirty years is no measurement.
+    sane = len(known) == len(told) and max(known.values()) < 1e9
+    return known if sane else {}
+
+
+def _finite(value: object) -> float | None:
+    """Return a number if it is finite and not negative."""
     if type(value) is float and 0 <= value < math.inf:
         return value
     return None

@@ -7,7 +7,7 @@ nor the result depends on how many there are or in which order they come.
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,6 +72,9 @@ class Round:
         answered: Replies that came, usable or not.
         rejected: (node id, code, text) of each reply without a usable update.
         train_loss: Mean training loss weighted by examples; None under DP.
+        client_seconds: Phase -> seconds, summed over the clients that say theirs;
+            empty under DP.
+        num_timed: How many those are.
         epsilons: Node id -> what a client says that its records have spent.
         bytes_down: Bytes of adapter arrays sent.
         bytes_up: Bytes of adapter arrays received.
@@ -81,6 +84,8 @@ class Round:
     answered: int = 0
     rejected: list[tuple[int, str, str]] = field(default_factory=list)
     train_loss: float | None = None
+    client_seconds: dict[str, float] = field(default_factory=dict)
+    num_timed: int = 0
     epsilons: dict[int, float | None] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
@@ -89,6 +94,12 @@ class Round:
     def usable(self) -> int:
         """Replies whose update counts."""
         return self.answered - len(self.rejected)
+
+    def note_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Add one client's seconds to the sums."""
+        self.num_timed += 1
+        for phase, value in seconds.items():
+            self.client_seconds[phase] = self.client_seconds.get(phase, 0.0) + value
 
     @property
     def all_spent(self) -> bool:
@@ -226,6 +237,8 @@ class AdapterFedAvg(FedAvg):
             self.round.bytes_up += reply.num_bytes
             if reply.code is None:
                 self.round.epsilons[reply.node_id] = reply.epsilon
+                if self._may_measure and reply.seconds:
+                    self.round.note_seconds(reply.seconds)
                 yield self._as_values(reply)
             else:
                 self.reject(reply, reply.code)

@@ -23,12 +23,14 @@ class Trained:
             `privacy.unit="record"`, where nobody may know it.
         num_examples: Examples that the client holds.
         num_steps: Optimiser steps taken.
+        began: `time.monotonic()` when the first step began; None where not noted.
     """
 
     arrays: Arrays
     loss: float
     num_examples: int
     num_steps: int
+    began: float | None = None
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import logging
 import math
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,8 @@ def train_adapter(
             proximal_mu=config.proximal_mu,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Deadline(deadline))
+        clock = _Deadline(deadline)
+        trainer.add_callback(clock)
         # On a quantised base SFTTrainer rounds the adapter to bfloat16, whose 8 bits
         # lose small updates; ours stays in float32.
         for parameter in trained:
@@ -126,17 +128,21 @@ def train_adapter(
         loss=float(result.training_loss),
         num_examples=len(examples),
         num_steps=int(trainer.state.global_step),
+        began=clock.began,
     )
 
 
 class _Deadline(TrainerCallback):  # type: ignore[misc] # transformers has no types
-    """Give up a training whose result would come too late to count."""
+    """Give up a training whose result would come too late; note when it began."""
 
     def __init__(self, deadline: float) -> None:
         self._deadline = deadline
+        self.began: float | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         require_time(self._deadline, state.global_step)
+        if self.began is None:
+            self.began = time.monotonic()
 
 
 def training_seed(seed: int, server_round: int, partition_id: int) -> int:

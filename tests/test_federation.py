@@ -100,6 +100,7 @@ def test_a_private_run_leaves_a_whole_run_folder(settings, tmp_path):
     assert [line["server_round"] for line in lines] == [0, 1, 2]
     assert [line["epsilon"] for line in lines][-1] == privacy["epsilon"]
     assert [line["train_loss"] for line in lines] == [None] * 3
+    assert [line["client_seconds"] for line in lines] == [None] * 3
     assert lines[1]["clients_asked"] == lines[1]["clients_answered"] == 3
     assert lines[1]["megabytes_up"] > 0
     assert config["run_config"]["model.name"] == settings["model.name"]
@@ -154,6 +155,9 @@ def test_training_without_dp_lowers_the_loss_and_recommends_the_best_round(setti
     assert Path(result["recommended"]).name == "peft_best"
     assert result["test_loss_after"] < result["test_loss_before"]
     assert lines[1]["train_loss"] > 0
+    told = lines[1]["client_seconds"]
+    assert list(told) == ["load", "tokenise", "build", "train", "encode"]
+    assert 0 < told["train"] <= lines[1]["seconds"]["train"]
     assert [line["epsilon"] for line in lines] == [None] * 3
     told = json.loads((federation.directory.path / "privacy.json").read_text())
     assert told["epsilon"] is None and told["unit"] == "none"

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from fedllm.replies import (
     ARRAYS,
+    CLIENT_PHASES,
     ERROR,
     ERROR_CODES,
     METRICS,
@@ -227,6 +228,23 @@ def test_absurd_metrics_are_as_good_as_none_and_the_arrays_are_kept(count, loss)
 
     assert got.code is None
     assert (got.num_examples, got.train_loss, got.eval_loss) == (None, None, None)
+
+
+@pytest.mark.parametrize("absurd", [None, -1.0, float("nan"), 1e300, [1.0]])
+def test_seconds_count_only_where_every_phase_is_credible(absurd):
+    told = {f"seconds-{phase}": 1.5 for phase in CLIENT_PHASES}
+    content = RecordDict({ARRAYS: array_record(GOOD), METRICS: MetricRecord(told)})
+    assert read_reply(reply(content), SHAPES).seconds == dict.fromkeys(
+        CLIENT_PHASES, 1.5
+    )
+
+    told["seconds-train"] = absurd
+    told = {name: value for name, value in told.items() if value is not None}
+    content = RecordDict({ARRAYS: array_record(GOOD), METRICS: MetricRecord(told)})
+
+    got = read_reply(reply(content), SHAPES)
+    assert got.code is None
+    assert got.seconds == {}
 
 
 def test_an_evaluation_reply_needs_no_arrays():

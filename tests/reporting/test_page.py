@@ -178,7 +178,9 @@ def test_a_record_level_run_has_a_page(tmp_path):
 
     folder = write_run(tmp_path / "run", **NO_PRIVACY)
     config = parse_run_config({"privacy.unit": "record"})
-    report = RecordReport(folder / "privacy.json", record_settings(config, 4, 1000))
+    report = RecordReport.create(
+        folder / "privacy.json", record_settings(config, 4, 1000)
+    )
     assert "none to speak of" in check(folder)[1]
     report.note_round(1, {7: 2.0, 8: 3.0})
     _, text = check(folder)

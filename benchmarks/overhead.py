@@ -1,0 +1,384 @@
+"""What federation costs beside bare training steps, and beside a naive app.
+
+Arms, run one after the other in each repetition, medians printed:
+
+- bare: a plain PyTorch loop over the same quantised base, adapter, batches and
+  optimiser as the clients take; one round's steps, times the number of rounds.
+- rounds: all seconds of the rounds of a real simulation, from its metrics.jsonl;
+  evaluation off.
+- command: the whole command of the README, start-up and evaluation included.
+- naive: an app that loads, quantises and builds everything for every message
+  (naive_app/); one round of a few clients, scaled to all clients and rounds.
+
+    python benchmarks/overhead.py
+    python benchmarks/overhead.py --arms many-steps one-step --repeats 3
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+NAIVE_APP = Path(__file__).parent / "naive_app"
+ARMS = ("many-steps", "one-step", "command", "naive")
+PACKAGES = ("flwr", "ray", "torch", "transformers", "peft", "trl", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work that is done bare and federated."""
+
+    clients: int
+    steps: int
+    rounds: int
+    overrides: dict[str, Any]
+
+    @property
+    def run_config(self) -> dict[str, Any]:
+        own = {"train.local-steps": self.steps, "num-server-rounds": self.rounds}
+        return own | self.overrides
+
+    def __str__(self) -> str:
+        return f"{self.clients} clients x {self.steps} steps x {self.rounds} rounds"
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    if args.bare is not None:
+        print(json.dumps(bare(**json.loads(args.bare))))
+        return
+    _say_machine()
+    smoke = {"train.batch-size": 2} if args.smoke else {}
+    if args.model:
+        smoke["model.name"] = args.model
+    if args.rows:
+        smoke |= {"data.name": args.rows}
+    clients = 2 if args.smoke else 20
+    repeats = 1 if args.smoke else args.repeats
+    fine = [_measure(arm, clients, smoke, repeats, args) for arm in args.arms]
+    sys.exit(0 if all(fine) or args.smoke else 1)
+
+
+def _measure(
+    arm: str, clients: int, more: dict[str, Any], repeats: int, args: Any
+) -> bool:
+    """Measure one arm and what it is held against; print the ratio and its bound."""
+    quiet = {"strategy.evaluate-examples": 0, "privacy.noise-probe": False} | more
+    many = 2 if args.smoke else 10
+    if arm == "many-steps":
+        job = Job(clients, many, 3, quiet)
+        return _against_bare(job, rounds_seconds, 1.10, "rounds", repeats)
+    if arm == "one-step":
+        job = Job(clients, 1, 2 if args.smoke else 10, quiet)
+        return _against_bare(job, rounds_seconds, 1.25, "rounds", repeats)
+    job = Job(clients, 1, 2 if args.smoke else 5, more)
+    if arm == "command":
+        return _against_bare(job, command_seconds, 1.5, "whole command", repeats)
+    naive_clients = 2 if args.smoke else args.naive_clients
+    ours, theirs = [], []
+    job = Job(job.clients, job.steps, job.rounds, quiet)
+    for _ in range(repeats):
+        ours.append(rounds_seconds(job))
+        theirs.append(naive_seconds(job, naive_clients))
+    print(
+        f"\n{job}: naive app measured on one round of {naive_clients} clients and "
+        f"scaled linearly; rounds only, without either one's start-up"
+    )
+    _say("fedllm", ours)
+    _say("naive", theirs)
+    ratio = statistics.median(theirs) / statistics.median(ours)
+    return _verdict("naive / fedllm", ratio, 6.0, at_least=True)
+
+
+def _against_bare(
+    job: Job, measure: Any, bound: float, name: str, repeats: int
+) -> bool:
+    federated, plain = [], []
+    for _ in range(repeats):
+        plain.append(bare_seconds(job))
+        federated.append(measure(job))
+    print(f"\n{job}: {name}; bare is one round's steps times {job.rounds}")
+    _say("bare", plain)
+    _say("fedllm", federated)
+    ratio = statistics.median(federated) / statistics.median(plain)
+    return _verdict(f"{name} / bare", ratio, bound, at_least=False)
+
+
+def _say(name: str, seconds: list[float]) -> None:
+    each = ", ".join(f"{value:.1f}" for value in seconds)
+    print(f"  {name:8} median {statistics.median(seconds):8.2f} s  ({each})")
+
+
+def _verdict(name: str, ratio: float, bound: float, at_least: bool) -> bool:
+    fine = ratio >= bound if at_least else ratio <= bound
+    sign = ">=" if at_least else "<="
+    print(
+        f"  {name} = {ratio:.3f}, bound {sign} {bound:g}: {'PASS' if fine else 'FAIL'}",
+        flush=True,
+    )
+    return fine
+
+
+def _say_machine() -> None:
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    print(
+        f"machine: {model[1] if model else platform.processor()}, {os.cpu_count()} "
+        f"cores, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f}"
+        f" GiB, load {os.getloadavg()[0]:.1f}; {_threads()} threads a client"
+    )
+    names = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    print(f"Python {platform.python_version()}, {names}", flush=True)
+
+
+def _threads() -> int:
+    """Threads of a virtual client: Ray gives its actor as many as it has CPUs."""
+    told = os.environ.get("OMP_NUM_THREADS")
+    return int(told) if told else min(2, os.cpu_count() or 1)
+
+
+# --- federated ------------------------------------------------------------------------
+
+
+def simulate(
+    app: Path, clients: int, run_config: dict[str, Any], home: Path | None = None
+) -> tuple[float, str]:
+    """Run the README's command; return its seconds and output."""
+    command = [sys.executable, "-m", "fedllm.commands.simulate", str(app)]
+    command += ["--num-supernodes", str(clients)]
+    if run_config:
+        values = " ".join(f"{k}={json.dumps(v)}" for k, v in run_config.items())
+        command += ["--run-config", values]
+    env = dict(os.environ)
+    env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"
+    started = time.monotonic()
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    seconds = time.monotonic() - started
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}{done.stderr}")
+    return seconds, done.stdout
+
+
+def rounds_seconds(job: Job) -> float:
+    """All seconds of all rounds of a simulation."""
+    _, output = simulate(ROOT, job.clients, job.run_config)
+    found = re.search(r"run folder: (\S+)", output)
+    if found is None:
+        sys.exit(f"no run folder in:\n{output[-2000:]}")
+    text = (Path(found[1]) / "metrics.jsonl").read_text("utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines[1:]:
+        if line["clients_answered"] != job.clients or line["clients_rejected"]:
+            sys.exit(f"not every client trained: {line}")
+    return sum(sum(line["seconds"].values()) for line in lines[1:])
+
+
+def command_seconds(job: Job) -> float:
+    return simulate(ROOT, job.clients, job.run_config)[0]
+
+
+def naive_seconds(job: Job, clients: int) -> float:
+    """One round of a few clients of the naive app, scaled to the job."""
+    config = _resolved(job.run_config)
+    from fedllm.config import fedllm_home
+    from fedllm.models import locate
+
+    folder = ROOT / "fedllm" / "datasets" / "wordnet_medical"
+    rows = config.data.name
+    if rows == "wordnet-medical":
+        rows = ",".join(str(path) for path in sorted(folder.glob("train-*.jsonl")))
+    told = {
+        "model": locate(config.model.name, fedllm_home()),
+        "rows": rows,
+        "batch-size": config.train.batch_size,
+        "local-steps": job.steps,
+    }
+    _, output = simulate(NAIVE_APP, clients, told)
+    found = re.search(r"naive rounds took ([\d.]+) s", output)
+    if found is None:
+        sys.exit(f"the naive app failed:\n{output[-4000:]}")
+    return float(found[1]) / clients * job.clients * job.rounds
+
+
+# --- bare -----------------------------------------------------------------------------
+
+
+def bare_seconds(job: Job) -> float:
+    """Seconds of the job's steps in a process of its own, as a client has."""
+    told = {
+        "clients": job.clients,
+        "rounds": job.rounds,
+        "run_config": job.run_config,
+    }
+    env = os.environ | {"OMP_NUM_THREADS": str(_threads())}
+    env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [sys.executable, __file__, "--bare", json.dumps(told)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(f"the bare loop failed:\n{done.stderr[-4000:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    # The same work is claimed, so it is held against the client's own training.
+    if result["difference"] > 1e-4 * max(result["moved"], 1e-9):
+        sys.exit(f"the bare loop does not do what a client does: {result}")
+    return float(result["seconds"])
+
+
+def bare(clients: int, rounds: int, run_config: dict[str, Any]) -> dict[str, float]:
+    """Take one round's steps of all clients; scale the seconds to all rounds.
+
+    Returns:
+        The seconds, and the largest difference between client 0's adapter and the one
+        that fedllm's own training makes of the same seed, and how far that moved.
+    """
+    import numpy as np
+    import torch
+
+    from fedllm.adapters import adapter_spec, attach, get_trained, initial_arrays
+    from fedllm.config import fedllm_home
+    from fedllm.data import load_rows, partition, tokenize
+    from fedllm.evaluation import labelled
+    from fedllm.models import load_base, load_config, load_tokenizer, locate
+    from fedllm.training import train_adapter, training_seed
+
+    config = _resolved(run_config)
+    if config.adapter.kind == "auto" or config.train.optimizer != "sgd":
+        sys.exit("the bare loop knows a fixed kind of adapter and plain SGD")
+    torch.set_num_threads(_threads())
+    location = locate(config.model.name, fedllm_home())
+    spec = adapter_spec(config.adapter, load_config(location), config.seed)
+    base = load_base(location, config.model.quantization, fedllm_home())
+    model = attach(base, spec)
+    tokenizer = load_tokenizer(location)
+    rows = load_rows(config.data, None)
+    examples = [
+        labelled(
+            tokenize(
+                partition(config.data, rows, index, clients, config.seed),
+                tokenizer,
+                config.data,
+                config.train.max_length,
+            )
+        )
+        for index in range(clients)
+    ]
+    initial = initial_arrays(spec)
+    seeds = [training_seed(config.seed, 1, index) for index in range(clients)]
+    rate = config.train.learning_rate
+
+    def trained_by_client() -> dict[str, Any]:
+        return train_adapter(
+            *(model, spec, tokenizer, examples[0], initial, config.train),
+            *(rate, seeds[0]),
+        ).arrays
+
+    pad = tokenizer.pad_token_id or 0
+    wanted = trained_by_client()  # also warms up what is compiled at first use
+    seconds, first = 0.0, None
+    for index in range(clients):
+        took = _steps(model, spec, initial, examples[index], config, pad, seeds[index])
+        seconds += took
+        first = first or get_trained(model, spec)
+    gap = max(float(np.abs(first[k] - wanted[k]).max()) for k in wanted)
+    moved = max(float(np.abs(wanted[k] - initial[k]).max()) for k in wanted)
+    return {"seconds": seconds * rounds, "difference": gap, "moved": moved}
+
+
+def _steps(
+    model: Any,
+    spec: Any,
+    initial: Any,
+    examples: list[Any],
+    config: Any,
+    pad: int,
+    seed: int,
+) -> float:
+    """One client's steps; return their seconds."""
+    import torch
+
+    from fedllm.adapters import set_trained
+    from fedllm.evaluation import answer_losses, collate
+
+    set_trained(model, spec, initial)
+    model.train()
+    device = next(model.parameters()).device
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # LoRA's parameters come as the base's type; the client trains them in float32.
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    set_trained(model, spec, initial)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    optimizer = torch.optim.SGD(parameters, lr=config.train.learning_rate)
+    for batch in _batches(
+        len(examples), config.train.batch_size, config.train.local_steps, seed
+    ):
+        inputs = collate([examples[index] for index in batch], pad)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        answer_losses(model, **inputs).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _batches(count: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """Yield the indices that the trainer draws with this seed."""
+    import torch
+
+    epoch = 0
+    while steps > 0:
+        generator = torch.Generator().manual_seed(seed + epoch)
+        order = torch.randperm(count, generator=generator).tolist()
+        for start in range(0, count, size):
+            if steps > 0:
+                yield order[start : start + size]
+            steps -= 1
+        epoch += 1
+
+
+def _resolved(overrides: dict[str, Any]) -> Any:
+    from flwr.common.config import flatten_dict
+
+    from fedllm.config import parse_run_config
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    defaults = flatten_dict(project["tool"]["flwr"]["app"]["config"])
+    return parse_run_config({**defaults, **overrides})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--naive-clients", type=int, default=4, metavar="N")
+    parser.add_argument("--smoke", action="store_true", help="small, once, no verdict")
+    parser.add_argument("--model", help="model.name of all arms")
+    parser.add_argument("--rows", help="data.name of all arms")
+    parser.add_argument("--bare", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
