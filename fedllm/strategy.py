@@ -230,11 +230,19 @@ class AdapterFedAvg(FedAvg):
         """Say nothing: the run says what it does before round 1."""
 
     def read(self, replies: Iterable[Message]) -> Iterator[Reply]:
-        """Decode replies one at a time, and count them; yield those with arrays."""
+        """Decode replies one at a time, and count them; yield those with arrays.
+
+        Of one node only the first counts: two would add twice the clipping norm.
+        """
+        answered: set[int] = set()
         for message in replies:
             reply = read_reply(message, self.shapes, self.config.wire.encoding)
             self.round.answered += 1
             self.round.bytes_up += reply.num_bytes
+            if reply.node_id in answered:
+                self.reject(reply, "malformed")
+                continue
+            answered.add(reply.node_id)
             if reply.code is None:
                 self.round.epsilons[reply.node_id] = reply.epsilon
                 if self._may_measure and reply.seconds:

@@ -177,6 +177,17 @@ def packed_answer(message, update, encoding, generator):
     return Message(RecordDict({ARRAYS: record}), reply_to=message)
 
 
+def test_of_two_replies_of_one_node_the_first_counts(tmp_path):
+    strategy = noiseless(tmp_path)
+    first, *_ = ask(strategy)
+    replies = [answer(first, shifted(9.0)), answer(first, shifted(9.0))]
+
+    record, _ = strategy.aggregate_train(1, replies)
+
+    assert np.linalg.norm(moved(strategy, record)) == pytest.approx(C / 4, rel=1e-5)
+    assert [code for _, code, _ in strategy.round.rejected] == ["malformed"]
+
+
 def test_the_result_does_not_depend_on_the_order_of_replies(tmp_path):
     rng = np.random.default_rng(1)
     updates = [
