@@ -33,7 +33,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Its files are those that OpenLLaMA has, and no more.
     """
     folder = tmp_path_factory.mktemp("tiny-llama")
-    _save_llama(folder)
+    save_llama(folder)
     return folder
 
 
@@ -41,12 +41,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_chat_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `tiny_llama`, with a chat template."""
     folder = tmp_path_factory.mktemp("tiny-chat-llama")
-    _save_llama(folder)
+    save_llama(folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder
 
 
-def _save_llama(folder: Path) -> None:
+def save_llama(folder: Path) -> None:
     import torch
     from sentencepiece import SentencePieceTrainer
     from transformers import LlamaConfig, LlamaForCausalLM
