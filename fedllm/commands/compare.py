@@ -136,7 +136,7 @@ def centralised(config: RunConfig, num_clients: int) -> RunConfig:
         train = replace(train, local_steps=train.local_steps * sampled)
     else:
         epochs = train.local_epochs * sampled / num_clients
-        train = replace(train, local_epochs=epochs)  # type: ignore[arg-type]
+        train = replace(train, local_epochs=epochs)
     strategy = replace(config.strategy, sampling="all")
     return replace(config, train=train, strategy=strategy)
 
