@@ -50,7 +50,7 @@ def export(adapter: Path, out: Path) -> None:
     base_name = read_base_name(adapter)
     # In bfloat16 small updates would be lost in rounding.
     base = load_base(base_name, 0, fedllm_home()).float()
-    merged = load_adapter(base, adapter).merge_and_unload()  # type: ignore[operator]
+    merged = load_adapter(base, adapter).merge_and_unload()
     # A folder that is there is a whole one.
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
