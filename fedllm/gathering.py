@@ -4,11 +4,12 @@ import logging
 import time
 from collections.abc import Collection, Iterator, Sequence
 
-from flwr.app import Message
+from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedllm.config import RunConfig
 from fedllm.errors import FederationError
+from fedllm.replies import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
@@ -20,13 +21,23 @@ class Gathering:
 
     Iterating asks for one message id a call, since Grid inflates all that it is asked
     for; so at most one reply is in memory. Each message is answered at most once.
+
+    Guarantee:
+        Who replied is who was asked. A reply bears its own metadata, which a client
+        writes and the SuperLink does not hold against the sender, so none of it is
+        kept: under another node's name it would take that node's place.
     """
 
     def __init__(self, grid: Grid, messages: list[Message], timeout: float) -> None:
         self._grid = grid
         self._timeout = timeout
         self._started = time.monotonic()
-        self._pending = [i for i in grid.push_messages(messages) if i is not None]
+        ids = grid.push_messages(messages)
+        self._pending = {
+            i: message
+            for i, message in zip(ids, messages, strict=False)
+            if i is not None
+        }
         self._asked = len(messages)
         self._title: str | None = None
         self._may_count = True
@@ -44,17 +55,17 @@ class Gathering:
         pause, answered, told = 0.05, 0, self._started
         while self._pending:
             arrived = False
-            for message_id in list(self._pending):
+            for message_id, asked in list(self._pending.items()):
                 began = time.monotonic()
-                replies = self._pull(message_id)
+                content = self._pull(message_id)
                 self.seconds += time.monotonic() - began
-                if replies is None:
+                if content is None:
                     continue
-                self._pending.remove(message_id)
+                del self._pending[message_id]
                 arrived = True
                 answered += 1
-                if replies:
-                    yield replies[0]
+                yield Message(content, reply_to=asked)
+                del content
                 now = time.monotonic()
                 if self._title and (
                     answered == 1
@@ -85,21 +96,23 @@ class Gathering:
             f", about {left:.0f} s left" if answered < self._asked else "",
         )
 
-    def _pull(self, message_id: str) -> list[Message] | None:
-        """Return the reply to one message; None while there is none.
+    def _pull(self, message_id: str) -> RecordDict | Error | None:
+        """Return what came in reply to one message; None while there is nothing.
 
-        A reply that cannot even be inflated is dropped, and counts as zero.
+        A reply that cannot even be inflated, for memory or for hostile bytes, comes as
+        an error that says so.
         """
         try:
             replies = list(self._grid.pull_messages([message_id]))
+            if not replies:
+                return None
+            reply = replies[0]
+            return reply.error if reply.has_error() else reply.content
         except (ConnectionError, TimeoutError):
             return None
         except Exception as error:  # noqa: BLE001 - hostile bytes must not stop a round
-            # Where cohorts are secret, that somebody replied is too.
-            if self._may_count:
-                logger.warning("a reply could not be read: %s", type(error).__name__)
-            return []
-        return replies[:1] or None
+            reason = f"the reply could not be read: {type(error).__name__}"
+            return Error(UNREADABLE, reason)
 
 
 def renewed(population: Sequence[int], connected: Collection[int]) -> list[int]:

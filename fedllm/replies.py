@@ -34,6 +34,10 @@ ERROR_CODES = (
 )
 """All that a client may say of its failure under differential privacy."""
 
+UNREADABLE = 0
+"""Code of the error that stands for a reply that could not be inflated (in Flower: an
+unknown error)."""
+
 _MAX_HEADER_BYTES = 1024
 _KINDS = {"f": "a float of at most 64 bits", "u": "bytes"}
 _LARGEST_ITEM = {"f": 8, "u": 1}
@@ -104,7 +108,9 @@ def read_reply(
         node_id = int(message.metadata.src_node_id)
         if message.has_error():
             reason = str(message.error.reason or "")[:2000]
-            return Reply(node_id, code="failed", text=reason)
+            unreadable = message.error.code == UNREADABLE
+            told = "malformed" if unreadable else "failed"
+            return Reply(node_id, code=told, text=reason)
         content = message.content
         if ERROR in content.config_records:
             record = content.config_records[ERROR]

@@ -312,8 +312,8 @@ def test_a_reply_that_cannot_be_inflated_counts_as_zero(settings):
     federation, _ = start({**settings, "num-server-rounds": 1}, answer)
     federation.run()
 
-    assert lines_of(federation)[1]["clients_rejected"] == 0
-    assert lines_of(federation)[1]["clients_answered"] == 2
+    assert lines_of(federation)[1]["clients_rejected"] == 1
+    assert lines_of(federation)[1]["clients_answered"] == 3
 
 
 def test_destructive_noise_is_refused_where_the_user_says_so(settings, monkeypatch):

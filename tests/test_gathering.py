@@ -1,11 +1,13 @@
-"""Lines of progress: sparing, with the time left, and none where cohorts are secret."""
+"""Lines of progress: sparing, with the time left, none of secret cohorts; and senders."""
 
 import logging
 
 import pytest
+from flwr.app import Message, RecordDict
 
 from fedllm import gathering
 from fedllm.gathering import Gathering
+from tests.flower_messages import instruction, reply
 
 
 class SlowGrid:
@@ -24,12 +26,12 @@ class SlowGrid:
 
     def pull_messages(self, ids):
         ready = 100.0 + ids[0] + 1.0
-        return ["reply"] if self.now >= ready else []
+        return [reply(RecordDict())] if self.now >= ready else []
 
 
 def progress(count, may_count, monkeypatch, caplog, timeout=1e4):
     caplog.set_level(logging.INFO)
-    waiting = Gathering(SlowGrid(count, monkeypatch), ["m"] * count, timeout)
+    waiting = Gathering(SlowGrid(count, monkeypatch), [instruction()] * count, timeout)
     waiting.describe(2, 5, may_count)
     answered = len(list(waiting))
     return answered, caplog.messages
@@ -64,3 +66,49 @@ def test_secret_cohorts_are_not_counted_aloud(monkeypatch, caplog):
 
     assert answered == 4
     assert lines == []
+
+
+class OneGrid:
+    """Has one reply to each message, or raises it."""
+
+    def __init__(self, replies):
+        self.replies = replies
+
+    def push_messages(self, messages):
+        return list(range(len(messages)))
+
+    def pull_messages(self, ids):
+        found = self.replies[ids[0]]
+        if isinstance(found, BaseException):
+            raise found
+        return [found]
+
+
+def test_who_replied_is_who_was_asked_whatever_a_reply_says_of_itself():
+    asked = [instruction(node_id=5), instruction(node_id=6)]
+    forged = reply(RecordDict(), node_id=5)
+    honest = Message(RecordDict(), reply_to=asked[0])
+
+    came = list(Gathering(OneGrid([honest, forged]), asked, 1.0))
+
+    assert [message.metadata.src_node_id for message in came] == [5, 6]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError(), RecursionError()])
+def test_a_reply_that_cannot_be_inflated_is_an_error_of_its_node(error):
+    asked = [instruction(node_id=5), instruction(node_id=6)]
+    replies = [error, Message(RecordDict(), reply_to=asked[1])]
+
+    broken, honest = Gathering(OneGrid(replies), asked, 1.0)
+
+    assert broken.metadata.src_node_id == 5 and honest.has_content()
+    assert type(error).__name__ in broken.error.reason
+
+
+def test_a_reply_with_neither_content_nor_error_is_an_error_too():
+    empty = reply(RecordDict())
+    empty.__dict__["_content"] = None
+
+    (came,) = Gathering(OneGrid([empty]), [instruction()], 1.0)
+
+    assert came.has_error()
