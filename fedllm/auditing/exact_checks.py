@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,8 @@ _MOST_COUNTED = 100
 # Sums of a few C in float64, and the division by n.
 _ROUNDING = 1e-9
 _SMALL = 64
+# The kind of hostile reply that is clipped to C along what all others send.
+_COUNTS_WHOLE = "far along the others"
 
 
 def sensitivity(setup: Setup) -> Finding:
@@ -55,8 +57,11 @@ def _moved_by(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NumPy warns of hostile headers.
-        sums = {k: _sum_with(setup, c, encoding) for k, c in kinds.items()}
-    without, clip = _sum_with(setup, None, encoding), setup.settings.clipping_norm
+        sums = {k: _sum_with(setup, [c], encoding) for k, c in kinds.items()}
+        for kind in kinds.keys() & {_COUNTS_WHOLE}:
+            replies = [kinds[kind]] * 2
+            sums[f"{kind}, sent twice"] = _sum_with(setup, replies, encoding)
+    without, clip = _sum_with(setup, [], encoding), setup.settings.clipping_norm
     worst = max((norm_of(v - without) / clip, kind) for kind, v in sums.items())
     pairs = itertools.combinations(sums.values(), 2)
     return worst, max(norm_of(a - b) / clip for a, b in pairs)
@@ -152,11 +157,10 @@ def recomputed_epsilon(settings: PrivacySettings, content: Mapping[str, Any]) ->
     return min(unsampled, float(accountant.get_epsilon(delta)))
 
 
-def _sum_with(setup: Setup, content: Content | None, encoding: Encoding) -> Vector:
-    """Return the noiseless sum of honest replies and one more, in a fresh round."""
+def _sum_with(setup: Setup, sent: Sequence[Content], encoding: Encoding) -> Vector:
+    """Return the noiseless sum of honest replies and what one more client sent."""
     config = replace(setup.config, wire=WireConfig(encoding=encoding))
     with setup.bench(_SMALL, silent=True, config=config) as bench:
         first, *others = bench.population
         replies = [(node, honest_reply(bench, 2.0)) for node in others]
-        hostile = [] if content is None else [(first, content)]
-        return bench.release(1, [*replies, *hostile])
+        return bench.release(1, [*replies, *((first, content) for content in sent)])

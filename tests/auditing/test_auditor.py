@@ -333,6 +333,18 @@ def test_a_sum_that_rounds_away_from_zero_is_convicted(monkeypatch):
     assert "sensitivity" in failed(auditor().run())
 
 
+def test_a_client_that_counts_as_often_as_it_replies_is_convicted(monkeypatch):
+    real = AdapterFedAvg.read
+
+    def read(self, replies):
+        for reply in replies:
+            yield from real(self, [reply])
+
+    monkeypatch.setattr(AdapterFedAvg, "read", read)
+
+    assert failed(auditor().run()) == {"sensitivity"}
+
+
 def test_coins_of_a_seed_are_convicted(monkeypatch):
     keys = {"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
     keys |= {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
