@@ -26,16 +26,22 @@ class PublicRows:
         base_name: Folder or hub id of the base model.
         spec: The run's adapter.
         home: Where models are cached.
+        model: The base with this adapter on it, where it is loaded already.
     """
 
     def __init__(
-        self, config: RunConfig, base_name: str, spec: AdapterSpec, home: Path
+        self,
+        config: RunConfig,
+        base_name: str,
+        spec: AdapterSpec,
+        home: Path,
+        model: Any = None,
     ) -> None:
         self._config = config
         self._base_name = base_name
         self._spec = spec
         self._home = home
-        self._model: Any = None
+        self._model: Any = model
         self._tokenizer: Any = None
         self._examples: dict[str, list[dict[str, Any]]] = {}
 
@@ -59,7 +65,7 @@ class PublicRows:
             return None
         model = self._load_model()
         set_trained(model, self._spec, arrays)
-        return held_out(model, examples, self._tokenizer.pad_token_id or 0)
+        return held_out(model, examples, self._load_tokenizer().pad_token_id or 0)
 
     def _load_examples(self, split: _Split) -> list[dict[str, Any]]:
         """Tokenise the rows of a split once."""

@@ -118,7 +118,7 @@ class Bench:
         make: MakeStrategy = make_strategy,
         silent: bool = False,
     ) -> None:
-        _be_a_task()
+        be_a_task()
         self.settings = bench_settings(config, settings, dimension, num_clients)
         self.config = config
         self.population = list(range(1, num_clients + 1))
@@ -286,7 +286,7 @@ def _replies(contents: Contents) -> Iterator[Message]:
         yield Message(content, reply_to=asked)
 
 
-def _be_a_task() -> None:
+def be_a_task() -> None:
     """Give this process the identity that Flower's Message wants (private API)."""
     try:
         _ = TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id

@@ -1,0 +1,93 @@
+"""The comparison: every arm on a small model, and what it adds up to."""
+
+import json
+
+import pytest
+
+from fedllm.commands import compare
+from fedllm.commands.compare_report import summarise
+from tests.test_federation import write_rows
+
+
+@pytest.fixture
+def config_file(tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
+    path = tmp_path / "run.toml"
+    rows = [write_rows(tmp_path / f"{i}.jsonl", 12, 100 * i) for i in range(3)]
+    path.write_text(f"""
+num-server-rounds = 2
+[model]
+name = "{tiny_llama}"
+quantization = 0
+[data]
+name = "{rows[0]}"
+public-validation = "{rows[1]}"
+public-test = "{rows[2]}"
+[adapter]
+kind = "lora"
+rank = 4
+[train]
+batch-size = 2
+local-steps = 1
+""")
+    return path
+
+
+def test_every_arm_is_trained_once_and_a_second_sitting_trains_nothing(
+    config_file, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    command = [
+        "--run-config",
+        str(config_file),
+        "--num-clients",
+        "2",
+        "--out",
+        str(out),
+    ]
+    compare.main(command)
+    content = json.loads((out / "compare.json").read_text())
+    arms = {row["arm"]: row for row in content["rows"]}
+    ledger = json.loads((out / "seed-42" / "privacy-1.json").read_text())
+
+    assert set(arms) == {
+        *("base", "federated", "federated-dp", "centralised", "alone-0", "alone-1")
+    }
+    assert len(ledger["releases"]) == 2
+    assert arms["federated-dp"]["epsilon"] > 0
+    assert arms["federated"]["epsilon"] is None
+    losses = arms["federated"]["validation_losses"]
+    assert len(losses) == 3 and losses[0] != losses[2]
+    assert "<svg" in (out / "compare.svg").read_text()
+
+    monkeypatch.setattr(compare, "Bench", None)
+    compare.main(command)
+    assert json.loads((out / "compare.json").read_text()) == content
+
+
+def test_the_centralised_arm_sees_as_many_examples_as_all_clients(config_file):
+    config = compare.read_config(config_file)
+    assert compare.centralised(config, 20).train.local_steps == 20
+
+
+def test_a_folder_of_another_comparison_is_refused(config_file, tmp_path):
+    (tmp_path / "setting.json").write_text("{}")
+    with pytest.raises(SystemExit, match="another"):
+        compare.main(["--run-config", str(config_file), "--out", str(tmp_path)])
+
+
+def test_intervals_are_over_seeds_and_the_worst_client_has_the_highest_loss():
+    rest = dict.fromkeys(
+        ("perplexity", "accuracy", "best_round", "seconds", "megabytes", "epsilon")
+    )
+    rows = [
+        {"arm": f"alone-{i}", "seed": seed, "test_loss": 1.0 + i + seed, **rest}
+        for i in range(2)
+        for seed in range(2)
+    ]
+    summary = summarise(rows)
+    assert summary["alone, worst"]["test_loss"]["mean"] == 2.5
+    assert summary["alone, best"]["test_loss"]["mean"] == 1.5
+    # t(1) = 12.706 and the standard error of 1 and 2 is 0.5.
+    assert summary["alone, mean"]["test_loss"]["half_width_95"] == pytest.approx(6.353)
+    assert summary["alone, mean"]["perplexity"] is None
