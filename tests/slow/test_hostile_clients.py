@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 HERE = Path(__file__).parent / "hostile"
 SECRET = "what-only-this-node-knows"
-ROUNDS, ATTACKERS, CLIP, TIMEOUT = 8, 3, 0.5, 40.0
+ROUNDS, ATTACKERS, CLIP, TIMEOUT = 7, 3, 0.5, 40.0
 
 
 def hostile_app(folder: Path) -> Path:

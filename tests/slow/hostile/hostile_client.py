@@ -35,9 +35,7 @@ def train(message: Message, context: Context) -> Message:
     server_round = int(message.content.config_records["config"]["server-round"])
     number = ATTACKERS * (server_round - 1) + int(attacker)
     content = ATTACKS[number](message.content.array_records["arrays"])
-    reply = Message(content, reply_to=message)
-    reply.metadata.__dict__.update(FORGED.get(number, {}))
-    return reply
+    return Message(content, reply_to=message)
 
 
 def changed(by):
@@ -79,13 +77,6 @@ def absurd_metrics(sent):
     return content
 
 
-def extra_records(sent):
-    content = changed(lambda value: value + 9)(sent)
-    for name in ("another", "x" * 10_000, "../../etc"):
-        content[name] = ConfigRecord({"text": "x" * 100_000})
-    return content
-
-
 def raises(sent):
     raise RuntimeError(SECRET)
 
@@ -122,15 +113,8 @@ ATTACKS = [
     long_error,
     changed(lambda value: np.asfortranarray(value + 9)),
     changed(lambda value: value.astype(">f8") - 9),
-    # A reply in another node's name, and one to another message than that which asked.
-    changed(lambda value: value + 9),
-    changed(lambda value: value + 9),
-    extra_records,
     # Together at the end: one round waits for the time limit.
     raises,
     exits,
     hangs,
 ]
-
-FORGED = {18: {"_src_node_id": 12345}, 19: {"_reply_to_message_id": "0" * 64}}
-"""Number of an attack -> what it writes into its reply's metadata."""
