@@ -185,6 +185,28 @@ def load_base(
     return model.eval()
 
 
+def load_quantised(
+    location: str, bits: int, device: str | None = None
+) -> "PreTrainedModel":
+    """Return a model quantised anew, to be saved elsewhere: nothing is kept for later.
+
+    Args:
+        location: Folder of an unquantised model.
+        bits: 4 or 8, as in `load_base`.
+        device: As in `load_base`.
+
+    Raises:
+        ModelError: It cannot be read or quantised here.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _require_bitsandbytes(device)
+    options = _quantization_config(bits, device)
+    model: PreTrainedModel = _load(location, device, quantization_config=options)
+    return model
+
+
 def _load(location: str, device: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 

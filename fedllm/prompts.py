@@ -5,6 +5,7 @@ prompt and completion columns; without one the text is Alpaca's, as TRL would ta
 from plain prompt and completion columns.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedllm.config import DataConfig
@@ -53,12 +54,24 @@ def to_prompt_completion(
     return prompt, completion
 
 
-def chat_prompt(tokenizer: "PreTrainedTokenizerBase", question: str) -> str:
+def chat_prompt(
+    tokenizer: "PreTrainedTokenizerBase",
+    question: str,
+    history: Sequence[tuple[str, str]] = (),
+) -> str:
     """Return the text that asks a question the way the training rows do.
 
     It holds every special token: encode it with `add_special_tokens=False`.
+
+    Args:
+        tokenizer: The base model's tokenizer.
+        question: What is asked now.
+        history: Earlier (question, answer) pairs, the oldest first.
     """
-    prompt = [_message("user", question)]
+    prompt = []
+    for asked, answered in history:
+        prompt += [_message("user", asked), _message("assistant", answered)]
+    prompt.append(_message("user", question))
     if tokenizer.chat_template:
         return str(
             tokenizer.apply_chat_template(

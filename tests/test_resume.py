@@ -108,7 +108,8 @@ def kept(folder: Path) -> dict[str, Any]:
         for name, value in safetensors.numpy.load_file(path).items():
             found[f"{path.parent.name} {name}"] = value.tobytes()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    found["lines"] = [{**json.loads(line), "seconds": None} for line in lines]
+    untimed = {"seconds": None, "client_seconds": None}
+    found["lines"] = [{**json.loads(line), **untimed} for line in lines]
     result = json.loads((folder / "result.json").read_text())
     found["result"] = {**result, "recommended": Path(result["recommended"]).name}
     return found

@@ -5,8 +5,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from fedllm.config import DataConfig, RunConfig, fedllm_home, parse_run_config
 from fedllm.errors import AdapterError, DataError, FedllmError
 
 NOT_ADVICE = "This is a language model's text, not medical advice."
+
+Turn = tuple[str, str]
+"""A question and its answer."""
 
 
 @dataclass
@@ -40,10 +43,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    if not (args.question or args.interactive or args.benchmark or args.held_out):
+    measured = args.benchmark or args.held_out or args.off_topic or args.open
+    if not (args.question or args.interactive or measured):
         parser.error(
-            "say what to do: --question, --interactive, --benchmark, --held-out"
+            "say what to do: --question, --interactive, --benchmark, --held-out, "
+            "--off-topic, --open"
         )
+    if args.json and args.interactive:
+        parser.error("--interactive is a conversation: it has no --json")
     try:
         _run(args)
     except FedllmError as error:
@@ -63,6 +70,10 @@ def _run(args: argparse.Namespace) -> None:
         report["held_out"] = _held_out(args, asker)
     if args.benchmark:
         report["benchmark"] = _benchmark(args, asker, Path(args.benchmark))
+    if args.off_topic:
+        report["off_topic"] = _off_topic(args, asker)
+    if args.open:
+        report["open"] = _open(args, asker, Path(args.open))
     if args.question:
         report["question"] = args.question
         report["answers"] = _answer(args, asker, args.question)
@@ -96,8 +107,31 @@ class _Asker:
 
         return chat_prompt(self.tokenizer, question)
 
+    def prompt_after(self, history: Sequence[Turn], question: str, num_new: int) -> str:
+        """Return the prompt with as much of the latest history as the model can hold.
+
+        Args:
+            history: Earlier turns, the oldest first.
+            question: What is asked now.
+            num_new: Tokens that the answer may take.
+        """
+        from fedllm.data import chat_prompt
+
+        limit = getattr(self.model.config, "max_position_embeddings", None) or 2048
+        for start in range(len(history) + 1):
+            prompt = chat_prompt(self.tokenizer, question, history[start:])
+            # Not verbose: what is too long is the very question.
+            encoded = self.tokenizer(prompt, add_special_tokens=False, verbose=False)
+            if len(encoded["input_ids"]) + num_new <= limit:
+                break
+        return prompt
+
     def answer(
-        self, question: str, args: argparse.Namespace, tuned: bool
+        self,
+        question: str,
+        args: argparse.Namespace,
+        tuned: bool,
+        history: Sequence[Turn] = (),
     ) -> Iterator[str]:
         from fedllm.evaluation import generate
 
@@ -105,7 +139,7 @@ class _Asker:
             yield from generate(
                 self.model,
                 self.tokenizer,
-                self.prompt(question),
+                self.prompt_after(history, question, args.max_new_tokens),
                 args.max_new_tokens,
                 args.temperature,
             )
@@ -118,11 +152,14 @@ class _Asker:
             return contextlib.nullcontext()
         return self.model.disable_adapter()
 
+    def both(self) -> list[tuple[str, bool]]:
+        """Return the base, and the tuned model where there is one."""
+        tuned = [] if self.subject.folder is None else [("tuned", True)]
+        return [("base", False), *tuned]
+
     def names(self, args: argparse.Namespace) -> list[tuple[str, bool]]:
         """Return which models are asked: (name, with the adapter)."""
-        if self.subject.folder is None:
-            return [("base", False)]
-        return [("base", False), ("tuned", True)] if args.base else [("tuned", True)]
+        return self.both() if args.base else self.both()[-1:]
 
 
 def find_subject(peft_path: str | None, home: Path) -> Subject:
@@ -163,13 +200,19 @@ def find_subject(peft_path: str | None, home: Path) -> Subject:
     return Subject(folder, base_name, int(origin.get("quantization", 4)), text, of_run)
 
 
-def _answer(args: argparse.Namespace, asker: _Asker, question: str) -> dict[str, str]:
-    """Stream the answers of each model."""
+def _answer(
+    args: argparse.Namespace,
+    asker: _Asker,
+    question: str,
+    histories: Mapping[str, Sequence[Turn]] | None = None,
+) -> dict[str, str]:
+    """Stream the answers of each model, each after its own history."""
     answers = {}
+    histories = histories or {}
     for name, tuned in asker.names(args):
         _say(args, f"\n{name}: ", end="")
         pieces = []
-        for piece in asker.answer(question, args, tuned):
+        for piece in asker.answer(question, args, tuned, histories.get(name, ())):
             _say(args, piece, end="")
             pieces.append(piece)
         _say(args, "")
@@ -181,7 +224,7 @@ def _answer(args: argparse.Namespace, asker: _Asker, question: str) -> dict[str,
 def _held_out(args: argparse.Namespace, asker: _Asker) -> dict[str, Any]:
     """Measure loss and perplexity on the run's public test rows."""
     from fedllm.data import load_public, tokenize
-    from fedllm.evaluation import held_out, labelled
+    from fedllm.evaluation import labelled
 
     config = asker.subject.config
     data = config.data if config else DataConfig()
@@ -192,8 +235,44 @@ def _held_out(args: argparse.Namespace, asker: _Asker) -> dict[str, Any]:
             "--held-out: this run has no public test rows (data.public-test)"
         )
     examples = labelled(tokenize(rows, asker.tokenizer, data, length))
+    return _losses(args, asker, examples, "test rows", asker.names(args))
+
+
+def _off_topic(args: argparse.Namespace, asker: _Asker) -> dict[str, Any]:
+    """Measure the loss of base and tuned model on general knowledge: forgetting shows."""
+    from datasets import Dataset
+
+    from fedllm.data import tokenize
+    from fedllm.evaluation import labelled
+    from fedllm.open_answers import off_topic_rows
+
+    data = DataConfig(prompt_column="question", response_column="answer")
+    length = RunConfig().train.max_length
+    rows = Dataset.from_list(off_topic_rows())
+    examples = labelled(tokenize(rows, asker.tokenizer, data, length))
+    return _losses(args, asker, examples, "off-topic questions", asker.both())
+
+
+def _losses(
+    args: argparse.Namespace,
+    asker: _Asker,
+    examples: Sequence[Mapping[str, Any]],
+    what: str,
+    names: Sequence[tuple[str, bool]],
+) -> dict[str, Any]:
+    """Measure the loss of models on labelled examples.
+
+    Args:
+        args: The command line.
+        asker: The models.
+        examples: Rows with `input_ids` and `labels`.
+        what: What the rows are, in a sentence.
+        names: Which models: (name, with the adapter).
+    """
+    from fedllm.evaluation import held_out
+
     scores = {}
-    for name, tuned in asker.names(args):
+    for name, tuned in names:
         with asker.adapter(tuned):
             score = held_out(asker.model, examples, asker.tokenizer.pad_token_id or 0)
         scores[name] = {
@@ -205,7 +284,7 @@ def _held_out(args: argparse.Namespace, asker: _Asker) -> dict[str, Any]:
         _say(
             args,
             f"{name}: loss {score.loss:.3f}, perplexity {score.perplexity:.2f} on "
-            f"{score.num_examples} test rows ({score.num_tokens} answer tokens)",
+            f"{score.num_examples} {what} ({score.num_tokens} answer tokens)",
         )
     return scores
 
@@ -236,9 +315,28 @@ def _benchmark(args: argparse.Namespace, asker: _Asker, path: Path) -> dict[str,
     return scores
 
 
+def _open(args: argparse.Namespace, asker: _Asker, path: Path) -> dict[str, Any]:
+    """Let the models answer open questions, and hold that against the references."""
+    from fedllm.open_answers import load_open_questions, score_answers
+
+    rows = load_open_questions(path)
+    scores = {}
+    for name, tuned in asker.names(args):
+        answers = ["".join(asker.answer(r["question"], args, tuned)) for r in rows]
+        score = score_answers(answers, [row["answer"] for row in rows])
+        scores[name] = asdict(score)
+        _say(
+            args,
+            f"{name}: exact match {score.exact_match:.3f}, ROUGE-L {score.rouge_l:.3f} "
+            f"on {score.num_questions} open questions",
+        )
+    return scores
+
+
 def _interact(args: argparse.Namespace, asker: _Asker) -> None:
-    """Answer questions until the input ends."""
-    _say(args, f"{NOT_ADVICE} An empty line ends.")
+    """Answer questions until the input ends; each model remembers its own answers."""
+    _say(args, f"{NOT_ADVICE} An empty line ends, /new forgets what was said.")
+    histories: dict[str, list[Turn]] = {}
     while True:
         try:
             question = input("> ").strip()
@@ -246,7 +344,11 @@ def _interact(args: argparse.Namespace, asker: _Asker) -> None:
             return
         if not question:
             return
-        _answer(args, asker, question)
+        if question == "/new":
+            histories = {}
+            continue
+        for name, answer in _answer(args, asker, question, histories).items():
+            histories.setdefault(name, []).append((question, answer))
 
 
 def _say(args: argparse.Namespace, text: str, end: str = "\n") -> None:
@@ -304,6 +406,16 @@ def _parser() -> argparse.ArgumentParser:
         "--benchmark",
         metavar="FILE.jsonl",
         help="multiple choice: lines with question, options, answer (an index)",
+    )
+    parser.add_argument(
+        "--open",
+        metavar="FILE.jsonl",
+        help="exact match and ROUGE-L: lines with question and answer",
+    )
+    parser.add_argument(
+        "--off-topic",
+        action="store_true",
+        help="loss of base and tuned model on general knowledge",
     )
     parser.add_argument(
         "--interactive", action="store_true", help="ask again and again"

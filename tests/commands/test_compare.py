@@ -91,3 +91,43 @@ def test_intervals_are_over_seeds_and_the_worst_client_has_the_highest_loss():
     # t(1) = 12.706 and the standard error of 1 and 2 is 0.5.
     assert summary["alone, mean"]["test_loss"]["half_width_95"] == pytest.approx(6.353)
     assert summary["alone, mean"]["perplexity"] is None
+
+
+@pytest.mark.parametrize("partition", ["natural", "dirichlet"])
+def test_a_sitting_that_was_stopped_goes_on_with_what_is_missing(
+    partition, config_file, tmp_path, monkeypatch
+):
+    rows = [
+        {"instruction": f"What is {i}?", "response": f"It is {i}.", "site": str(i % 2)}
+        for i in range(12)
+    ]
+    train = tmp_path / "sites.jsonl"
+    train.write_text("\n".join(json.dumps(row) for row in rows))
+    text = config_file.read_text().replace(str(tmp_path / "0.jsonl"), str(train))
+    config_file.write_text(text.replace("[data]", f'[data]\npartition = "{partition}"'))
+    out = tmp_path / "out"
+    command = ["--run-config", str(config_file), "--num-clients", "2"]
+    command += ["--seed", "1", "2", "--out", str(out)]
+    real, measured = compare.Bench.measure, []
+
+    def measure(bench, arm, folder):
+        measured.append((bench.config.seed, arm))
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        return real(bench, arm, folder)
+
+    monkeypatch.setattr(compare.Bench, "measure", measure)
+    with pytest.raises(SystemExit, match="goes on"):
+        compare.main(command)
+    assert not (out / "compare.json").exists()
+    compare.main(command)
+
+    content = json.loads((out / "compare.json").read_text())
+    assert measured[3] == measured[4]
+    assert len(measured) == 13
+    alone = {
+        r["arm"]: r["test_loss"] for r in content["rows"] if r["arm"].startswith("al")
+    }
+    assert len(set(alone.values())) == 2
+    assert content["summary"]["federated"]["test_loss"]["seeds"] == 2
+    assert content["equal"] in (out / "compare.md").read_text()

@@ -175,6 +175,67 @@ def test_the_interactive_mode_ends_with_an_empty_line(run, capsys, monkeypatch):
     assert NOT_ADVICE in out
 
 
+def test_each_model_remembers_what_it_said_until_it_is_told_to_forget(
+    run, capsys, monkeypatch
+):
+    prompts = []
+
+    def echo(model, tokenizer, prompt, *_):
+        prompts.append(prompt)
+        yield f"word{len(prompts)}"
+
+    lines = iter(["first?", "second?", "/new", "third?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr("fedllm.evaluation.generate", echo)
+
+    ask(capsys, "--interactive", "--base", "--max-new-tokens", "3")
+
+    assert len(prompts) == 6
+    base, tuned = prompts[2:4]
+    assert "first?" in base and "word1" in base and "word2" not in base
+    assert "word2" in tuned and "word1" not in tuned
+    assert not any("first?" in prompt or "word" in prompt for prompt in prompts[4:])
+
+
+def test_the_oldest_turns_go_where_the_model_cannot_hold_them_all(
+    run, capsys, monkeypatch
+):
+    prompts = []
+
+    def echo(model, tokenizer, prompt, *_):
+        prompts.append(prompt)
+        yield "yes"
+
+    lines = iter(["old " * 800, "new " * 200, "last?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr("fedllm.evaluation.generate", echo)
+
+    ask(capsys, "--interactive", "--max-new-tokens", "500")
+
+    assert "old" not in prompts[2] and "new" in prompts[2]
+
+
+def test_off_topic_shows_the_loss_of_both_models(run, capsys):
+    got = ask_json(capsys, "--off-topic")["off_topic"]
+
+    assert got["base"]["num_examples"] == got["tuned"]["num_examples"] == 40
+    assert got["base"]["loss"] < got["tuned"]["loss"]
+
+
+def test_open_questions_are_scored_by_what_the_models_say(run, tmp_path, capsys):
+    said = ask_json(capsys, *QUESTION, "--base")["answers"]
+    path = tmp_path / "open.jsonl"
+    row = {"question": QUESTION[1], "answer": said["base"]}
+    path.write_text(json.dumps(row))
+
+    got = ask_json(
+        capsys, "--open", str(path), "--base", "--max-new-tokens", QUESTION[3]
+    )["open"]
+
+    assert got["base"] == {"exact_match": 1.0, "rouge_l": 1.0, "num_questions": 1}
+    assert got["tuned"]["exact_match"] == 0.0
+
+
 def test_the_interactive_mode_ends_with_the_input(run, capsys, monkeypatch):
     def end(prompt: str) -> str:
         raise EOFError

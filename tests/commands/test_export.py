@@ -1,5 +1,7 @@
 """The merged model says what base and adapter say together."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,17 +14,30 @@ from fedllm.config import parse_run_config
 from fedllm.models import load_base, load_config
 
 
-@pytest.mark.parametrize("kind", ["lora", "ffa-lora", "lora-core", "ia3", "vera"])
-def test_merged_logits_are_those_of_base_and_adapter(
-    kind, tiny_chat_llama, tmp_path, monkeypatch
-):
+@pytest.fixture
+def adapter(tiny_chat_llama, tmp_path, monkeypatch):
+    """An adapter in a run's folder, with the run's card."""
     monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
-    name, folder, out = str(tiny_chat_llama), tmp_path / "peft", tmp_path / "merged"
+    return make_adapter(tmp_path / "run" / "peft_final", str(tiny_chat_llama), "lora")
+
+
+def make_adapter(folder, name, kind):
     config = parse_run_config({"adapter.kind": kind, "adapter.rank": 4})
     spec = adapter_spec(config.adapter, load_config(name), 1)
     draw = np.random.default_rng(0)
     arrays = {n: draw.normal(0, 0.5, s) for n, s in spec.trained_shapes.items()}
     save_adapter(folder, spec, arrays, name, {})
+    (folder.parent / "README.md").write_text("the card")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["lora", "ffa-lora", "lora-core", "ia3", "vera"])
+def test_merged_logits_are_those_of_base_and_adapter(
+    kind, tiny_chat_llama, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
+    name, out = str(tiny_chat_llama), tmp_path / "merged"
+    folder = make_adapter(tmp_path / "run" / "peft", name, kind)
     command = ["--peft-path", str(folder), "--out", str(out)]
 
     main(command)
@@ -37,3 +52,59 @@ def test_merged_logits_are_those_of_base_and_adapter(
     assert not torch.allclose(before, together, atol=1e-2)
     with pytest.raises(SystemExit, match="exists already"):
         main(command)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_export_is_near_the_merged_model_and_carries_the_card(
+    bits, adapter, tmp_path
+):
+    command = ["--peft-path", str(adapter), "--out"]
+    main([*command, str(tmp_path / "whole")])
+    main([*command, str(tmp_path / "small"), "--quantize", str(bits)])
+
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.inference_mode():
+        whole, small = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / name)(ids).logits.float()
+            for name in ("whole", "small")
+        )
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert config["quantization_config"][f"load_in_{bits}bit"]
+    assert (tmp_path / "small" / "README.md").read_text() == "the card"
+    assert (tmp_path / "small" / "tokenizer_config.json").exists()
+    off = (whole - small).norm() / whole.norm()
+    assert 0 < off < (0.3 if bits == 4 else 0.05)
+
+
+class Hub:
+    """Notes what is sent; has one repository."""
+
+    def __init__(self):
+        self.calls = []
+
+    def create_repo(self, name, private, exist_ok):
+        self.calls.append(("create", name, private))
+        if name == "me/there" and not exist_ok:
+            raise OSError("409 already there")
+
+    def upload_folder(self, repo_id, folder_path):
+        self.calls.append(("upload", repo_id, folder_path))
+
+
+def test_the_hub_gets_a_private_new_repository_and_only_where_asked(
+    adapter, tmp_path, monkeypatch
+):
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    command = ["--peft-path", str(adapter), "--out"]
+
+    main([*command, str(tmp_path / "a")])
+    assert hub.calls == []
+    main([*command, str(tmp_path / "b"), "--push-to-hub", "me/new"])
+    assert hub.calls == [
+        ("create", "me/new", True),
+        ("upload", "me/new", str(tmp_path / "b")),
+    ]
+    with pytest.raises(SystemExit, match="me/there: 409 already there; the model is"):
+        main([*command, str(tmp_path / "c"), "--push-to-hub", "me/there"])
+    assert len(hub.calls) == 3
