@@ -138,7 +138,9 @@ def centralised(config: RunConfig, num_clients: int) -> RunConfig:
         epochs = train.local_epochs * sampled / num_clients
         train = replace(train, local_epochs=epochs)
     strategy = replace(config.strategy, sampling="all")
-    return replace(config, train=train, strategy=strategy)
+    # One client has all rows under any partition, and `natural` refuses one client.
+    data = replace(config.data, partition="iid")
+    return replace(config, data=data, train=train, strategy=strategy)
 
 
 class Bench:
