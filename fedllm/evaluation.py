@@ -66,7 +66,7 @@ def answer_losses(
     head = base.get_output_embeddings()
     rows, wanted = hidden[:, :-1][chosen], targets[chosen]
     trained = any(parameter.requires_grad for parameter in head.parameters())
-    if trained and torch.is_grad_enabled():
+    if len(rows) <= _TOKENS_PER_CHUNK or (trained and torch.is_grad_enabled()):
         return _score(head, rows, wanted)
     losses: torch.Tensor = _ChunkedLosses.apply(rows, wanted, head)
     return losses
