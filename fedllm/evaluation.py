@@ -68,7 +68,9 @@ def answer_losses(
     trained = any(parameter.requires_grad for parameter in head.parameters())
     if len(rows) <= _TOKENS_PER_CHUNK or (trained and torch.is_grad_enabled()):
         return _score(head, rows, wanted)
-    losses: torch.Tensor = _ChunkedLosses.apply(rows, wanted, head)
+    losses: torch.Tensor = _ChunkedLosses.apply(  # type: ignore[no-untyped-call] # torch
+        rows, wanted, head
+    )
     return losses
 
 
@@ -106,7 +108,7 @@ class _ChunkedLosses(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, scale: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, scale: torch.Tensor) -> Any:
         (gradients,) = ctx.saved_tensors
         return gradients * scale[:, None].to(gradients.dtype), None, None
 

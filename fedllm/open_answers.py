@@ -64,8 +64,8 @@ def score_answers(answers: Sequence[str], references: Sequence[str]) -> OpenScor
     """
     pairs = [(_words(a), _words(r)) for a, r in zip(answers, references, strict=True)]
     exact = sum(answer == reference for answer, reference in pairs)
-    rouge = sum(rouge_l(answer, reference) for answer, reference in pairs)
-    return OpenScore(exact / len(pairs), rouge / len(pairs), len(pairs))
+    overlap = sum(rouge_l(answer, reference) for answer, reference in pairs)
+    return OpenScore(exact / len(pairs), overlap / len(pairs), len(pairs))
 
 
 def rouge_l(answer: Sequence[str], reference: Sequence[str]) -> float:

@@ -19,6 +19,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,11 @@ class Bench:
         config = replace(config, strategy=replace(config.strategy, sampling="all"))
         return self._federate(config, [nodes[int(arm.split("-")[1])]], None)
 
+    @cached_property
+    def _start_loss(self) -> float | None:
+        """Validation loss before training, the same in every arm."""
+        return self._public.validation_loss(self._start)
+
     def _federate(
         self, config: RunConfig, nodes: Sequence[tuple[int, int]], ledger_path: Any
     ) -> dict[str, Any]:
@@ -220,7 +226,7 @@ class Bench:
         ids = [_SERVER + index for index in range(len(nodes))]
         strategy = make_strategy(config, dict(self._start), ids, ledger)
         arrays, best = self._start, self._start
-        losses = [self._public.validation_loss(arrays)]
+        losses = [self._start_loss]
         best_round, megabytes, failures = 0, 0.0, []
         for server_round in range(1, config.num_server_rounds + 1):
             if ledger and not ledger.may_spend(config.privacy.max_epsilon):
