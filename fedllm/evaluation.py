@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TOKENS_PER_BATCH = 2048
+_TOKENS_PER_CHUNK = 128
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def answer_losses(
     """Return the negative log-likelihood of each answer token.
 
     The output head runs on the answer's positions only: with a vocabulary of 49,152
-    scoring every position is a large part of a training step.
+    scoring every position is a large part of a training step. It runs in chunks of
+    positions, so that the logits of a frozen head never exist whole.
 
     Args:
         model: A causal language model, with or without a PEFT adapter.
@@ -61,10 +63,52 @@ def answer_losses(
     ).last_hidden_state
     targets = labels[:, 1:]
     chosen = targets != -100
-    logits = base.get_output_embeddings()(hidden[:, :-1][chosen])
+    head = base.get_output_embeddings()
+    rows, wanted = hidden[:, :-1][chosen], targets[chosen]
+    trained = any(parameter.requires_grad for parameter in head.parameters())
+    if trained and torch.is_grad_enabled():
+        return _score(head, rows, wanted)
+    losses: torch.Tensor = _ChunkedLosses.apply(rows, wanted, head)
+    return losses
+
+
+def _score(head: Any, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the (positions,) losses of (positions, hidden) rows."""
     return torch.nn.functional.cross_entropy(
-        logits.float(), targets[chosen], reduction="none"
+        head(rows).float(), wanted, reduction="none"
     )
+
+
+class _ChunkedLosses(torch.autograd.Function):
+    """Losses of a frozen head, whose logits live for one chunk of positions at a time.
+
+    A position's loss depends on its own row alone. The forward pass therefore keeps each
+    loss's gradient with respect to its row, and the backward pass only scales it: the
+    head is not run twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, wanted: torch.Tensor, head: Any
+    ) -> torch.Tensor:
+        needed = ctx.needs_input_grad[0]
+        losses = torch.empty(len(rows), device=rows.device)
+        gradients = torch.empty_like(rows) if needed else None
+        for start in range(0, len(rows), _TOKENS_PER_CHUNK):
+            part = slice(start, start + _TOKENS_PER_CHUNK)
+            with torch.set_grad_enabled(needed):
+                chunk = rows[part].detach().requires_grad_(needed)
+                scored = _score(head, chunk, wanted[part])
+                if gradients is not None:
+                    (gradients[part],) = torch.autograd.grad(scored.sum(), chunk)
+            losses[part] = scored.detach()
+        ctx.save_for_backward(*[] if gradients is None else [gradients])
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> Any:  # type: ignore[override]
+        (gradients,) = ctx.saved_tensors
+        return gradients * scale[:, None].to(gradients.dtype), None, None
 
 
 def collate(

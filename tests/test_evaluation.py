@@ -162,6 +162,32 @@ def test_answer_losses_have_the_gradient_of_the_full_loss(model):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
+def test_a_frozen_head_sees_a_chunk_at_a_time_and_the_gradient_stays(
+    model, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "_TOKENS_PER_CHUNK", 3)
+    inputs = collate(make_examples(4), 0)
+    head = model.get_output_embeddings()
+    whole = answer_losses(model, **inputs)
+    weights = torch.linspace(-1, 2, len(whole))
+    layer = model.base_model.layers[0].mlp.up_proj.weight
+    expected = torch.autograd.grad((whole * weights).sum(), layer)[0]
+    seen: list[int] = []
+    hook = head.register_forward_hook(lambda _, rows, __: seen.append(len(rows[0])))
+    head.requires_grad_(False)
+    try:
+        chunked = answer_losses(model, **inputs)
+        got = torch.autograd.grad((chunked * weights).sum(), layer)[0]
+    finally:
+        hook.remove()
+        head.requires_grad_(True)
+
+    assert max(seen) == 3
+    assert sum(seen) == len(whole) > 3
+    torch.testing.assert_close(chunked, whole)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_collating_pads_on_the_right():
     rows = [
         {"input_ids": [5, 6], "labels": [-100, 6]},
