@@ -48,7 +48,10 @@ NOT_MEDICAL = re.compile(
 FILTERED_SITES = ("anatomy", "microbe")
 SHORTEST_DEFINITION = 16  # characters: "an antacid" teaches nothing
 MOST_SYNONYMS = 3
+ALSO_CALLED = " It is also called "
 SHARDS = {"train": 2, "validation": 1, "test": 1}
+QUESTIONS = 100
+OPTIONS = 4
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def make_row(synset: Synset, site: str) -> dict[str, str]:
     definition = synset.definition
     response = definition[0].upper() + definition[1:].removesuffix(".") + "."
     if synonyms:
-        response += f" It is also called {', '.join(synonyms)}."
+        response += f"{ALSO_CALLED}{', '.join(synonyms)}."
     return {
         "id": f"wn30-n{synset.offset:08d}",
         "site": site,
@@ -130,14 +133,43 @@ def make_row(synset: Synset, site: str) -> dict[str, str]:
 
 def split_of(term: str) -> str:
     """Return the split of a term: the same question never lies in two of them."""
-    number = int(hashlib.sha256(term.lower().encode()).hexdigest(), 16)
+    number = _hash(term.lower())
     if number % 10:
         return "train"
     return "test" if number // 10 % 2 else "validation"
 
 
+def multiple_choice(rows: list[dict[str, str]]) -> list[dict[str, object]]:
+    """Ask for the definition of a term among those of other terms of its site.
+
+    Synonyms are left off: they would give the answer away. Which terms are asked, which
+    definitions stand beside the right one and where that one stands follow from hashes.
+    """
+    questions: list[dict[str, object]] = []
+    for row in sorted(rows, key=lambda row: _hash(row["term"])):
+        right = _definition(row)
+        others = {_definition(r) for r in rows if r["site"] == row["site"]} - {right}
+        if len(others) < OPTIONS - 1 or len(questions) == QUESTIONS:
+            continue
+        options = sorted(others, key=lambda text: _hash(row["term"] + text))
+        options = options[: OPTIONS - 1]
+        place = _hash(row["id"]) % OPTIONS
+        options.insert(place, right)
+        question = {"id": row["id"], "question": row["instruction"]}
+        questions.append(question | {"options": options, "answer": place})
+    return questions
+
+
+def _definition(row: dict[str, str]) -> str:
+    return row["response"].split(ALSO_CALLED)[0]
+
+
+def _hash(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
+
+
 def build(wordnet: Path) -> dict[str, str]:
-    """Return the text of each shard by its file name."""
+    """Return the text of each file by its name."""
     synsets = read_synsets(wordnet / "data.noun")
     lines = defaultdict(list)
     for offset, site in sorted(sites_of(synsets).items()):
@@ -145,11 +177,13 @@ def build(wordnet: Path) -> dict[str, str]:
             row = make_row(synsets[offset], site)
             text = json.dumps(row, ensure_ascii=False) + "\n"
             lines[split_of(row["term"])].append(text)
-    return dict(
-        (name, "".join(shard))
+    questions = multiple_choice([json.loads(line) for line in lines["test"]])
+    choice = "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in questions)
+    return {"choice.jsonl": choice} | {
+        name: "".join(shard)
         for split, count in SHARDS.items()
         for name, shard in _cut(split, lines[split], count)
-    )
+    }
 
 
 def _cut(split: str, lines: list[str], count: int) -> Iterator[tuple[str, list[str]]]:

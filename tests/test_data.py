@@ -24,7 +24,9 @@ from fedllm.data import (
     to_prompt_completion,
     tokenize,
 )
+from fedllm.data_files import read_rows
 from fedllm.errors import ConfigError, DataError
+from fedllm.evaluation import load_questions
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "fedllm" / "datasets" / "wordnet_medical"
@@ -97,6 +99,7 @@ def test_every_embedded_file_fits_the_app_bundle_and_travels_in_it() -> None:
     files = sorted(EMBEDDED.iterdir())
     assert [file.name for file in files] == [
         "LICENSE.md",
+        "choice.jsonl",
         "test.jsonl",
         "train-0.jsonl",
         "train-1.jsonl",
@@ -739,3 +742,15 @@ def test_the_script_splits_as_the_embedded_rows_are_split(
 def test_the_script_reproduces_every_embedded_byte(build_script: ModuleType) -> None:
     for name, text in build_script.build(Path("/usr/share/wordnet")).items():
         assert (EMBEDDED / name).read_text(encoding="utf-8") == text
+
+
+def test_each_question_of_the_choice_file_asks_for_a_test_row() -> None:
+    questions = load_questions(EMBEDDED / "choice.jsonl")
+    rows = {row["instruction"]: row for row in read_rows(EMBEDDED / "test.jsonl")}
+    assert len({row["question"] for row in questions}) == len(questions) == 100
+    for row in questions:
+        assert len(set(row["options"])) == 4
+        right = [
+            rows[row["question"]]["response"].startswith(o) for o in row["options"]
+        ]
+        assert right.index(True) == row["answer"] and sum(right) == 1
