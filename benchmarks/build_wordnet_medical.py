@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,15 +142,19 @@ def split_of(term: str) -> str:
 def multiple_choice(rows: list[dict[str, str]]) -> list[dict[str, object]]:
     """Ask for the definition of a term among those of other terms of its site.
 
-    Synonyms are left off: they would give the answer away. Which terms are asked, which
-    definitions stand beside the right one and where that one stands follow from hashes.
+    Synonyms are left off: they would give the answer away; so are terms with several
+    meanings. Which terms are asked, which definitions stand beside the right one and
+    where that one stands follow from hashes.
     """
+    terms = Counter(row["term"] for row in rows)
     questions: list[dict[str, object]] = []
     for row in sorted(rows, key=lambda row: _hash(row["term"])):
         right = _definition(row)
         others = {_definition(r) for r in rows if r["site"] == row["site"]} - {right}
-        if len(others) < OPTIONS - 1 or len(questions) == QUESTIONS:
+        if terms[row["term"]] > 1 or len(others) < OPTIONS - 1:
             continue
+        if len(questions) == QUESTIONS:
+            break
         options = sorted(others, key=lambda text: _hash(row["term"] + text))
         options = options[: OPTIONS - 1]
         place = _hash(row["id"]) % OPTIONS
