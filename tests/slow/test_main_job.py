@@ -152,3 +152,38 @@ def test_peft_opens_the_adapter_where_fedllm_is_not_installed(job, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     loss = number(r"LOSS ([\d.]+)", done.stdout)
     assert loss == pytest.approx(result["test_loss_after"], abs=0.02)
+
+
+def test_the_documented_lines_turn_an_export_into_gguf(job, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _, env = job
+    run = latest_run(fedllm_home())
+    export = [sys.executable, "-m", "fedllm.commands.export"]
+    export += [
+        "--peft-path",
+        str(run / "peft_final"),
+        "--out",
+        str(tmp_path / "my-model"),
+    ]
+    assert typed(export, env).returncode == 0
+    page = (ROOT / "docs/evaluation.md").read_text("utf-8")
+    lines = page.split("### GGUF\n", 1)[1].split("```bash\n", 1)[1].split("```", 1)[0]
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", lines],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    load = AutoModelForCausalLM.from_pretrained
+    exported = load(tmp_path / "my-model", dtype=torch.float32).state_dict()
+    read = load(tmp_path, gguf_file="my-model.gguf", dtype=torch.float32).state_dict()
+    assert read.keys() == exported.keys()
+    for name, tensor in exported.items():
+        torch.testing.assert_close(read[name], tensor, rtol=1e-3, atol=1e-6)
