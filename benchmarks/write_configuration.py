@@ -73,11 +73,12 @@ The node's own config, `flower-supernode --node-config '...'`. A simulation sets
 | `data-path` | The client's own file or folder, instead of `data.name`. It is not partitioned. |
 | `partition-id`, `num-partitions` | Which share of `data.name` this node holds, where it has no file. |
 | `privacy-unit` | Floor: the run's `privacy.unit` must be this. |
-| `max-epsilon` | Floor: the run must bound its zero-out epsilon (`privacy.target-epsilon` or `privacy.max-epsilon`) by at most this. With `privacy-unit='record'`: this node trains no further once a record has spent this in all runs, whatever the run says. |
+| `max-epsilon` | Floor: the run must bound its zero-out epsilon (`privacy.target-epsilon` or `privacy.max-epsilon`) by at most this, at a delta of at most 1e-5 where the node sets none. With `privacy-unit='record'`: this node trains no further once a record has spent this in all runs, whatever the run says. |
 | `delta` | Floor: the run must set `privacy.delta`, to at most this. |
 
 A run that misses a floor gets no update from that node: code `bad-config`, which counts as a zero
-update. The check is code of the app, which Flower ships from the server: it guards against a
+update. A key that speaks of privacy, epsilon or delta and is none of these floors is refused in the
+same way, so that no floor is lost by a slip of the pen. The check is code of the app, which Flower ships from the server: it guards against a
 careless run, not against a hostile server.
 
 ## Environment variables

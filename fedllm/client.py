@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 _LARGEST_DELTA = 1e-5
 """Where a node says nothing else: any epsilon can be had at a delta near 1."""
 
+_FLOORS = ("privacy-unit", "max-epsilon", "delta")
+_FLOOR_WORDS = ("privacy", "epsilon", "delta")
+
 
 @dataclass
 class _Resident:
@@ -101,6 +104,7 @@ def check_floors(node_config: Mapping[str, Any], config: RunConfig) -> None:
         ConfigError: The run promises less than the node's owner demands.
     """
     privacy = config.privacy
+    _require_known_floors(node_config)
     unit = node_config.get("privacy-unit")
     limit = _number(node_config, "max-epsilon")
     delta = _number(node_config, "delta")
@@ -113,12 +117,12 @@ def check_floors(node_config: Mapping[str, Any], config: RunConfig) -> None:
             + ("" if "privacy-unit" in node_config else "; its privacy-unit is not set")
         )
     promised = [e for e in (privacy.target_epsilon, privacy.max_epsilon) if e > 0]
-    if privacy.unit == "record" and limit is not None:
-        if delta is None and privacy.delta > _LARGEST_DELTA:
-            raise ConfigError(
-                f"privacy.delta: this node's max-epsilon is meant at {_LARGEST_DELTA:g} "
-                f"or less, where it sets no delta (got {privacy.delta})"
-            )
+    if limit is not None and delta is None and privacy.delta > _LARGEST_DELTA:
+        raise ConfigError(
+            f"privacy.delta: this node's max-epsilon is meant at {_LARGEST_DELTA:g} "
+            f"or less, where it sets no delta (got {privacy.delta})"
+        )
+    if privacy.unit == "record":
         # This client's own ledger holds the limit, whatever the run promises.
         limit = None
     if limit is not None and (not promised or min(promised) > limit):
@@ -131,6 +135,19 @@ def check_floors(node_config: Mapping[str, Any], config: RunConfig) -> None:
             f"privacy.delta: this node demands a set value of at most {delta} "
             f"(got {privacy.delta})"
         )
+
+
+def _require_known_floors(node_config: Mapping[str, Any]) -> None:
+    """Refuse a floor by a name that nothing reads: its owner would rely on it.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    for key in node_config:
+        if key not in _FLOORS and any(w in key.lower() for w in _FLOOR_WORDS):
+            raise ConfigError(
+                f"node config: {key}: is no floor; those are {', '.join(_FLOORS)}"
+            )
 
 
 def partition_of(context: Context) -> tuple[int, int]:
@@ -275,7 +292,7 @@ def _train_privately(
     node = context.node_config
     partition_id, _ = partition_of(context)
     # Whoever set a floor or a file is no simulation: that ledger has to outlive the run.
-    real = {"data-path", "privacy-unit", "max-epsilon", "delta"} & set(node)
+    real = {"data-path", *_FLOORS} & set(node)
     simulated = not real and "num-partitions" in node
     folder = ledger_folder(
         fedllm_home(), context.run_id, partition_id if simulated else None

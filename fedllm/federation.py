@@ -18,7 +18,13 @@ from flwr.serverapp import Grid
 
 from fedllm.adapter_choice import choose_adapter, with_choice
 from fedllm.adapters import AdapterSpec, Arrays, adapter_spec, initial_arrays
-from fedllm.checkpoint import Checkpoint, State, described, open_run
+from fedllm.checkpoint import (
+    Checkpoint,
+    State,
+    described,
+    open_run,
+    refuse_changed,
+)
 from fedllm.config import RunConfig, fedllm_home, flat
 from fedllm.errors import FederationError
 from fedllm.gathering import Gathering, renewed, wait_for_clients
@@ -39,6 +45,7 @@ from fedllm.run_directory import (
     PRIVACY_FILE,
     RESULT_FILE,
     RunDirectory,
+    read_json,
 )
 from fedllm.sample_answers import sample_answers
 from fedllm.server_optimizer import cosine
@@ -94,7 +101,9 @@ class Federation:
             resumed.checkpoint.state.run if resumed else self.directory.path.name
         )
         logger.info("run folder: %s", self.directory.path)
-        self.watch = RunWatch(self.directory.path, config.output.tracker)
+        unit, sampling = config.privacy.unit, config.strategy.sampling
+        secret = unit == "client" and sampling == "poisson"
+        self.watch = RunWatch(self.directory.path, config.output.tracker, secret)
         self.base_name = locate(config.model.name, home)
         model_config = load_config(self.base_name)
         if config.adapter.kind != "auto":
@@ -160,6 +169,7 @@ class Federation:
         """Start what counts the privacy spent, or read back what was.
 
         Raises:
+            ConfigError: The run began with privacy, and its config has none.
             PrivacyError: It cannot be trusted, or is of other settings.
         """
         config, size, d = self.config, len(self.population), self.spec.num_trainable
@@ -177,7 +187,11 @@ class Federation:
                 self.records = RecordReport.load(path, promised)
             else:
                 self.records = RecordReport.create(path, promised, run)
-        elif not self.resumed:
+        elif self.resumed:
+            began = {"privacy.unit": read_json(path).get("unit")}
+            now = {"privacy.unit": "none"}
+            refuse_changed(began, now, "resume.from: the run's ledger and config differ")
+        else:
             self.directory.write_json(PRIVACY_FILE, no_privacy(size, d, run))
 
     def _go_on(self, checkpoint: Checkpoint) -> None:

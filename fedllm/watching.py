@@ -34,13 +34,19 @@ class RunWatch:
     Args:
         folder: The run folder.
         tracker: Where else its rounds go.
+        secret_cohorts: Whether how long a round took may not be told: trackers stamp
+            what they get with the time, so they get all rounds at the end.
 
     Raises:
         ConfigError: The tracker's package is not installed.
     """
 
-    def __init__(self, folder: Path, tracker: TrackerName) -> None:
+    def __init__(
+        self, folder: Path, tracker: TrackerName, secret_cohorts: bool = False
+    ) -> None:
         self._folder = folder
+        self._secret_cohorts = secret_cohorts
+        self._held: list[Mapping[str, Any]] = []
         require_tracker(tracker)
         self._tracker = _harmless(lambda: make_tracker(tracker, folder), "the tracker")
         self._state = _harmless(lambda: RunState(folder), "its state")
@@ -50,10 +56,10 @@ class RunWatch:
     def note(self, line: Mapping[str, Any]) -> None:
         """Show a round that metrics.jsonl has."""
         began = time.monotonic()
-        if (tracker := self._tracker) is not None:
-            _harmless(
-                lambda: tracker.log(line["server_round"], numbers(line)), "the tracker"
-            )
+        if self._secret_cohorts:
+            self._held.append(line)
+        else:
+            self._track(line)
         if began >= self._not_before:
             write_report(self._folder)
         ended = time.monotonic()
@@ -79,7 +85,16 @@ class RunWatch:
             _harmless(lambda: state.fail(reason), "its state")
         self._close()
 
+    def _track(self, line: Mapping[str, Any]) -> None:
+        if (tracker := self._tracker) is not None:
+            _harmless(
+                lambda: tracker.log(line["server_round"], numbers(line)), "the tracker"
+            )
+
     def _close(self) -> None:
+        for line in self._held:
+            self._track(line)
+        self._held.clear()
         if self._tracker is not None:
             _harmless(self._tracker.close, "the tracker")
         write_report(self._folder)

@@ -264,12 +264,21 @@ def test_a_node_that_demands_another_unit_refuses(floor, unit):
         check_floors({"privacy-unit": floor}, config)
 
 
-def test_a_limit_cannot_be_passed_by_way_of_a_large_delta():
-    config = parse_run_config({"privacy.unit": "record", "privacy.delta": 0.9})
+@pytest.mark.parametrize("unit", ["client", "record"])
+def test_a_limit_cannot_be_passed_by_way_of_a_large_delta(unit):
+    config = parse_run_config({"privacy.unit": unit, "privacy.delta": 0.9})
 
     with pytest.raises(ConfigError, match="max-epsilon is meant at 1e-05 or less"):
-        check_floors({"privacy-unit": "record", "max-epsilon": 8.0}, config)
-    check_floors({"privacy-unit": "record"}, config)
+        check_floors({"privacy-unit": unit, "max-epsilon": 8.0}, config)
+    check_floors({"privacy-unit": unit}, config)
+    check_floors({"privacy-unit": unit, "max-epsilon": 8.0, "delta": 0.95}, config)
+
+
+@pytest.mark.parametrize("key", ["max_epsilon", "privacy.unit", "epsilon", "Delta"])
+def test_a_floor_by_another_name_is_refused_and_not_passed_over(key):
+    with pytest.raises(ConfigError, match=f"node config: {key}: is no floor"):
+        check_floors({key: "client"}, RunConfig())
+    check_floors({"site-name": "north", "num-partitions": 2}, RunConfig())
 
 
 def test_a_limit_without_a_unit_is_one_of_client_level():

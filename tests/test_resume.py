@@ -454,6 +454,15 @@ def test_a_ledger_that_was_tampered_with_stops_the_run(quick, change, said):
 
 
 @pytest.mark.parametrize("unit", ["client", "record"])
+def test_a_run_that_began_with_privacy_never_goes_on_without(quick, unit):
+    cut = cut_in_round({**quick, "privacy.unit": unit}, 2)
+    edit(cut, "config.json", lambda content: content["run_config"].update(NO_PRIVACY))
+
+    with pytest.raises(ConfigError, match=f"unit was '{unit}' and is now 'none'"):
+        resumed()
+
+
+@pytest.mark.parametrize("unit", ["client", "record"])
 def test_an_older_copy_of_the_ledger_is_refused(quick, unit):
     given = {**quick, "privacy.unit": unit}
     early = cut_in_round(given, 2)

@@ -137,6 +137,23 @@ def test_a_tracker_gets_the_numbers_of_metrics_jsonl_and_nothing_else(
     assert not any("clients" in key or "mega" in key for key in tracker.seen[1][1])
 
 
+def test_trackers_cannot_stamp_the_rounds_of_secret_cohorts(quick, monkeypatch):
+    found = {}
+    for sampling in ("poisson", "fixed"):
+        tracker, tracked = Recorder(), []
+        monkeypatch.setattr(watching, "make_tracker", lambda *_, to=tracker: to)
+        monkeypatch.setattr(
+            watching,
+            "write_report",
+            lambda _, of=tracker, to=tracked: to.append(len(of.seen)),
+        )
+        chosen = {"strategy.sampling": sampling, "strategy.fraction-train": 0.7}
+        start({**quick, **chosen, "num-server-rounds": 2})[0].run()
+        found[sampling] = (tracked[0], tracked[-1])
+
+    assert found == {"poisson": (0, 3), "fixed": (1, 3)}
+
+
 def test_a_tracker_that_is_not_there_stops_before_a_folder_is_made(
     quick, monkeypatch, tmp_path
 ):

@@ -210,7 +210,8 @@ class Ledger:
         if settings.sampling == "poisson":
             covered_not.append(
                 "Flower's own log and database, which know each cohort and are trusted "
-                "with the server"
+                "with the server, and the times of the run's files, which tell how long "
+                "a cohort took"
             )
         return {
             "run": self.run,

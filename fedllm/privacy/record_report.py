@@ -14,6 +14,10 @@ from fedllm.privacy.accounting import Sampling, plain, strength
 
 _NOT_COVERED = [
     "each client's word: epsilon is what the clients report, and the server cannot check",
+    "the epsilon that a client reports, and that it stops at its limit: both follow the "
+    "record that has spent most in earlier runs, so they can tell that it is still there",
+    "an update that came too late: its client has paid for it, and says so only with its "
+    "next update",
     "a person with several rows: the bound is for one row",
     "the number of records of each client, which is public by assumption, and with it the "
     "sampling probability and its noise",
