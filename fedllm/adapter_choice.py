@@ -87,8 +87,9 @@ def expected_gain(kind: str, level: float, frontier: Frontier) -> float | None:
         frontier: What was measured.
 
     Returns:
-        None where nothing was measured within a factor of 4 of that noise, or, without
-        noise, nothing without noise.
+        None where nothing was measured within a factor of 4 of that noise, or only with
+        less while another kind was measured with more, or, without noise, nothing
+        without noise.
     """
     if level == 0:
         quiet = [
@@ -99,6 +100,10 @@ def expected_gain(kind: str, level: float, frontier: Frontier) -> float | None:
         return frontier.share(min(quiet)) if quiet else None
     found = expected(kind, level, frontier)
     if found is None:
+        return None
+    most = max(row.noise_level for row in frontier.rows)
+    if found.optimistic and found.nearest.noise_level < most:
+        # What it gained with less noise would be held against what another gained here.
         return None
     ratio = level / found.nearest.noise_level
     if not found.inside and not 1 / _REACH <= ratio <= _REACH:

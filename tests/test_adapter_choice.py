@@ -63,6 +63,18 @@ def test_the_kind_with_the_best_expected_gain_is_taken(clients, more, kind):
     assert choose_adapter(make_config(**more), clients, FRONTIER).kind == kind
 
 
+def test_a_gain_with_less_noise_is_not_held_against_one_with_this_noise():
+    loud = row("ffa-lora", 20, 2.0, 3.9)
+    frontier = Frontier("model", "data", 4.0, 3.0, (*FRONTIER.rows, loud))
+
+    choice = choose_adapter(
+        make_config(**{"privacy.target-epsilon": 2.0}), 20, frontier
+    )
+
+    assert choice.kind == "ffa-lora"
+    assert choice.reason.endswith(": ffa-lora 10%")
+
+
 def test_the_reason_is_one_line_with_the_gain_of_every_kind_that_was_measured():
     reason = choose_adapter(make_config(), 20, FRONTIER).reason
 

@@ -133,6 +133,7 @@ class Expected:
         share: `loss` as a share of the best gain without privacy.
         nearest: The measured federation that is most alike.
         inside: Whether the noise lies within what was measured.
+        optimistic: Whether it is above all that was measured: expect less than this.
     """
 
     loss: float
@@ -141,6 +142,7 @@ class Expected:
     share: float
     nearest: Measured
     inside: bool
+    optimistic: bool
 
 
 def noise_level(
@@ -217,6 +219,7 @@ def expected(kind: str, level: float, frontier: Frontier) -> Expected | None:
         frontier.share(loss),
         first if share <= 0.5 else second,
         inside=abs(wanted - x) < 1e-6,
+        optimistic=wanted - x > 1e-6,
     )
 
 

@@ -58,6 +58,14 @@ def test_noise_beyond_what_was_measured_is_said_to_be(capsys):
     assert "beyond what was measured" not in told(capsys, "--clients", "20")
 
 
+def test_no_kind_is_advised_for_what_it_did_with_less_noise(capsys):
+    found = planned(capsys, "--clients", "20", "--epsilon", "1")
+
+    changes = [row["change"] for row in found["better"]]
+    assert "100 clients" in changes
+    assert not any(change.startswith("adapter.kind") for change in changes)
+
+
 def test_a_client_of_records_is_planned_for_by_dp_accountings_numbers(capsys):
     typed = ("--run-config", "configs/record-level.toml", "--records", "486")
     found = planned(capsys, *typed)
