@@ -94,10 +94,24 @@ def row_digest(row: Mapping[str, Any]) -> bytes:
     """Return what identifies a row: a hash of all its columns, whatever their order.
 
     All columns, and not those that a run trains on: the server names those, and could
-    name others to be given a fresh budget.
+    name others to be given a fresh budget. What is missing is as what is None, and 1 as
+    1.0: reading a table fills and converts, so one row would change all others.
     """
-    text = json.dumps(row, sort_keys=True, ensure_ascii=True, default=str)
+    told = _without_the_table(row)
+    text = json.dumps(told, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode("ascii")).digest()
+
+
+def _without_the_table(value: Any) -> Any:
+    """Return a value less what it has only because of other rows."""
+    if isinstance(value, Mapping):
+        told = {key: _without_the_table(item) for key, item in value.items()}
+        return {key: item for key, item in told.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_the_table(item) for item in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
 
 
 class RecordLedger:

@@ -96,6 +96,24 @@ def test_rows_are_known_by_all_their_columns_in_any_order():
         assert row_digest({**row, key: "other"}) != row_digest(row)
 
 
+def test_a_row_of_another_kind_changes_no_other_row(tmp_path):
+    from fedllm.config import DataConfig
+    from fedllm.data import load_rows
+
+    def digests(*rows: dict) -> list[bytes]:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+        return [row_digest(row) for row in load_rows(DataConfig(), str(path))]
+
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    old = {"messages": turns, "year": 1998, "tags": {"site": "x"}}
+    named = [{**turn, "name": "n"} for turn in turns]
+    new = {"messages": named, "year": 1998.5, "tags": {"ward": "y"}, "note": "n"}
+
+    assert digests(old, new)[0] == digests(old)[0] == row_digest(old)
+    assert len(set(digests(old, new))) == 2
+
+
 def test_a_release_that_would_pass_the_limit_is_refused_and_not_entered(folder):
     ledger = RecordLedger(folder)
     limit = by_dp_accounting((1.0, 0.1, 10)) + 1e-6
