@@ -289,7 +289,14 @@ def _quantise_embeddings(model: "PreTrainedModel") -> None:
     small = EmbeddingNF4(*table.weight.shape, dtype=table.weight.dtype, device="meta")
     with _quantised_in_parts():
         small.weight = Params4bit(
-            table.weight.data, requires_grad=False, quant_type="nf4", module=small
+            table.weight.data,
+            requires_grad=False,
+            quant_type="nf4",
+            # A block may not cross rows; longer ones need fewer scales.
+            blocksize=64 if table.embedding_dim % 128 else 128,
+            # Compressed scales go together by 256: a row looked up alone gets wrong ones.
+            compress_statistics=False,
+            module=small,
         ).to(table.weight.device)
     model.set_input_embeddings(small)
 
