@@ -339,7 +339,7 @@ def _quantised_in_parts() -> Iterator[None]:
     ) -> Any:
         parts = [
             whole(rows, *args, compress_statistics=False, **options)
-            for rows in matrix.split(_ROWS_PER_PART)
+            for rows in torch.split(matrix, _ROWS_PER_PART)
         ]
         state = parts[0][1]
         state.shape = matrix.shape
