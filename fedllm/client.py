@@ -355,7 +355,12 @@ def _load(config: RunConfig) -> _Resident:
         home = fedllm_home()
         location = locate(config.model.name, home)
         spec = adapter_spec(config.adapter, load_config(location), config.seed)
-        base = load_base(location, config.model.quantization, home)
+        base = load_base(
+            location,
+            config.model.quantization,
+            home,
+            quantize_embeddings=config.model.quantize_embeddings,
+        )
         model = attach(base, spec)
         _resident[key] = _Resident(model, load_tokenizer(location), spec)
         # Every trainer that is built collects garbage, which walks all that imports and

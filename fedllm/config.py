@@ -76,6 +76,9 @@ class ModelConfig:
     """`smollm2-135m-instruct`, a local folder, or a hub id."""
     quantization: Annotated[int, Strict(), AfterValidator(_bits)] = 4
     """Bits of the base model's linear layers: 4 (nf4), 8, or 0 (not quantised)."""
+    quantize_embeddings: Flag = False
+    """Keep the input embeddings in nf4 too; only for a base whose output head is a matrix
+    of its own (OpenLLaMA; not SmolLM2)."""
 
 
 @dataclass(frozen=True, config=_SECTION)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # A value in NF4 with its share of doubly quantised scales, in bytes: 4.127 bits
 # (Dettmers et al. 2023, QLoRA, arXiv 2305.14314).
 _NF4_BYTES = 4.127 / 8
+# The same with a float32 scale for 64 values, the most that the embeddings have.
+_NF4_PLAIN_BYTES = 4.5 / 8
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,14 @@ def memory_need(
     )
     other = sum(parameter.numel() for parameter in model.parameters()) - linear
     wide = compute_dtype(device).itemsize
+    table = 0
+    if config.model.quantize_embeddings and not model_config.tie_word_embeddings:
+        table = model.get_input_embeddings().weight.numel()
     narrow = {0: float(wide), 4: _NF4_BYTES, 8: 1.0}[config.model.quantization]
     trained = adapter_spec(config.adapter, model_config, config.seed).num_trainable
     copies = 4 if config.train.optimizer == "adamw" else 2
     return MemoryNeed(
-        base=linear * narrow + other * wide,
+        base=linear * narrow + (other - table) * wide + table * _NF4_PLAIN_BYTES,
         adapter=trained * 4.0 * copies,
         activations=_activations(config, model_config, wide),
     )

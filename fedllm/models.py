@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BUILT_IN = builtin_model.NAME
+
+# A multiple of bitsandbytes' largest block, so that no block crosses into another part.
+_ROWS_PER_PART = 512
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -149,7 +153,11 @@ def compute_dtype(device: str) -> "torch.dtype":
 
 
 def load_base(
-    location: str, quantization: int, home: Path, device: str | None = None
+    location: str,
+    quantization: int,
+    home: Path,
+    device: str | None = None,
+    quantize_embeddings: bool = False,
 ) -> "PreTrainedModel":
     """Return the frozen base model, in eval mode, with its key-value cache off.
 
@@ -161,9 +169,11 @@ def load_base(
         quantization: 4 (NF4, double quantisation), 8 (LLM.int8) or 0.
         home: The program's folder.
         device: "cuda", "cuda:1", "cpu"; by default a GPU where there is one.
+        quantize_embeddings: Keep the input embeddings in NF4, whatever `quantization` is.
 
     Raises:
-        ModelError: It cannot be read, reached, quantised or held in memory.
+        ModelError: It cannot be read, reached, quantised or held in memory, or its
+            embeddings are its output head, too.
     """
     import torch
 
@@ -178,6 +188,9 @@ def load_base(
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast)
     else:
         model = _load(location, device, revision=_commit(config))
+    if quantize_embeddings:
+        _require_bitsandbytes(device)
+        _quantise_embeddings(model)
     # PEFT writes this name into the adapter: a reader needs the model, not our cache.
     model.name_or_path = model.config._name_or_path = location
     model.config.use_cache = False
@@ -228,12 +241,13 @@ def _load_quantised(
 
     def quantise() -> Any:
         logger.info("quantising %s to %d bit (once)", location, bits)
-        return _load(
-            location,
-            device,
-            revision=_commit(config),
-            quantization_config=_quantization_config(bits, device),
-        )
+        with _read_not_mapped(), _quantised_in_parts():
+            return _load(
+                location,
+                device,
+                revision=_commit(config),
+                quantization_config=_quantization_config(bits, device),
+            )
 
     def make(folder: Path) -> None:
         made.append(quantise())
@@ -257,6 +271,92 @@ def _load_quantised(
         )
         return made[0] if made else quantise()
     return made[0] if made else _load(str(folder), device)
+
+
+def _quantise_embeddings(model: "PreTrainedModel") -> None:
+    """Put the input embeddings in NF4, which no other tensor may share.
+
+    Done at each load, which takes seconds: bitsandbytes cannot save such embeddings.
+    """
+    from bitsandbytes.nn import EmbeddingNF4, Params4bit
+
+    table: Any = model.get_input_embeddings()
+    if model.get_output_embeddings().weight is table.weight:
+        raise ModelError(
+            f"{model.name_or_path} uses its embeddings as output head, too, so that"
+            " quantising them saves nothing: set model.quantize-embeddings=false"
+        )
+    small = EmbeddingNF4(*table.weight.shape, dtype=table.weight.dtype, device="meta")
+    with _quantised_in_parts():
+        small.weight = Params4bit(
+            table.weight.data,
+            requires_grad=False,
+            quant_type="nf4",
+            # A block may not cross rows; longer ones need fewer scales.
+            blocksize=64 if table.embedding_dim % 128 else 128,
+            # Compressed scales go together by 256: a row looked up alone gets wrong ones.
+            compress_statistics=False,
+            module=small,
+        ).to(table.weight.device)
+    model.set_input_embeddings(small)
+
+
+@contextmanager
+def _read_not_mapped() -> Iterator[None]:
+    """Let transformers read one weight at a time, rather than map the files.
+
+    It closes the files when the last weight is quantised; until then every page read of
+    a mapping counts as the process's memory, which grows to the unquantised model's size.
+    """
+    from transformers import modeling_utils
+
+    mapped = modeling_utils.safe_open
+
+    def read(*args: Any, **options: Any) -> Any:
+        return mapped(*args, **{**options, "backend": "pread"})
+
+    modeling_utils.safe_open = read
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapped
+
+
+@contextmanager
+def _quantised_in_parts() -> Iterator[None]:
+    """Let bitsandbytes quantise a matrix to 4 bit some rows at a time.
+
+    On a CPU it holds several float32 copies of what it quantises. Blocks of values are
+    independent, so parts give the same bits; the scales of all are compressed at once.
+    """
+    import torch
+    from bitsandbytes import functional
+
+    whole = functional.quantize_4bit
+
+    def in_parts(
+        matrix: "torch.Tensor", *args: Any, compress_statistics: bool, **options: Any
+    ) -> Any:
+        parts = [
+            whole(rows, *args, compress_statistics=False, **options)
+            for rows in torch.split(matrix, _ROWS_PER_PART)
+        ]
+        state = parts[0][1]
+        state.shape = matrix.shape
+        state.absmax = torch.cat([part.absmax for _, part in parts])
+        if compress_statistics:
+            state.offset = state.absmax.mean()
+            state.absmax, state.state2 = functional.quantize_blockwise(
+                state.absmax - state.offset, blocksize=256
+            )
+            state.nested = True
+        return torch.cat([packed for packed, _ in parts]), state
+
+    functional.quantize_4bit = in_parts
+    try:
+        yield
+    finally:
+        functional.quantize_4bit = whole
 
 
 def _quantization_config(bits: int, device: str) -> Any:

@@ -132,7 +132,12 @@ class PublicRows:
             from fedllm.models import load_base
 
             logger.info("loading the base model to evaluate on public rows")
-            bits = self._config.model.quantization
-            base = load_base(self._base_name, bits, self._home)
+            model = self._config.model
+            base = load_base(
+                self._base_name,
+                model.quantization,
+                self._home,
+                quantize_embeddings=model.quantize_embeddings,
+            )
             self._model = attach(base, self._spec)
         return self._model

@@ -25,6 +25,15 @@ def test_the_base_takes_what_is_said(tiny_llama, tmp_path, bits):
     assert said == pytest.approx(total_bytes(model), rel=0.05)
 
 
+def test_quantised_embeddings_take_what_is_said(tiny_llama, tmp_path):
+    model = load_base(str(tiny_llama), 4, tmp_path, "cpu", quantize_embeddings=True)
+
+    said = needed(tiny_llama, model__quantize_embeddings=True).base
+    # NF4 keeps the scales of the embeddings apart from the module's tensors.
+    scales = model.get_input_embeddings().weight.quant_state.absmax.nbytes
+    assert said == pytest.approx(total_bytes(model) + scales, rel=0.05)
+
+
 def test_an_adapter_with_adam_takes_twice_that_with_sgd(tiny_llama):
     sgd = needed(tiny_llama, adapter__rank=4)
     adam = needed(tiny_llama, adapter__rank=4, train__optimizer="adamw")

@@ -411,3 +411,47 @@ def test_what_is_loaded_from_bfloat16_files_gives_the_logits_that_were_saved(
 
 def test_the_built_in_name_is_the_one_that_is_fetched() -> None:
     assert models.BUILT_IN == builtin_model.NAME == "smollm2-135m-instruct"
+
+
+@pytest.mark.parametrize("quantization", [0, 4])
+def test_embeddings_in_nf4_look_up_what_nf4_keeps(
+    tiny_llama: Path, tmp_path: Path, quantization: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    plain = load_base(str(tiny_llama), quantization, tmp_path, "cpu")
+    table = plain.get_input_embeddings().weight
+    expected = dequantize_4bit(*quantize_4bit(table, quant_type="nf4"))
+    # Parts that do not divide the vocabulary.
+    monkeypatch.setattr(models, "_ROWS_PER_PART", 100)
+
+    small = load_base(
+        str(tiny_llama), quantization, tmp_path, "cpu", quantize_embeddings=True
+    )
+
+    assert torch.equal(small.get_input_embeddings()(IDS), expected[IDS])
+    assert not torch.equal(_logits(small), _logits(plain))
+
+
+def test_embeddings_that_are_the_output_head_stay(
+    own_llama: Path, tmp_path: Path
+) -> None:
+    tied = AutoModelForCausalLM.from_pretrained(own_llama)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    tied.save_pretrained(own_llama)
+
+    with pytest.raises(ModelError, match="quantize-embeddings=false"):
+        load_base(str(own_llama), 4, tmp_path, "cpu", quantize_embeddings=True)
+
+
+def test_weights_quantised_in_parts_are_those_quantised_whole(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_base(str(tiny_llama), 4, tmp_path / "whole", "cpu").state_dict()
+    monkeypatch.setattr(models, "_ROWS_PER_PART", 16)
+
+    parts = load_base(str(tiny_llama), 4, tmp_path / "parts", "cpu").state_dict()
+
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)

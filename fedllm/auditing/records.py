@@ -89,7 +89,13 @@ def audit_first_client(
     home = fedllm_home()
     location = locate(config.model.name, home)
     spec = adapter_spec(config.adapter, load_config(location), config.seed)
-    model = attach(load_base(location, config.model.quantization, home), spec)
+    base = load_base(
+        location,
+        config.model.quantization,
+        home,
+        quantize_embeddings=config.model.quantize_embeddings,
+    )
+    model = attach(base, spec)
     tokenizer = load_tokenizer(location)
     rows = partition(config.data, load_rows(config.data), 0, num_clients, config.seed)
     examples = labelled(tokenize(rows, tokenizer, config.data, config.train.max_length))
