@@ -149,7 +149,11 @@ def compute_dtype(device: str) -> "torch.dtype":
 
 
 def load_base(
-    location: str, quantization: int, home: Path, device: str | None = None
+    location: str,
+    quantization: int,
+    home: Path,
+    device: str | None = None,
+    in_float32: bool = False,
 ) -> "PreTrainedModel":
     """Return the frozen base model, in eval mode, with its key-value cache off.
 
@@ -161,6 +165,8 @@ def load_base(
         quantization: 4 (NF4, double quantisation), 8 (LLM.int8) or 0.
         home: The program's folder.
         device: "cuda", "cuda:1", "cpu"; by default a GPU where there is one.
+        in_float32: Load and compute an unquantised base in float32, and not in what
+            `compute_dtype` says.
 
     Raises:
         ModelError: It cannot be read, reached, quantised or held in memory.
@@ -177,7 +183,8 @@ def load_base(
         # An 8-bit layer tells at each pass that it casts to float16, as is its design.
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast)
     else:
-        model = _load(location, device, revision=_commit(config))
+        options = {"dtype": torch.float32} if in_float32 else {}
+        model = _load(location, device, revision=_commit(config), **options)
     # PEFT writes this name into the adapter: a reader needs the model, not our cache.
     model.name_or_path = model.config._name_or_path = location
     model.config.use_cache = False
@@ -214,10 +221,9 @@ def _load(location: str, device: str, **options: Any) -> Any:
     with quiet() if Path(location).is_dir() else nullcontext(), explained(location):
         return AutoModelForCausalLM.from_pretrained(
             location,
-            dtype=compute_dtype(device),
             device_map={"": device},
             trust_remote_code=False,
-            **options,
+            **{"dtype": compute_dtype(device), **options},
         )
 
 
