@@ -14,6 +14,7 @@ without DP are private in no way, and nobody promises anything for the table as 
 import argparse
 import json
 import logging
+import re
 import sys
 import time
 import tomllib
@@ -27,6 +28,8 @@ from fedllm.commands.compare_report import BUDGET, write_comparison
 from fedllm.config import RunConfig, fedllm_home, flat, parse_run_config
 from fedllm.durable import replace_whole
 from fedllm.errors import ConfigError, FederationError, FedllmError
+
+ARMS = ("base", "federated", "federated-dp", "centralised", "alone")
 
 _SERVER = 100
 """Node id of the first client."""
@@ -59,7 +62,7 @@ def _run(args: argparse.Namespace) -> None:
     todo = [
         (seed, arm)
         for seed in seeds
-        for arm in arms(config, args.num_clients)
+        for arm in _asked(args, arms(config, args.num_clients, args.alone))
         if not _result(out, seed, arm).exists()
     ]
     began = time.monotonic()
@@ -82,12 +85,24 @@ def _run(args: argparse.Namespace) -> None:
     sys.stdout.write(write_comparison(out, setting, rows) + f"\n{out}\n")
 
 
-def arms(config: RunConfig, num_clients: int) -> list[str]:
-    """Return the names of what is trained; the dear ones last."""
+def arms(config: RunConfig, num_clients: int, alone: int | None = None) -> list[str]:
+    """Return the names of what is trained; the dear ones last.
+
+    Args:
+        config: The run config.
+        num_clients: N.
+        alone: How many clients are trained alone, evenly spaced; None: all.
+    """
     names = ["base", "federated"]
     if config.privacy.unit == "client":
         names.append("federated-dp")
-    return [*names, "centralised", *(f"alone-{i}" for i in range(num_clients))]
+    number = num_clients if alone is None else min(alone, num_clients)
+    chosen = [i * num_clients // number for i in range(number)]
+    return [*names, "centralised", *(f"alone-{i}" for i in chosen)]
+
+
+def _asked(args: argparse.Namespace, names: list[str]) -> list[str]:
+    return [name for name in names if re.sub(r"-\d+$", "", name) in args.arms]
 
 
 def read_config(path: Path) -> RunConfig:
@@ -355,6 +370,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-clients", type=int, default=20, metavar="N")
     parser.add_argument("--seed", type=int, nargs="+", help="default: the config's")
     parser.add_argument("--benchmark", metavar="FILE.jsonl", help="multiple choice")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all"
+    )
+    parser.add_argument(
+        "--alone", type=int, metavar="K", help="train K of the clients alone, not all"
+    )
     parser.add_argument("--out", metavar="DIR", help="default: under runs/")
     return parser
 

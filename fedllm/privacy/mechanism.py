@@ -115,11 +115,11 @@ def checked_update(
         reference: The global adapter.
         limit: Largest size of one value.
     """
-    checked = _difference(arrays, reference)
-    update = checked.update
-    if update is not None and update.size and np.abs(update).max() > limit:
-        return Checked(None, OUT_OF_RANGE)
-    return checked
+    found = _difference(arrays, reference)
+    if isinstance(found, str):
+        return Checked(None, found)
+    update, largest = found
+    return Checked(update) if largest <= limit else Checked(None, OUT_OF_RANGE)
 
 
 def clipped_update(
@@ -138,10 +138,11 @@ def clipped_update(
         The result is None, which counts as zero, or a finite vector whose exact L2 norm
         is at most C. It is a function of this one reply: no other reply enters.
     """
-    checked = _difference(arrays, reference)
-    if checked.update is None:
-        return checked
-    return clipped(checked.update, clipping_norm)
+    found = _difference(arrays, reference)
+    if isinstance(found, str):
+        return Checked(None, found)
+    update, largest = found
+    return _scaled(update, largest, clipping_norm, out=update)
 
 
 def clipped(vector: Vector, clipping_norm: float) -> Checked:
@@ -158,20 +159,30 @@ def clipped(vector: Vector, clipping_norm: float) -> Checked:
     largest = _largest(vector)
     if not math.isfinite(largest):
         return Checked(None, NOT_FINITE)
+    return _scaled(vector, largest, clipping_norm, out=np.empty_like(vector))
+
+
+def _scaled(
+    vector: Vector, largest: float, clipping_norm: float, out: Vector
+) -> Checked:
+    """Clip a vector, the size of its largest value known; `out` may be the vector."""
     if largest == 0.0:
         return Checked(vector)
-    # Scaling by the largest value first: squares of 1e308 or 1e-320 leave the range.
+    whole = vector
+    unit = 1.0
+    if not 1e-100 < largest < 1e100:
+        # Their squares would leave the range, or all its digits.
+        unit = largest
+        vector = vector / unit
     # NumPy sums pairwise; a running sum (np.dot) loses small squares beside large ones,
     # and a client could choose its values so that their true norm passes C.
-    squares = [np.sum(np.square(part / largest)) for part in _blocks(vector)]
+    squares = [np.sum(np.square(part)) for part in _blocks(vector)]
     length = float(np.sqrt(np.sum(squares)))
     bound = clipping_norm * _MARGIN
-    if largest <= bound / length:
-        return Checked(vector)
-    out = np.empty_like(vector)
+    if unit <= bound / length:
+        return Checked(whole)
     for part, scaled in zip(_blocks(vector), _blocks(out), strict=True):
-        np.divide(part, largest, out=scaled)
-        scaled *= bound / length
+        np.multiply(part, bound / length, out=scaled)
     return Checked(out)
 
 
@@ -180,7 +191,7 @@ def _largest(vector: Vector) -> float:
     if not vector.size:
         return 0.0
     with np.errstate(all="ignore"):  # a signalling NaN would warn
-        return max(float(vector.max()), -float(vector.min()))
+        return float(np.max([vector.max(), -vector.min()]))
 
 
 def _blocks(vector: _Array) -> Iterator[_Array]:
@@ -194,7 +205,8 @@ class FixedPointSum:
 
     Values are cut toward zero, so that no vector's norm grows but by a last bit, 2**-52
     of it, which the margin of `clipped` covers 4,000 times. Each is held as at most
-    2**40 units, times a weight; high and low 20 bits are summed apart in 64 bits.
+    2**40 units, times a weight. 64 bits hold a weight of 2**22 of them: before they are
+    full, all but the low 20 bits are carried to a second integer.
 
     Args:
         size: Length d of the vectors.
@@ -203,12 +215,14 @@ class FixedPointSum:
 
     _UNITS = 2.0**40
     _MAX_WEIGHT = 1 << 42
+    _ROOM = 1 << 22
 
     def __init__(self, size: int, limit: float) -> None:
         self._limit = limit
         self._high = np.zeros(size, np.int64)
         self._low = np.zeros(size, np.int64)
         self._weight = 0
+        self._held = 0
 
     @property
     def weight(self) -> int:
@@ -229,22 +243,35 @@ class FixedPointSum:
             raise ValueError(
                 f"the weights of a sum must stay within 1 and 2**42: {weight}"
             )
+        if self._held + weight > self._ROOM:
+            self._carry()
+        fits = weight <= self._ROOM
         for values, high, low in zip(
             _blocks(vector), _blocks(self._high), _blocks(self._low), strict=True
         ):
             scaled = values / self._limit
             scaled *= self._UNITS
-            np.trunc(scaled, out=scaled)
             if not (scaled.max() <= self._UNITS and scaled.min() >= -self._UNITS):
                 raise ValueError(f"a value of the sum is above {self._limit}")
-            units = scaled.astype(np.int64)
-            low += (units & 0xFFFFF) * weight
-            units >>= 20
-            high += units * weight
+            units = scaled.astype(np.int64)  # which cuts toward zero
+            if not fits:
+                high += (units >> 20) * weight
+                units &= 0xFFFFF
+            if weight > 1:
+                units *= weight
+            low += units
+        self._held += min(weight, self._ROOM)
         self._weight += weight
+
+    def _carry(self) -> None:
+        for high, low in zip(_blocks(self._high), _blocks(self._low), strict=True):
+            high += low >> 20
+            low &= 0xFFFFF
+        self._held = 0
 
     def total(self) -> Vector:
         """Return the sum, (d,) float64."""
+        self._carry()
         # Exact integers until here; what follows is one fixed sequence of roundings.
         units = self._high.astype(np.float64) * 2.0**20 + self._low
         return units * (self._limit / self._UNITS)
@@ -285,30 +312,36 @@ def noised_sum(
 
 def _difference(
     arrays: object, reference: Mapping[str, npt.NDArray[np.float32]]
-) -> Checked:
-    """Return arrays - reference by name, flat, in float64, or why it cannot be had."""
+) -> tuple[Vector, float] | str:
+    """Return arrays - reference by name, flat, and the size of its largest value.
+
+    Total: what cannot be had comes back as one of REASONS.
+    """
     try:
         if not isinstance(arrays, Mapping):
-            return Checked(None, MALFORMED)
+            return MALFORMED
         if len(arrays) != len(reference) or set(arrays) != set(reference):
-            return Checked(None, WRONG_NAMES)
+            return WRONG_NAMES
         difference = np.empty(sum(start.size for start in reference.values()))
-        begin = 0
+        begin, largest = 0, 0.0
         for name, start in reference.items():
             value = arrays[name]
             # A subclass could answer every question below as it likes.
             if type(value) is not np.ndarray:
-                return Checked(None, WRONG_TYPE)
+                return WRONG_TYPE
             if value.dtype.kind != "f" or value.dtype.itemsize > 8:
-                return Checked(None, WRONG_TYPE)
+                return WRONG_TYPE
             if value.shape != start.shape:
-                return Checked(None, WRONG_SHAPE)
+                return WRONG_SHAPE
             part = difference[begin : begin + start.size]
             begin += start.size
             with np.errstate(all="ignore"):  # a signalling NaN would warn
-                np.subtract(value.ravel(), start.ravel(), out=part, dtype=np.float64)
-        if not math.isfinite(_largest(difference)):
-            return Checked(None, NOT_FINITE)
-        return Checked(difference)
+                part[:] = value.ravel()
+                part -= start.ravel()
+            size = _largest(part)
+            if not math.isfinite(size):
+                return NOT_FINITE
+            largest = max(largest, size)
+        return difference, largest
     except Exception:  # noqa: BLE001 - total: whatever a reply does, it counts as zero
-        return Checked(None, MALFORMED)
+        return MALFORMED

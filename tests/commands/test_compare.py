@@ -65,6 +65,20 @@ def test_every_arm_is_trained_once_and_a_second_sitting_trains_nothing(
     assert json.loads((out / "compare.json").read_text()) == content
 
 
+def test_only_the_arms_and_clients_that_are_asked_for_are_trained(
+    config_file, tmp_path
+):
+    out = tmp_path / "out"
+    command = ["--run-config", str(config_file), "--num-clients", "4"]
+    command += ["--out", str(out), "--arms", "base", "alone", "--alone", "2"]
+
+    compare.main(command)
+
+    made = {path.stem for path in out.glob("seed-42/*.json")}
+    assert made == {"base", "alone-0", "alone-2"}
+    assert "seed 42: 2 of 4" in (out / "compare.md").read_text()
+
+
 def test_the_centralised_arm_sees_as_many_examples_as_all_clients(config_file):
     config = compare.read_config(config_file)
     assert compare.centralised(config, 20).train.local_steps == 20

@@ -10,7 +10,7 @@ import random
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import algorithms
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
@@ -263,6 +263,20 @@ def test_the_sum_takes_large_weights_exactly():
         out.add(np.array([1023.5]), weight=2**31)
 
     assert out.total()[0] / out.weight == 1023.5
+
+
+WEIGHT = st.integers(1, 2**21) | st.sampled_from([2**22 - 1, 2**22, 2**22 + 1, 2**36])
+
+
+@given(st.lists(st.tuples(st.sampled_from([-1, 1]), WEIGHT), min_size=1, max_size=9))
+@example([(1, 2**21)] * 9)
+def test_the_sum_is_exact_whatever_the_weights_and_their_order(terms):
+    total = FixedPointSum(2, 1.0)
+    for sign, weight in terms:
+        total.add(np.array([sign, sign * 0.75]), weight)
+
+    exact = sum(sign * weight for sign, weight in terms)
+    assert total.total().tolist() == [exact, exact * 0.75]
 
 
 def test_the_sum_refuses_what_it_cannot_hold():
