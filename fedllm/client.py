@@ -323,7 +323,7 @@ def _train_privately(
 
 
 def _evaluate(message: Message, context: Context, config: RunConfig) -> RecordDict:
-    """Return the loss of the server's adapter on this client's own rows."""
+    """Return the loss of the server's adapter on this client's held-out rows."""
     from fedllm.adapters import set_trained
     from fedllm.evaluation import held_out
 
@@ -331,7 +331,7 @@ def _evaluate(message: Message, context: Context, config: RunConfig) -> RecordDi
         raise ConfigError("privacy.unit: clients evaluate only where it is 'none'")
     record = message.content.config_records[CONFIG]
     resident = _load(with_kind(config, record.get(ADAPTER_KIND)))
-    examples = _examples(resident, context, config)
+    examples = _examples(resident, context, config, held_out=True)
     shapes = resident.spec.trained_shapes
     sent = message.content.array_records[ARRAYS]
     arrays = read_global(sent, shapes, config.wire.encoding)
@@ -371,25 +371,26 @@ def _load(config: RunConfig) -> _Resident:
 
 
 def _examples(
-    resident: _Resident, context: Context, config: RunConfig
+    resident: _Resident, context: Context, config: RunConfig, held_out: bool = False
 ) -> list[dict[str, Any]]:
-    """Return this client's tokenised examples.
+    """Return this client's tokenised examples: those to train on, or those held out.
 
     Raises:
         DataError: It has none.
     """
-    from fedllm.data import load_rows, partition, tokenize
+    from fedllm.data import load_rows, own_rows, partition, tokenize
     from fedllm.evaluation import labelled
 
     partition_id, num_partitions = partition_of(context)
     path = context.node_config.get("data-path")
-    key = _share(context, config)
+    key = (*_share(context, config), *(["held-out"] if held_out else []))
     if key not in resident.partitions:
         rows = load_rows(config.data, str(path) if path is not None else None)
         if path is None:
             rows = partition(
                 config.data, rows, partition_id, num_partitions, config.seed
             )
+        rows = own_rows(config.data, rows, config.seed, held_out)
         if config.privacy.unit == "record":
             from fedllm.privacy.record_ledger import row_digest
 
@@ -409,7 +410,9 @@ def _examples(
     examples = resident.partitions[key]
     if not examples:
         raise DataError(
-            f"client {partition_id}: has no usable example, so its update is zero"
+            f"client {partition_id}: has no held-out example, so it does not evaluate"
+            if held_out
+            else f"client {partition_id}: has no usable example, so its update is zero"
         )
     return examples
 

@@ -119,6 +119,9 @@ class DataConfig:
     """Concentration of `dirichlet`: smaller is more uneven."""
     partition_column: Name = "site"
     """Column that `dirichlet` and `natural` go by."""
+    held_out_fraction: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.0
+    """Expected share of its rows that a client never trains on, and evaluates on
+    (strategy.fraction-evaluate; without DP only)."""
     public_validation: Text = ""
     """File of rows declared public that choose the best round; empty: none."""
     public_test: Text = ""
@@ -170,7 +173,8 @@ class StrategyConfig:
     fraction_train: Annotated[float, Strict(), Field(gt=0, le=1)] = 1.0
     """Share of the clients in a round, for `fixed` and `poisson`."""
     fraction_evaluate: Share = 0.0
-    """Share of the clients that evaluate on their own rows (without DP only)."""
+    """Share of the clients that evaluate on their own held-out rows after a round (without
+    DP only; with data.held-out-fraction)."""
     round_timeout: PositiveAmount = 1800.0
     """Seconds to wait for the replies of a round; later ones count as zero."""
     aggregator: Literal["mean", "median", "trimmed-mean", "krum"] = "mean"
@@ -383,6 +387,12 @@ def _contradictions(config: RunConfig) -> list[str]:
         problems.append(
             "resume.from: must be empty, 'latest', or the absolute path of a run folder "
             f"(got {resume!r})"
+        )
+    if (strategy.fraction_evaluate > 0) != (config.data.held_out_fraction > 0):
+        problems.append(
+            "data.held-out-fraction: must be above 0.0 where strategy.fraction-evaluate "
+            f"is, and nowhere else (got {config.data.held_out_fraction} and "
+            f"{strategy.fraction_evaluate}): clients evaluate on rows that none trains on"
         )
     if strategy.num_clients == 1:
         problems.append("strategy.num-clients: must be 0 or at least 2 (got 1)")

@@ -6,6 +6,7 @@ imported where they are used.
 """
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from fedllm.config import DataConfig, fedllm_home
 from fedllm.data_files import comma_list, looks_local, one_line, read_rows
 from fedllm.errors import ConfigError, DataError
+from fedllm.privacy.record_ledger import row_digest
 from fedllm.prompts import (
     MESSAGES,
     Row,
@@ -37,6 +39,7 @@ __all__ = [
     "chat_prompt",
     "load_public",
     "load_rows",
+    "own_rows",
     "partition",
     "to_prompt_completion",
     "tokenize",
@@ -150,6 +153,33 @@ def partition(
     partitioner = _make_partitioner(config, len(rows), num_partitions, seed)
     partitioner.dataset = rows
     return partitioner.load_partition(partition_id)
+
+
+def own_rows(
+    config: DataConfig, rows: "Dataset", seed: int, held_out: bool
+) -> "Dataset":
+    """Return the rows that a client trains on, or those that it holds out.
+
+    A row's place follows from its content and the seed alone: copies of a row, also at
+    another client, lie on one side, and stay there when a file changes between rounds.
+    The share is therefore an expected one; of a few rows none may be held out.
+
+    Args:
+        config: Says which share is held out.
+        rows: One client's rows.
+        seed: The run's seed.
+        held_out: Which of the two.
+    """
+    if not config.held_out_fraction:
+        return rows.select([]) if held_out else rows
+    limit = config.held_out_fraction * 2**64
+    key = str(seed).encode()
+    chosen = []
+    for index, row in enumerate(rows):
+        digest = hashlib.sha256(key + row_digest(row)).digest()
+        if (int.from_bytes(digest[:8], "big") < limit) == held_out:
+            chosen.append(index)
+    return rows.select(chosen)
 
 
 def tokenize(

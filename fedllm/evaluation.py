@@ -284,6 +284,9 @@ class MultipleChoice:
     """Share of questions whose right option has the highest mean log-probability."""
 
     accuracy: float
+    """With the mean over the tokens of an option."""
+    accuracy_per_byte: float
+    """With the mean over the bytes of its UTF-8 text: lm-evaluation-harness's acc_bytes."""
     num_questions: int
     chance: float
     interval: tuple[float, float]
@@ -334,7 +337,7 @@ def multiple_choice(
     questions: Sequence[Mapping[str, Any]],
     prompt_of: Any,
 ) -> MultipleChoice:
-    """Score each option by its mean log-probability per token after the question.
+    """Score each option by its mean log-probability after the question.
 
     Args:
         model: The model; left in eval mode.
@@ -345,7 +348,7 @@ def multiple_choice(
     model.eval()
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id or 0
-    right, chance = 0, 0.0
+    right, right_per_byte, chance = 0, 0, 0.0
     for row in questions:
         prompt = tokenizer(prompt_of(row["question"]), add_special_tokens=False)[
             "input_ids"
@@ -358,15 +361,19 @@ def multiple_choice(
         with torch.inference_mode():
             inputs = {k: v.to(device) for k, v in collate(examples, pad).items()}
             losses = answer_losses(model, **inputs).tolist()
-        means, start = [], 0
-        for example in examples:
+        per_token, per_byte, start = [], [], 0
+        for option, example in zip(row["options"], examples, strict=True):
             size = len(example["input_ids"]) - len(prompt)
-            means.append(sum(losses[start : start + size]) / size)
+            total = sum(losses[start : start + size])
+            per_token.append(total / size)
+            per_byte.append(total / len(option.encode("utf-8")))
             start += size
-        right += means.index(min(means)) == row["answer"]
+        right += per_token.index(min(per_token)) == row["answer"]
+        right_per_byte += per_byte.index(min(per_byte)) == row["answer"]
         chance += 1 / len(row["options"])
     n = len(questions)
-    return MultipleChoice(right / n, n, chance / n, _wilson(right, n))
+    interval = _wilson(right, n)
+    return MultipleChoice(right / n, right_per_byte / n, n, chance / n, interval)
 
 
 def _wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:

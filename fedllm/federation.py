@@ -310,7 +310,7 @@ class Federation:
             self.trained = True
         if record is not None:
             self.arrays = read_global(record, self.spec.trained_shapes)
-        client_loss = self._evaluate_clients(server_round)
+        clients = self._evaluate_clients(server_round)
         loss = self._validate(server_round)
         evaluated = time.monotonic()
         self._save(server_round, loss)
@@ -325,15 +325,19 @@ class Federation:
             # The page of the round before was drawn after that round's line.
             "save": done - evaluated + self.watch.take_seconds(),
         }
-        self._write_line(server_round, seen, loss, client_loss, seconds)
+        self._write_line(server_round, seen, loss, clients, seconds)
         self._write_checkpoint()
         parts = [f"round {server_round}/{config.num_server_rounds}"]
         if known:
             parts.append(f"{seen.usable} of {seen.asked} clients")
         if seen.train_loss is not None:
             parts.append(f"train loss {seen.train_loss:.3f}")
-        if client_loss is not None:
-            parts.append(f"client loss {client_loss:.3f}")
+        if clients:
+            parts.append(
+                f"client loss {clients['client-loss']:.3f} (best "
+                f"{clients['client-loss-best']:.3f}, worst "
+                f"{clients['client-loss-worst']:.3f} of {clients['clients-evaluated']})"
+            )
         if loss is not None:
             parts.append(f"validation loss {loss:.3f}")
         if self.ledger is not None:
@@ -360,7 +364,7 @@ class Federation:
             logger.info("round 0, the untuned model: validation loss %.3f", loss)
         seconds: dict[str, float | None] = {"train": 0.0, "aggregate": 0.0, "save": 0.0}
         seconds["evaluate"] = time.monotonic() - started
-        self._write_line(0, Round(), loss, None, seconds)
+        self._write_line(0, Round(), loss, {}, seconds)
 
     def _validate(self, server_round: int) -> float | None:
         """Measure the adapter on public validation rows, where it is due."""
@@ -373,19 +377,26 @@ class Federation:
         last = server_round == self.config.num_server_rounds
         return last or server_round % self.config.strategy.evaluate_every == 0
 
-    def _evaluate_clients(self, server_round: int) -> float | None:
-        """Ask clients for the loss on their own rows; without DP only."""
+    def _evaluate_clients(self, server_round: int) -> Mapping[str, Any]:
+        """Ask clients for the loss on their held-out rows; without DP only."""
         messages = list(
             self.strategy.configure_evaluate(
                 server_round, array_record(self.arrays), self._instructions(), self.grid
             )
         )
         if not messages:
-            return None
+            return {}
         timeout = self.config.strategy.round_timeout
         gathering = Gathering(self.grid, messages, timeout)
         metrics = self.strategy.aggregate_evaluate(server_round, gathering)
-        return None if metrics is None else float(metrics["client-loss"])  # type: ignore[arg-type]
+        if metrics is None:
+            logger.warning(
+                "round %d: none of %d clients had a loss of its held-out rows to tell; "
+                "see each client's own log",
+                server_round,
+                len(messages),
+            )
+        return metrics or {}
 
     def _save(self, server_round: int, loss: float | None) -> None:
         """Save the round where it is due, is the last, or is the best so far."""
@@ -491,7 +502,7 @@ class Federation:
         server_round: int,
         seen: Round,
         loss: float | None,
-        client_loss: float | None,
+        clients: Mapping[str, Any],
         seconds: Mapping[str, float | None],
     ) -> None:
         """Append a line to metrics.jsonl."""
@@ -515,7 +526,10 @@ class Federation:
             "clients_rejected": len(seen.rejected) if known else None,
             "train_loss": seen.train_loss,
             "validation_loss": loss,
-            "client_loss": client_loss,
+            "client_loss": clients.get("client-loss"),
+            "client_loss_best": clients.get("client-loss-best"),
+            "client_loss_worst": clients.get("client-loss-worst"),
+            "clients_evaluated": clients.get("clients-evaluated"),
             "seconds": {
                 phase: None if value is None else round(value, 3)
                 for phase, value in seconds.items()

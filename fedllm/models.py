@@ -158,6 +158,7 @@ def load_base(
     home: Path,
     device: str | None = None,
     quantize_embeddings: bool = False,
+    in_float32: bool = False,
 ) -> "PreTrainedModel":
     """Return the frozen base model, in eval mode, with its key-value cache off.
 
@@ -170,6 +171,8 @@ def load_base(
         home: The program's folder.
         device: "cuda", "cuda:1", "cpu"; by default a GPU where there is one.
         quantize_embeddings: Keep the input embeddings in NF4, whatever `quantization` is.
+        in_float32: Load and compute an unquantised base in float32, and not in what
+            `compute_dtype` says.
 
     Raises:
         ModelError: It cannot be read, reached, quantised or held in memory, or its
@@ -187,7 +190,8 @@ def load_base(
         # An 8-bit layer tells at each pass that it casts to float16, as is its design.
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast)
     else:
-        model = _load(location, device, revision=_commit(config))
+        options = {"dtype": torch.float32} if in_float32 else {}
+        model = _load(location, device, revision=_commit(config), **options)
     if quantize_embeddings:
         _require_bitsandbytes(device)
         _quantise_embeddings(model)
@@ -227,10 +231,9 @@ def _load(location: str, device: str, **options: Any) -> Any:
     with quiet() if Path(location).is_dir() else nullcontext(), explained(location):
         return AutoModelForCausalLM.from_pretrained(
             location,
-            dtype=compute_dtype(device),
             device_map={"": device},
             trust_remote_code=False,
-            **options,
+            **{"dtype": compute_dtype(device), **options},
         )
 
 

@@ -204,7 +204,7 @@ class AdapterFedAvg(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask a share of the clients for the loss on their own rows."""
+        """Ask a share of the clients for the loss on their held-out rows."""
         count = round(self.fraction_evaluate * len(self.population))
         if count == 0:
             return []
@@ -217,14 +217,32 @@ class AdapterFedAvg(FedAvg):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Average the clients' losses, weighted by examples."""
-        total, weights = 0.0, 0
+        """Average the clients' losses, weighted by examples, and keep the extremes.
+
+        A client weighs no more than the examples that it was asked to score, whatever
+        it claims. A lie about a loss shows as the best or the worst one.
+        """
+        most = self.config.strategy.evaluate_examples or _LARGEST_WEIGHT
+        losses: dict[int, float] = {}
+        weights: list[int] = []
         for message in replies:
             reply = read_reply(message, {})
-            if reply.code is None and reply.eval_loss is not None:
-                weight = reply.num_examples or 1
-                total, weights = total + weight * reply.eval_loss, weights + weight
-        return MetricRecord({"client-loss": total / weights}) if weights else None
+            if reply.eval_loss is None or reply.node_id in losses:
+                continue
+            losses[reply.node_id] = reply.eval_loss
+            weights.append(min(reply.num_examples or 1, most))
+        if not losses:
+            return None
+        return MetricRecord(
+            {
+                "client-loss": float(
+                    np.average(list(losses.values()), weights=weights)
+                ),
+                "client-loss-best": min(losses.values()),
+                "client-loss-worst": max(losses.values()),
+                "clients-evaluated": len(losses),
+            }
+        )
 
     def summary(self) -> None:
         """Say nothing: the run says what it does before round 1."""

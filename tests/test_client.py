@@ -10,7 +10,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedllm import client
+from fedllm import client, evaluation, training
 from fedllm.adapters import adapter_spec, initial_arrays
 from fedllm.client import check_floors, partition_of, reply_to
 from fedllm.config import RunConfig, parse_run_config
@@ -551,21 +551,54 @@ def test_what_the_length_limit_cuts_is_said_once(answer, home):
     assert log.count("train.max-length 120 cut") == 1
 
 
-def test_without_dp_a_client_evaluates_on_its_own_rows(answer):
-    reply = answer(WITHOUT_DP, message_type="evaluate")
+EVALUATE = {
+    **WITHOUT_DP,
+    "data.held-out-fraction": 0.6,
+    "strategy.fraction-evaluate": 1.0,
+}
+
+
+def test_without_dp_a_client_evaluates_on_rows_that_it_does_not_train_on(
+    answer, arrays, monkeypatch
+):
+    seen = {}
+    score, train = evaluation.held_out, training.train_adapter
+
+    def scored(model, examples, pad):
+        seen["scored"] = [tuple(e["input_ids"]) for e in examples]
+        return score(model, examples, pad)
+
+    def trained(model, spec, tokenizer, examples, *rest):
+        seen["trained"] = [tuple(e["input_ids"]) for e in examples]
+        return train(model, spec, tokenizer, examples, *rest)
+
+    monkeypatch.setattr(evaluation, "held_out", scored)
+    monkeypatch.setattr(training, "train_adapter", trained)
+    reply = answer(EVALUATE, message_type="evaluate")
+    assert values(answer(EVALUATE), arrays)
 
     assert set(reply.content) == {METRICS}
     read = read_reply(reply, {})
-    assert read.num_examples == 5
     assert read.eval_loss == pytest.approx(np.log(384), abs=0.5)
+    assert read.num_examples == len(seen["scored"])
+    assert seen["scored"] and seen["trained"]
+    assert not set(seen["scored"]) & set(seen["trained"])
+    assert len(seen["scored"] + seen["trained"]) == 5
 
 
 def test_evaluation_looks_at_no_more_examples_than_asked_for(answer):
-    changes = {**WITHOUT_DP, "strategy.evaluate-examples": 2}
+    changes = {**EVALUATE, "strategy.evaluate-examples": 1}
 
     reply = answer(changes, message_type="evaluate")
 
-    assert read_reply(reply, {}).num_examples == 2
+    assert read_reply(reply, {}).num_examples == 1
+
+
+def test_a_client_without_held_out_rows_says_so(answer):
+    reply = answer(WITHOUT_DP, message_type="evaluate")
+
+    assert code_of(reply) == "no-data"
+    assert "no held-out example" in text_of(reply)
 
 
 def test_under_dp_a_client_refuses_to_evaluate(answer):

@@ -261,6 +261,24 @@ def test_multiple_choice_takes_the_highest_mean_log_probability_per_token():
     assert got.interval[0] < 0.75 < got.interval[1]
 
 
+def test_the_second_accuracy_takes_the_mean_per_byte():
+    # Seen through another alphabet: options of one token each and of 1 and 6 bytes.
+    class Words(Letters):
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            return super().__call__(text.replace("\u00e4\u00e4\u00e4", "b"), False)
+
+    # After "a", "c" has 0.45 for one byte, what stands for "b" 0.40 for six.
+    questions = [
+        {"question": "a", "options": ["c", "\u00e4\u00e4\u00e4"], "answer": k}
+        for k in (0, 0, 1)
+    ]
+
+    got = multiple_choice(RIGGED, Words(), questions, lambda question: question)
+
+    assert got.accuracy == pytest.approx(2 / 3)
+    assert got.accuracy_per_byte == pytest.approx(1 / 3)
+
+
 def test_the_prompt_is_the_template_around_the_question():
     questions = [{"question": "x", "options": ["d", "c"], "answer": 1}]
 

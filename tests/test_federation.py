@@ -440,13 +440,100 @@ def test_no_more_clients_than_were_asked_for_take_part(settings):
     assert federation.population == sorted(federation.grid.get_node_ids())[:3]
 
 
-def test_federated_evaluation_reports_the_clients_own_loss_without_dp(settings):
-    federation, _ = start({**settings, **NO_PRIVACY, "strategy.fraction-evaluate": 1.0})
+EVALUATE = {
+    **NO_PRIVACY,
+    "data.held-out-fraction": 0.4,
+    "strategy.fraction-evaluate": 1.0,
+}
+
+
+def test_clients_evaluate_on_their_held_out_rows_without_dp(settings, caplog):
+    told = {}
+
+    def answer(message, context):
+        reply = client.reply_to(message, context)
+        if message.metadata.message_type.startswith("evaluate"):
+            node = message.metadata.dst_node_id
+            told[node] = dict(reply.content.metric_records[METRICS])
+        return reply
+
+    with caplog.at_level(logging.INFO):
+        federation, _ = start({**settings, **EVALUATE}, answer)
+        federation.run()
+
+    before, *_, line = lines_of(federation)
+    losses = [m["eval-loss"] for m in told.values()]
+    sizes = [m["num-examples"] for m in told.values()]
+    assert before["client_loss"] is None
+    assert 0 < sum(sizes) < 24
+    assert line["client_loss"] == pytest.approx(np.average(losses, weights=sizes))
+    assert line["client_loss_best"] == min(losses)
+    assert line["client_loss_worst"] == max(losses)
+    assert line["clients_evaluated"] == 3
+    assert f"worst {max(losses):.3f} of 3)" in caplog.text
+    assert "worst client" in (federation.directory.path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"eval-loss": float("nan"), "num-examples": 3},
+        {"eval-loss": float("-inf"), "num-examples": 3},
+        {"eval-loss": -5.0, "num-examples": 3},
+        {"eval-loss": 1e300, "num-examples": 2**62},
+        {"eval-loss": [1.0, 2.0], "num-examples": 3},
+        {"num-examples": 3},
+        {},
+        None,
+        "error",
+        "silent",
+    ],
+)
+def test_a_hostile_evaluation_takes_only_itself_away(settings, hostile):
+    def answer(message, context):
+        reply = client.reply_to(message, context)
+        if not message.metadata.message_type.startswith("evaluate"):
+            return reply
+        if message.metadata.dst_node_id != 100:
+            return reply
+        if hostile == "silent":
+            return None
+        content = RecordDict()
+        if hostile == "error":
+            content = error_content("failed", "no")
+        elif hostile is not None:
+            content = RecordDict({METRICS: MetricRecord(hostile)})
+        forged = Message(content, reply_to=message)
+        forged.metadata.__dict__["_src_node_id"] = 101
+        return forged
+
+    changes = {"strategy.round-timeout": 2.0} if hostile == "silent" else {}
+    federation, _ = start({**settings, **EVALUATE, **changes}, answer)
     federation.run()
 
-    losses = [line["client_loss"] for line in lines_of(federation)]
-    assert losses[0] is None
-    assert all(loss > 0 for loss in losses[1:])
+    for line in lines_of(federation)[1:]:
+        assert line["clients_evaluated"] == 2
+        assert line["client_loss_best"] <= line["client_loss"]
+        assert line["client_loss"] <= line["client_loss_worst"] < 100
+
+
+def test_a_client_weighs_no_more_than_the_examples_it_was_asked_to_score(settings):
+    def answer(message, context):
+        if not message.metadata.message_type.startswith("evaluate"):
+            return client.reply_to(message, context)
+        liar = message.metadata.dst_node_id == 100
+        count, loss = (2**31, 900.0) if liar else (4, 2.0)
+        metrics = MetricRecord({"num-examples": count, "eval-loss": loss})
+        return Message(RecordDict({METRICS: metrics}), reply_to=message)
+
+    federation, _ = start(
+        {**settings, **EVALUATE, "strategy.evaluate-examples": 4}, answer
+    )
+    federation.run()
+
+    line = lines_of(federation)[1]
+    assert line["client_loss"] == pytest.approx((900 + 2 + 2) / 3)
+    assert (line["client_loss_best"], line["client_loss_worst"]) == (2.0, 900.0)
 
 
 def test_only_due_and_best_rounds_are_kept(settings):
@@ -489,7 +576,7 @@ def test_auto_is_resolved_before_round_1_said_and_the_same_on_every_client(
         return Choice("lora-core", "because of a test")
 
     monkeypatch.setattr("fedllm.federation.choose_adapter", choose)
-    quiet = {**NO_PRIVACY, "strategy.fraction-evaluate": 1.0}
+    quiet = EVALUATE
     with caplog.at_level(logging.INFO):
         federation, grid = start({**settings, "adapter.kind": "auto", **quiet})
         federation.run()

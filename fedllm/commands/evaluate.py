@@ -27,6 +27,7 @@ class Subject:
         folder: The adapter; None for the untuned base.
         base_name: Folder or hub id of the base model.
         quantization: Bits of the base.
+        in_float32: Whether an unquantised base computes in float32.
         described: Which model, round and run, for a person.
         config: The run's config where the adapter is of a run of ours.
     """
@@ -36,6 +37,7 @@ class Subject:
     quantization: int
     described: str
     config: RunConfig | None
+    in_float32: bool = False
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if args.json and args.interactive:
         parser.error("--interactive is a conversation: it has no --json")
+    if args.float32 and args.quantization:
+        parser.error("--float32 is for an unquantised base: it has no --quantization")
     try:
         _run(args)
     except FedllmError as error:
@@ -63,6 +67,8 @@ def _run(args: argparse.Namespace) -> None:
     subject = find_subject(args.peft_path, fedllm_home())
     if args.quantization is not None:
         subject.quantization = args.quantization
+    if args.float32:
+        subject.quantization, subject.in_float32 = 0, True
     report: dict[str, Any] = {"answers_for": subject.described}
     _say(args, subject.described)
     asker = _Asker(subject)
@@ -97,7 +103,12 @@ class _Asker:
 
         self.subject = subject
         self.tokenizer = load_tokenizer(subject.base_name)
-        base = load_base(subject.base_name, subject.quantization, fedllm_home())
+        base = load_base(
+            subject.base_name,
+            subject.quantization,
+            fedllm_home(),
+            in_float32=subject.in_float32,
+        )
         self.model: Any = base
         if subject.folder is not None:
             self.model = load_adapter(base, subject.folder)
@@ -303,6 +314,7 @@ def _benchmark(args: argparse.Namespace, asker: _Asker, path: Path) -> dict[str,
         low, high = score.interval
         scores[name] = {
             "accuracy": score.accuracy,
+            "accuracy_per_byte": score.accuracy_per_byte,
             "num_questions": score.num_questions,
             "chance": score.chance,
             "interval_95": [low, high],
@@ -310,7 +322,8 @@ def _benchmark(args: argparse.Namespace, asker: _Asker, path: Path) -> dict[str,
         _say(
             args,
             f"{name}: accuracy {score.accuracy:.3f} (95 % interval {low:.3f} to "
-            f"{high:.3f}) on {score.num_questions} questions; chance {score.chance:.3f}",
+            f"{high:.3f}) on {score.num_questions} questions; chance {score.chance:.3f}; "
+            f"by byte instead of by token {score.accuracy_per_byte:.3f}",
         )
     return scores
 
@@ -433,6 +446,11 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         choices=(0, 4, 8),
         help="bits of the base; default: as in training, 4 for plain PEFT",
+    )
+    parser.add_argument(
+        "--float32",
+        action="store_true",
+        help="unquantised and in float32, for numbers beside another program's",
     )
     return parser
 

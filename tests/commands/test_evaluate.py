@@ -9,7 +9,7 @@ from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from fedllm.adapters import adapter_spec
-from fedllm.commands.evaluate import NOT_ADVICE, main
+from fedllm.commands.evaluate import NOT_ADVICE, _Asker, find_subject, main
 from fedllm.config import flat, parse_run_config
 from fedllm.models import load_config
 from fedllm.run_directory import CONFIG_FILE, RESULT_FILE, RunDirectory
@@ -163,6 +163,24 @@ def test_a_benchmark_scores_both_models_against_chance(run, tmp_path, capsys):
     low, high = got["base"]["interval_95"]
     assert 0 < low < 0.5 < high < 1
     assert "chance 0.500" in ask(capsys, "--benchmark", str(path))
+
+
+def test_float32_computes_in_float32_whatever_the_hardware_prefers(run, monkeypatch):
+    monkeypatch.setattr("fedllm.models.compute_dtype", lambda device: torch.bfloat16)
+    subject = find_subject(None, run.path.parent.parent)
+    subject.quantization, subject.in_float32 = 0, True
+
+    types = {p.dtype for p in _Asker(subject).model.parameters()}
+
+    assert types == {torch.float32}
+
+
+def test_float32_is_of_no_quantised_base(run, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*QUESTION, "--float32", "--quantization", "4"])
+
+    assert caught.value.code == 2
+    assert "--float32" in capsys.readouterr().err
 
 
 def test_the_interactive_mode_ends_with_an_empty_line(run, capsys, monkeypatch):

@@ -154,6 +154,34 @@ def test_peft_opens_the_adapter_where_fedllm_is_not_installed(job, tmp_path):
     assert loss == pytest.approx(result["test_loss_after"], abs=0.02)
 
 
+def test_another_harness_agrees_on_the_same_questions(job, tmp_path):
+    _, env = job
+    page = (ROOT / "docs/evaluation.md").read_text("utf-8")
+    block = page.split("### Beside lm-evaluation-harness\n", 1)[1].split("```")[1]
+    lines = block.removeprefix("bash\n").replace("\\\n", " ").strip().splitlines()
+    _, theirs, ours = [
+        line.replace("~/", "$HOME/").replace("$HOME/.fedllm", str(fedllm_home()))
+        for line in lines
+    ]
+    env = env | {"HF_HOME": str(tmp_path / "hf")}
+    scores = {}
+    for name, line in (
+        ("theirs", f"{theirs} --output_path {tmp_path}/theirs.json"),
+        ("ours", f"{ours} --json".replace("python ", f"{sys.executable} ", 1)),
+    ):
+        done = typed(["bash", "-euo", "pipefail", "-c", line], env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        scores[name] = done.stdout
+
+    (written,) = tmp_path.glob("theirs*.json")
+    result = json.loads(written.read_text())
+    score = json.loads(scores["ours"])["benchmark"]["tuned"]
+    assert result["n-samples"]["medical_choice"]["effective"] == score["num_questions"]
+    assert result["results"]["medical_choice"]["acc_bytes,none"] == pytest.approx(
+        score["accuracy_per_byte"], abs=0.005
+    )
+
+
 def test_the_documented_lines_turn_an_export_into_gguf(job, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
