@@ -99,7 +99,9 @@ def test_one_run_is_shown_with_paths_statement_and_rounds(home, capsys):
     assert [line["server_round"] for line in found["rounds"]] == [0, 1, 2, 3]
 
 
-def test_a_run_killed_before_its_page_was_written_gets_it_when_it_is_shown(home, capsys):
+def test_a_run_killed_before_its_page_was_written_gets_it_when_it_is_shown(
+    home, capsys
+):
     folder = write_run(home / "2026-01-02_03-04-05_7")
     (folder / "state.json").write_text('{"state": "running", "reason": null}')
 

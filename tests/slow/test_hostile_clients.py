@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 HERE = Path(__file__).parent / "hostile"
 SECRET = "what-only-this-node-knows"
-ROUNDS, ATTACKERS, CLIP, TIMEOUT = 7, 3, 0.5, 40.0
+ROUNDS, ATTACKERS, CLIP, TIMEOUT = 9, 3, 0.5, 40.0
 
 
 def hostile_app(folder: Path) -> Path:
@@ -74,6 +74,11 @@ UNITS = {
         "privacy.noise-probe": False,
     },
     "none": {"privacy.unit": "none", "privacy.target-epsilon": 0.0},
+    "secret cohorts": {
+        "strategy.sampling": "poisson",
+        "strategy.fraction-train": 0.9,
+        "privacy.noise-probe": False,
+    },
 }
 
 
