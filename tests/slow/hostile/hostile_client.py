@@ -79,12 +79,14 @@ def big(arrays):
     return {**arrays, first: Array("float32", (BIG // 4,), "numpy.ndarray", values)}
 
 
-def swelling(arrays):
-    """Five megabytes on the wire, BIG once it is inflated: a chunk, many times over."""
-    first = next(iter(arrays))
-    array = Array("float32", (1,), "numpy.ndarray", bytes(5 * 2**20))
-    array.__dict__["_chunks"] = array.slice_array() * (BIG // (5 * 2**20) + 1)
-    return {**arrays, first: array}
+def swelling(sent):
+    """Five megabytes on the wire, BIG once it is read: one chunk, many times over."""
+    chunk = Array("float32", (1,), "numpy.ndarray", bytes(5 * 2**20))
+    content = RecordDict({"arrays": ArrayRecord(dict.fromkeys(sent, chunk))})
+    # A record copies its arrays.
+    for array in content.array_records["arrays"].values():
+        array.__dict__["_chunks"] = array.slice_array() * (BIG // (5 * 2**20) + 1)
+    return content
 
 
 def many(arrays):
@@ -174,7 +176,7 @@ ATTACKS = [
     long_error,
     changed(lambda value: np.asfortranarray(value + 9)),
     changed(lambda value: value.astype(">f8") - 9),
-    other(swelling),
+    swelling,
     other(million_names),
     lambda sent: RecordDict({str(i): ConfigRecord({"x": i}) for i in range(200)}),
     # Together at the end: these rounds wait for the time limit.
@@ -183,4 +185,10 @@ ATTACKS = [
     hangs,
     *FORGED,
 ]
-NAMED = {"big": other(big), "swelling": other(swelling), "many": other(many)}
+NAMED = {
+    "big": other(big),
+    "swelling": swelling,
+    "many": other(many),
+    "long error": long_error,
+    "raises": raises,
+}
