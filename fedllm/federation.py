@@ -37,7 +37,7 @@ from fedllm.privacy.record_report import RecordReport
 from fedllm.promise import probe_noise, say_promise
 from fedllm.public_rows import PublicRows
 from fedllm.record_promise import record_settings, say_record_promise
-from fedllm.replies import ADAPTER_KIND, array_record, read_global
+from fedllm.replies import ADAPTER_KIND, ERROR_CODES, array_record, read_global
 from fedllm.reporting.record import ANSWERS_FILE
 from fedllm.reporting.trackers import require_tracker
 from fedllm.run_directory import (
@@ -467,12 +467,7 @@ class Federation:
                 server_round,
                 node_id,
                 code,
-                (
-                    f": {text}"
-                    if text
-                    else "; the reason is in that client's own log, "
-                    "logs/client-<partition>.log under its ~/.fedllm"
-                ),
+                f": {text}" if text else _where_to_look(code),
             )
         missing = seen.asked - seen.answered
         if missing:
@@ -494,7 +489,7 @@ class Federation:
         raise FederationError(
             "no client ever returned a usable update, so nothing was trained: "
             f"{causes or 'no client answered in time'}; each client's own log "
-            "(logs/client-<partition>.log under its ~/.fedllm) has the whole story"
+            "(logs/client-<partition>.log under its ~/.fedllm) has its side of it"
         )
 
     def _write_line(
@@ -570,3 +565,13 @@ class Federation:
                 **{name: version(name) for name in _PACKAGES},
             },
         }
+
+
+def _where_to_look(code: str) -> str:
+    """Say on whose side an update came to nothing, and so where the reason is."""
+    if code in ERROR_CODES:
+        return (
+            "; the client failed, and its own log has the reason if it could write "
+            "one: logs/client-<partition>.log under its ~/.fedllm"
+        )
+    return "; the server finds so of the reply, and the client's log need not say why"

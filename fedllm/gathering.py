@@ -1,6 +1,7 @@
 """Waiting for clients, and for their replies, one at a time."""
 
 import logging
+import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 
@@ -14,13 +15,47 @@ from fedllm.replies import UNREADABLE
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 5.0
+# A reply that takes longer to fetch is fetched on beside the others.
+_PATIENCE = 15.0
+
+
+class _Fetch(threading.Thread):
+    """Fetches and inflates the reply to one message, however long that takes.
+
+    Flower fetches a reply object by object and waits for those that its sender has not
+    sent yet, without a limit of ours: a call of its own thread can be left behind.
+    """
+
+    def __init__(self, grid: Grid, message_id: str) -> None:
+        super().__init__(daemon=True)
+        self._grid = grid
+        self._message_id = message_id
+        self.found: RecordDict | Error | None = None
+
+    def run(self) -> None:
+        """Find the reply; None while there is none.
+
+        One that cannot even be inflated, for memory or for hostile bytes, is an error
+        that says so.
+        """
+        try:
+            replies = list(self._grid.pull_messages([self._message_id]))
+            if replies:
+                reply = replies[0]
+                self.found = reply.error if reply.has_error() else reply.content
+        except (ConnectionError, TimeoutError):
+            return
+        except Exception as error:  # noqa: BLE001 - hostile bytes must not stop a round
+            reason = f"the reply could not be read: {type(error).__name__}"
+            self.found = Error(UNREADABLE, reason)
 
 
 class Gathering:
     """Replies of one round, yielded as they arrive.
 
     Iterating asks for one message id a call, since Grid inflates all that it is asked
-    for; so at most one reply is in memory. Each message is answered at most once.
+    for; so at most one reply is in memory, but for those that are slow to fetch. Each
+    message is answered at most once.
 
     Guarantee:
         Who replied is who was asked. A reply bears its own metadata, which a client
@@ -38,6 +73,7 @@ class Gathering:
             for i, message in zip(ids, messages, strict=False)
             if i is not None
         }
+        self._fetching: dict[str, _Fetch] = {}
         self._asked = len(messages)
         self._title: str | None = None
         self._may_count = True
@@ -97,22 +133,16 @@ class Gathering:
         )
 
     def _pull(self, message_id: str) -> RecordDict | Error | None:
-        """Return what came in reply to one message; None while there is nothing.
-
-        A reply that cannot even be inflated, for memory or for hostile bytes, comes as
-        an error that says so.
-        """
-        try:
-            replies = list(self._grid.pull_messages([message_id]))
-            if not replies:
-                return None
-            reply = replies[0]
-            return reply.error if reply.has_error() else reply.content
-        except (ConnectionError, TimeoutError):
+        """Return what came in reply to one message; None while there is nothing."""
+        fetch = self._fetching.pop(message_id, None)
+        if fetch is None:
+            fetch = _Fetch(self._grid, message_id)
+            fetch.start()
+            fetch.join(_PATIENCE)
+        if fetch.is_alive():
+            self._fetching[message_id] = fetch
             return None
-        except Exception as error:  # noqa: BLE001 - hostile bytes must not stop a round
-            reason = f"the reply could not be read: {type(error).__name__}"
-            return Error(UNREADABLE, reason)
+        return fetch.found
 
 
 def renewed(population: Sequence[int], connected: Collection[int]) -> list[int]:

@@ -227,6 +227,7 @@ def test_under_dp_the_cause_is_a_code_and_the_text_stays_with_the_client(
 
     assert MARKER not in caplog.text
     assert MARKER in (tmp_path / "home/logs/client-0.log").read_text()
+    assert "(code no-data); the client failed, and its own log" in caplog.text
 
 
 def test_nothing_of_a_clients_rows_reaches_the_server(settings, caplog, tmp_path):
@@ -301,6 +302,21 @@ def test_a_hostile_reply_does_not_stop_the_round(settings, content):
 
     line = lines_of(federation)[1]
     assert (line["clients_answered"], line["clients_rejected"]) == (3, 1)
+
+
+def test_under_dp_a_malformed_reply_sends_nobody_to_the_clients_log(settings, caplog):
+    caplog.set_level(logging.INFO)
+
+    def answer(message, context):
+        if message.metadata.dst_node_id == 100:
+            return Message(RecordDict(), reply_to=message)
+        return client.reply_to(message, context)
+
+    federation, _ = start({**settings, "num-server-rounds": 1}, answer)
+    federation.run()
+
+    assert "(code malformed); the server finds so of the reply" in caplog.text
+    assert "client-<partition>.log" not in caplog.text
 
 
 def test_a_reply_that_cannot_be_inflated_counts_as_zero(settings):

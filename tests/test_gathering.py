@@ -1,6 +1,7 @@
 """Lines of progress: sparing, with the time left, none of secret cohorts; and senders."""
 
 import logging
+import time
 
 import pytest
 from flwr.app import Message, RecordDict
@@ -112,3 +113,26 @@ def test_a_reply_with_neither_content_nor_error_is_an_error_too():
     (came,) = Gathering(OneGrid([empty]), [instruction()], 1.0)
 
     assert came.has_error()
+
+
+class StallingGrid(OneGrid):
+    """Never comes back from fetching the first reply."""
+
+    def pull_messages(self, ids):
+        if ids[0] == 0:
+            time.sleep(60)
+        return super().pull_messages(ids)
+
+
+def test_a_reply_that_is_never_fetched_whole_holds_up_neither_others_nor_the_round(
+    monkeypatch,
+):
+    monkeypatch.setattr(gathering, "_PATIENCE", 0.2)
+    asked = [instruction(node_id=5), instruction(node_id=6)]
+    grid = StallingGrid([None, Message(RecordDict(), reply_to=asked[1])])
+    began = time.monotonic()
+
+    came = list(Gathering(grid, asked, 1.0))
+
+    assert [message.metadata.src_node_id for message in came] == [6]
+    assert time.monotonic() - began < 10

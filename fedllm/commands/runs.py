@@ -15,6 +15,7 @@ from typing import Any
 from fedllm.config import fedllm_home
 from fedllm.errors import FedllmError
 from fedllm.privacy.wording import plain
+from fedllm.report import write_report
 from fedllm.reporting.record import RunRecord, read_run
 
 _LATEST = "latest"
@@ -154,6 +155,9 @@ def _one(folder: Path) -> tuple[dict[str, Any], list[str]]:
     if summary["state"] == "damaged":
         raise FedllmError(summary["reason"])
     run = read_run(folder)
+    if summary["state"] == "finished" and not (folder / "report.html").exists():
+        # It was killed between its result and its page.
+        write_report(folder)
     found = summary | {
         "folder": str(folder),
         "statement": run.privacy.get("statement"),

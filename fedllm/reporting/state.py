@@ -2,7 +2,9 @@
 
 A run holds a lock on its folder, which the operating system lets go when the process
 ends, however that happens. So an interrupted run is told from a running one without
-process ids, which are used again.
+process ids, which are used again. It is not the lock that keeps a second process out of
+the folder: to look whether one is held is to hold it for a moment, and a look must never
+keep a run from starting.
 """
 
 import fcntl
@@ -56,16 +58,18 @@ def read_state(folder: Path, finished: bool) -> tuple[State, str | None]:
 
     Args:
         folder: Its folder; nothing is written there.
-        finished: What to go by where the run kept no state.
+        finished: Whether it has a result: what to go by where it kept no state, or was
+            killed before it could say that it came to its end.
     """
+    ended: State = "finished" if finished else "interrupted"
     try:
         told = json.loads((folder / STATE_FILE).read_text("utf-8"))
         state, reason = told["state"], told["reason"]
     except (OSError, ValueError, KeyError, TypeError):
-        return ("finished" if finished else "interrupted"), None
+        return ended, None
     if state in ("finished", "failed"):
         return state, None if reason is None else str(reason)
-    return ("running" if _held(folder / LOCK_FILE) else "interrupted"), None
+    return ("running" if _held(folder / LOCK_FILE) else ended), None
 
 
 def _held(lock: Path) -> bool:

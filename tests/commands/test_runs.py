@@ -99,6 +99,17 @@ def test_one_run_is_shown_with_paths_statement_and_rounds(home, capsys):
     assert [line["server_round"] for line in found["rounds"]] == [0, 1, 2, 3]
 
 
+def test_a_run_killed_before_its_page_was_written_gets_it_when_it_is_shown(
+    home, capsys
+):
+    folder = write_run(home / "2026-01-02_03-04-05_7")
+    (folder / "state.json").write_text('{"state": "running", "reason": null}')
+
+    assert "finished" in told(capsys, folder.name)
+    assert "<html" in (folder / "report.html").read_text()
+    assert (folder / "README.md").exists()
+
+
 def test_secret_cohorts_are_not_counted(home, capsys):
     poisson = {"strategy__sampling": "poisson", "strategy__fraction_train": 0.5}
     write_run(home / "2026-01-02_03-04-05_7", **poisson)

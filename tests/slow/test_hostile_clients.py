@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 HERE = Path(__file__).parent / "hostile"
 SECRET = "what-only-this-node-knows"
-ROUNDS, ATTACKERS, CLIP, TIMEOUT = 7, 3, 0.5, 40.0
+SAID = (".json", ".jsonl", ".md", ".html", ".log")
+ROUNDS, ATTACKERS, CLIP, TIMEOUT = 9, 3, 0.5, 40.0
 
 
 def hostile_app(folder: Path) -> Path:
@@ -77,8 +79,17 @@ UNITS = {
 }
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_no_attack_stops_or_steers_the_federation(unit, tiny_llama, tmp_path):
+def attacked(
+    tmp_path: Path, base: Path, attacks: Sequence[str] = (), **keys: object
+) -> tuple[Path, str]:
+    """Run a federation of attackers and an honest node; return its folder and its log.
+
+    Args:
+        tmp_path: Where everything lies.
+        base: The base model.
+        attacks: What each attacker does every round; none: all in turn.
+        keys: Of the run config.
+    """
     env = environment(tmp_path / "flwr", tmp_path / "home") | {
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "OMP_NUM_THREADS": "1",
@@ -99,15 +110,20 @@ def test_no_attack_stops_or_steers_the_federation(unit, tiny_llama, tmp_path):
             own = f'data-path="{rows}"'
             if index < ATTACKERS:
                 own += f" attacker={index}"
+                own += f' attack="{attacks[index]}"' if attacks else ""
             node = [str(BIN / "flower-supernode"), "--insecure", "--node-config", own]
             node += ["--superlink", f"127.0.0.1:{port}", "--port", str(free_port())]
             stack.enter_context(running(node, env, tmp_path / f"node-{index}.log"))
         command = [str(BIN / "flwr"), "run", str(app), "remote", "--stream"]
-        config = settings(tiny_llama, tmp_path, **UNITS[unit])
+        config = settings(base, tmp_path, **keys)
         done = typed([*command, "--run-config", config], env, 800)
+    return latest_run(tmp_path / "home"), done.stdout
 
-    run = latest_run(tmp_path / "home")
-    told = done.stdout
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_no_attack_stops_or_steers_the_federation(unit, tiny_llama, tmp_path):
+    run, told = attacked(tmp_path, tiny_llama, **UNITS[unit])
+
     assert (run / "result.json").exists(), told[-6000:]
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["server_round"] for line in lines] == list(range(ROUNDS + 1))
@@ -125,6 +141,30 @@ def test_no_attack_stops_or_steers_the_federation(unit, tiny_llama, tmp_path):
     if unit == "client":
         assert steps(run) and max(steps(run)) <= CLIP * 1.02
         assert json.loads((run / "privacy.json").read_text())["num_rounds"] == ROUNDS
+
+
+def test_where_cohorts_are_secret_attackers_are_not_told_of(tiny_llama, tmp_path):
+    secret = {
+        **UNITS["client"],
+        "num-server-rounds": 2,
+        "strategy.sampling": "poisson",
+        "strategy.fraction-train": 0.9,
+    }
+    attacks = ["long error", "raises", "many"]
+    run, told = attacked(tmp_path, tiny_llama, attacks, **secret)
+
+    assert (run / "result.json").exists(), told[-6000:]
+    written = [p.read_text() for p in run.rglob("*") if p.suffix in SAID]
+    nodes = re.findall(r"node_id[=:]? ?(\d+)", (tmp_path / "superlink.log").read_text())
+    assert len(set(nodes)) > ATTACKERS
+    for text in (told, *written):
+        assert SECRET not in text and "no usable update" not in text
+        assert "did not answer" not in text and "clients answered" not in text
+    assert not any(node in told for node in nodes)
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        counts = {k: v for k, v in json.loads(line).items() if "clients_" in k}
+        assert len(counts) == 3 and set(counts.values()) == {None}
+    assert json.loads((run / "privacy.json").read_text())["num_rounds"] == 2
 
 
 def steps(run: Path) -> list[float]:

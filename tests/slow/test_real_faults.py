@@ -47,8 +47,14 @@ class Deployment:
         )
 
     @contextlib.contextmanager
-    def superlink(self, name: str = "superlink") -> Iterator[None]:
+    def superlink(
+        self, name: str = "superlink", limit_kb: int | None = None
+    ) -> Iterator[None]:
+        """Run the server; the limit is one of address space, for each process."""
         command = [str(BIN / "flower-superlink"), "--insecure"]
+        if limit_kb:
+            limited = f'ulimit -v {limit_kb}; exec "$@"'
+            command = ["bash", "-c", limited, "bash", *command]
         command += ["--port", str(self.port)]
         command += ["--database", str(self.tmp / "state.db")]
         with running(command, self.env, self.tmp / f"{name}.log"):
@@ -57,11 +63,15 @@ class Deployment:
 
     def node(self, index: int) -> contextlib.AbstractContextManager[None]:
         rows = write_rows(self.tmp / f"hospital-{index}.jsonl", 12, 12 * index)
+        return self.node_of(f'data-path="{rows}" name-of-node={index}')
+
+    def node_of(self, own: str) -> contextlib.AbstractContextManager[None]:
+        """Run a SuperNode with this config."""
+        name = f"node-{len(list(self.tmp.glob('node-*.log')))}"
         command = [str(BIN / "flower-supernode"), "--insecure"]
         command += ["--superlink", f"127.0.0.1:{self.port}"]
-        command += ["--port", str(free_port()), "--node-config"]
-        command += [f'data-path="{rows}" name-of-node={index}']
-        return running(command, self.env, self.tmp / f"node-{index}.log")
+        command += ["--port", str(free_port()), "--node-config", own]
+        return running(command, self.env, self.tmp / f"{name}.log")
 
     def begin(self, run_config: str | None = None, **more: object) -> str:
         """Start a run and return at once."""

@@ -1,6 +1,7 @@
 """A ClientApp for tests: honest where the node's config names no attacker.
 
-Attacker k of three makes attack 3 * (round - 1) + k.
+Attacker k of three makes attack 3 * (round - 1) + k, or the one that its config names,
+from the round that it names.
 """
 
 import os
@@ -24,18 +25,31 @@ from fedllm.client import reply_to
 app = ClientApp()
 SECRET = "what-only-this-node-knows"
 BIG = int(os.environ.get("FEDLLM_TEST_REPLY_MEGABYTES", "200")) * 1_000_000
+MANY = int(os.environ.get("FEDLLM_TEST_REPLY_ARRAYS", "2000"))
 ATTACKERS = 3
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     attacker = context.node_config.get("attacker")
-    if attacker is None:
-        return reply_to(message, context)
     server_round = int(message.content.config_records["config"]["server-round"])
+    begins = int(context.node_config.get("attack-from", 1))
+    if attacker is None or server_round < begins:
+        return reply_to(message, context)
     number = ATTACKERS * (server_round - 1) + int(attacker)
-    content = ATTACKS[number](message.content.array_records["arrays"])
+    name = context.node_config.get("attack")
+    attack = NAMED[str(name)] if name else ATTACKS[number]
+    if attack in FORGED:
+        return attack(message, context)
+    content = attack(message.content.array_records["arrays"])
+    keep_id(message, context)
     return Message(content, reply_to=message)
+
+
+def keep_id(message, context):
+    """Remember a message, to reply to it again in a later round."""
+    known = {"id": message.metadata.message_id}
+    context.state["known"] = ConfigRecord(known)
 
 
 def changed(by):
@@ -59,8 +73,30 @@ def other(make):
 
 
 def big(arrays):
+    """So many bytes, none of them twice."""
     first = next(iter(arrays))
-    return {**arrays, first: Array(np.zeros(BIG // 4, np.float32))}
+    values = np.random.default_rng().bytes(BIG)
+    return {**arrays, first: Array("float32", (BIG // 4,), "numpy.ndarray", values)}
+
+
+def swelling(sent):
+    """Five megabytes on the wire, BIG once it is read: one chunk, many times over."""
+    chunk = Array("float32", (1,), "numpy.ndarray", bytes(5 * 2**20))
+    content = RecordDict({"arrays": ArrayRecord(dict.fromkeys(sent, chunk))})
+    # A record copies its arrays.
+    for array in content.array_records["arrays"].values():
+        array.__dict__["_chunks"] = array.slice_array() * (BIG // (5 * 2**20) + 1)
+    return content
+
+
+def many(arrays):
+    """So many arrays, each another object on the wire."""
+    return {str(i): Array(np.full(1, i)) for i in range(MANY)}
+
+
+def million_names(arrays):
+    """A million arrays that are one object on the wire."""
+    return dict.fromkeys(map(str, range(1_000_000)), Array(np.ones(1)))
 
 
 def pickled(arrays):
@@ -75,6 +111,32 @@ def absurd_metrics(sent):
         {"num-examples": 2**62, "train-loss": float("nan"), "epsilon": [1.0] * 10_000}
     )
     return content
+
+
+def forged(change):
+    """An attack by what a reply says of itself."""
+
+    def attack(message, context):
+        content = changed(lambda value: value + 9)(
+            message.content.array_records["arrays"]
+        )
+        reply = Message(content, reply_to=message)
+        change(reply.metadata.__dict__, context)
+        return reply
+
+    return attack
+
+
+def another_sender(metadata, context):
+    metadata["_src_node_id"] += 1
+
+
+def another_round(metadata, context):
+    metadata["_reply_to_message_id"] = context.state["known"]["id"]
+
+
+def another_run(metadata, context):
+    metadata["_run_id"] += 1
 
 
 def raises(sent):
@@ -94,6 +156,7 @@ def long_error(sent):
     return RecordDict({"error": ConfigRecord({"code": "failed", "text": text})})
 
 
+FORGED = [forged(another_sender), forged(another_round), forged(another_run)]
 ATTACKS = [
     changed(lambda value: np.full_like(value, np.nan)),
     changed(lambda value: value + np.float32(1e30)),
@@ -104,7 +167,7 @@ ATTACKS = [
     other(lambda arrays: {f"{name}x": value for name, value in arrays.items()}),
     other(lambda arrays: {**arrays, "another": Array(np.ones(3, np.float32))}),
     other(lambda arrays: dict(list(arrays.items())[1:])),
-    other(lambda arrays: {str(i): Array(np.ones(1)) for i in range(2_000)}),
+    other(many),
     other(big),
     other(pickled),
     absurd_metrics,
@@ -113,8 +176,19 @@ ATTACKS = [
     long_error,
     changed(lambda value: np.asfortranarray(value + 9)),
     changed(lambda value: value.astype(">f8") - 9),
-    # Together at the end: one round waits for the time limit.
+    swelling,
+    other(million_names),
+    lambda sent: RecordDict({str(i): ConfigRecord({"x": i}) for i in range(200)}),
+    # Together at the end: these rounds wait for the time limit.
     raises,
     exits,
     hangs,
+    *FORGED,
 ]
+NAMED = {
+    "big": other(big),
+    "swelling": swelling,
+    "many": other(many),
+    "long error": long_error,
+    "raises": raises,
+}
