@@ -190,7 +190,9 @@ class Federation:
         elif self.resumed:
             began = {"privacy.unit": read_json(path).get("unit")}
             now = {"privacy.unit": "none"}
-            refuse_changed(began, now, "resume.from: the run's ledger and config differ")
+            refuse_changed(
+                began, now, "resume.from: the run's ledger and config differ"
+            )
         else:
             self.directory.write_json(PRIVACY_FILE, no_privacy(size, d, run))
 
