@@ -31,6 +31,8 @@ class _Fetch(threading.Thread):
         self._grid = grid
         self._message_id = message_id
         self.found: RecordDict | Error | None = None
+        self.stop: BaseException | None = None
+        """What ends the run, such as an interrupt, to be raised where it is noticed."""
 
     def run(self) -> None:
         """Find the reply; None while there is none.
@@ -48,6 +50,8 @@ class _Fetch(threading.Thread):
         except Exception as error:  # noqa: BLE001 - hostile bytes must not stop a round
             reason = f"the reply could not be read: {type(error).__name__}"
             self.found = Error(UNREADABLE, reason)
+        except BaseException as stop:  # noqa: BLE001 - raised again by whoever waits
+            self.stop = stop
 
 
 class Gathering:
@@ -142,6 +146,8 @@ class Gathering:
         if fetch.is_alive():
             self._fetching[message_id] = fetch
             return None
+        if fetch.stop is not None:
+            raise fetch.stop
         return fetch.found
 
 
