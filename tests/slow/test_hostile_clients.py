@@ -155,12 +155,12 @@ def test_where_cohorts_are_secret_attackers_are_not_told_of(tiny_llama, tmp_path
 
     assert (run / "result.json").exists(), told[-6000:]
     written = [p.read_text() for p in run.rglob("*") if p.suffix in SAID]
-    nodes = re.findall(r"node_id[=:]? ?(\d+)", (tmp_path / "superlink.log").read_text())
+    nodes = re.findall(r"node_id=(\d{9,})", (tmp_path / "superlink.log").read_text())
     assert len(set(nodes)) > ATTACKERS
     for text in (told, *written):
-        assert SECRET not in text and "no usable update" not in text
+        assert SECRET not in text and "no usable update (" not in text
         assert "did not answer" not in text and "clients answered" not in text
-    assert not any(node in told for node in nodes)
+        assert not any(node in text for node in nodes)
     for line in (run / "metrics.jsonl").read_text().splitlines():
         counts = {k: v for k, v in json.loads(line).items() if "clients_" in k}
         assert len(counts) == 3 and set(counts.values()) == {None}
