@@ -14,8 +14,6 @@ from pathlib import Path
 from fedllm.config import fedllm_home
 from fedllm.errors import AdapterError, FedllmError, ModelError
 
-_CARD = "README.md"
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; an error is one line and exit status 1."""
@@ -33,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def export(adapter: Path, out: Path, bits: int = 0) -> None:
-    """Write the merged model in float32 or quantised, its tokenizer and the run's card.
+    """Write the merged model in float32 or quantised, its tokenizer and its card.
 
     Args:
         adapter: Folder of an adapter, ours or plain PEFT's.
@@ -43,6 +41,7 @@ def export(adapter: Path, out: Path, bits: int = 0) -> None:
     Raises:
         AdapterError: The adapter is missing or damaged, or `out` exists.
         ModelError: The base cannot be loaded, or not quantised on this machine.
+        FedllmError: A file of the adapter's run is damaged.
     """
     from fedllm.adapter_files import load_adapter, read_base_name
     from fedllm.models import load_base, load_quantised, load_tokenizer
@@ -50,6 +49,7 @@ def export(adapter: Path, out: Path, bits: int = 0) -> None:
     if out.exists():
         raise AdapterError(f"--out: {out} exists already: name a new folder")
     base_name = read_base_name(adapter)
+    card = _card(adapter.resolve().parent)
     # In bfloat16 small updates would be lost in rounding.
     base = load_base(base_name, 0, fedllm_home()).float()
     merged = load_adapter(base, adapter).merge_and_unload()
@@ -62,11 +62,18 @@ def export(adapter: Path, out: Path, bits: int = 0) -> None:
         shutil.rmtree(partial)
         quantised.save_pretrained(str(partial))
     load_tokenizer(base_name).save_pretrained(str(partial))
-    for folder in (adapter, adapter.resolve().parent):
-        if (folder / _CARD).is_file():
-            shutil.copy(folder / _CARD, partial / _CARD)
-            break
+    if card is not None:
+        (partial / "README.md").write_text(card)
     partial.rename(out)
+
+
+def _card(run: Path) -> str | None:
+    """Return the merged model's card; None for an adapter that no run of ours made."""
+    from fedllm.reporting.card import card
+    from fedllm.reporting.record import read_run
+    from fedllm.run_directory import CONFIG_FILE
+
+    return card(read_run(run), merged=True) if (run / CONFIG_FILE).is_file() else None
 
 
 def _push(folder: Path, name: str) -> None:

@@ -19,19 +19,26 @@ _DATA_LICENCES = {
     "lies beside the data)",
 }
 
+_USE = """from peft import AutoPeftModelForCausalLM
 
-def card(run: RunRecord) -> str:
-    """Return the card."""
+model = AutoPeftModelForCausalLM.from_pretrained("peft_final")"""
+_MERGED_USE = """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")"""
+
+
+def card(run: RunRecord, merged: bool = False) -> str:
+    """Return the card of the run's adapter, or of base and adapter merged."""
     settings = run.settings
     name, data = str(settings["model.name"]), str(settings["data.name"])
     result = run.result or {}
     return f"""---
-{_metadata(run)}
+{_metadata(run, merged)}
 ---
 
-# An adapter for {name}
+# {f"{name} and an adapter, merged" if merged else f"An adapter for {name}"}
 
-An adapter of kind {kind_and_rank(settings)}, with {run.config["num_trainable"]:,} trained values,
+{"The adapter is" if merged else "An adapter"} of kind {kind_and_rank(settings)}, with {run.config["num_trainable"]:,} trained values,
 trained by fedllm on {run.config["num_clients"]} clients in {run.rounds_done} rounds.
 
 | | |
@@ -54,9 +61,7 @@ Not covered: {"; ".join(run.privacy["not_covered"])}.
 ## Use
 
 ```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("peft_final")
+{_MERGED_USE if merged else _USE}
 ```
 
 ## Limits
@@ -65,7 +70,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("peft_final")
 """
 
 
-def _metadata(run: RunRecord) -> str:
+def _metadata(run: RunRecord, merged: bool) -> str:
     """Return the front matter; what is not known is left out."""
     settings = run.settings
     name, data = str(settings["model.name"]), str(settings["data.name"])
@@ -74,10 +79,10 @@ def _metadata(run: RunRecord) -> str:
     # A path on this machine is no name that the hub could look up.
     if not Path(base).is_absolute():
         lines["base_model"] = base
-        lines["base_model_relation"] = "adapter"
+        lines["base_model_relation"] = "finetune" if merged else "adapter"
     if name in _MODEL_LICENCES:
         lines["license"] = _MODEL_LICENCES[name]
-    lines["library_name"] = "peft"
+    lines["library_name"] = "transformers" if merged else "peft"
     lines["pipeline_tag"] = "text-generation"
     tags = ["federated-learning", _method(settings)]
     if run.privacy["unit"] != "none":

@@ -12,12 +12,14 @@ from fedllm.adapters import adapter_spec
 from fedllm.commands.export import main
 from fedllm.config import parse_run_config
 from fedllm.models import load_base, load_config
+from tests.reporting.sample_runs import write_run
 
 
 @pytest.fixture
 def adapter(tiny_chat_llama, tmp_path, monkeypatch):
-    """An adapter in a run's folder, with the run's card."""
+    """An adapter in a run's folder."""
     monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
+    write_run(tmp_path / "run")
     return make_adapter(tmp_path / "run" / "peft_final", str(tiny_chat_llama), "lora")
 
 
@@ -27,7 +29,6 @@ def make_adapter(folder, name, kind):
     draw = np.random.default_rng(0)
     arrays = {n: draw.normal(0, 0.5, s) for n, s in spec.trained_shapes.items()}
     save_adapter(folder, spec, arrays, name, {})
-    (folder.parent / "README.md").write_text("the card")
     return folder
 
 
@@ -70,7 +71,11 @@ def test_a_quantised_export_is_near_the_merged_model_and_carries_the_card(
         )
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     assert config["quantization_config"][f"load_in_{bits}bit"]
-    assert (tmp_path / "small" / "README.md").read_text() == "the card"
+    for name in ("whole", "small"):
+        card = (tmp_path / name / "README.md").read_text()
+        assert 'library_name: "transformers"' in card and "AutoPeft" not in card
+        assert "Client-level differential privacy" in card
+        assert "AutoModelForCausalLM.from_pretrained" in card
     assert (tmp_path / "small" / "tokenizer_config.json").exists()
     off = (whole - small).norm() / whole.norm()
     assert 0 < off < (0.3 if bits == 4 else 0.05)
