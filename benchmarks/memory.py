@@ -7,7 +7,8 @@ The base has OpenLLaMA 3B v2's shape and random weights; it is written to a temp
 folder (6.9 GB) one layer at a time. Each setting is a process of its own: the first load,
 which quantises to 4 bit, and then, from the cached base, one step of `train_adapter`
 (lora r=8 on q and v, batch 1, 512 tokens, every one but the first scored): plain, with
-checkpointing, with quantised embeddings, with both. Live tensors are all storages that torch operators made and that are
+compressed activations, with checkpointing, with quantised embeddings, with the last two.
+Live tensors are all storages that torch operators made and that are
 still referenced; the process is VmHWM, which counts pages mapped from files too;
 anonymous is the process without those, sampled 50 times a second, and not judged.
 
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -32,13 +34,14 @@ from torch.utils._pytree import tree_leaves
 HIDDEN, INTERMEDIATE, HEADS, VOCABULARY, LAYERS = 3200, 8640, 32, 32_000, 26
 LENGTH = 512
 LIVE_BOUND, PROCESS_BOUND = 2.0, 2.8
-# Checkpointing (None: load alone) and quantised embeddings.
-SETTINGS: dict[str, tuple[bool | None, bool]] = {
+# What spares activations (None: load alone), and whether embeddings are quantised.
+SETTINGS: dict[str, tuple[dict[str, bool] | None, bool]] = {
     "first load": (None, False),
-    "step": (False, False),
-    "checkpointing": (True, False),
-    "embeddings": (False, True),
-    "both": (True, True),
+    "step": ({}, False),
+    "compression": ({"activation_compression": True}, False),
+    "checkpointing": ({"gradient_checkpointing": True}, False),
+    "embeddings": ({}, True),
+    "both": ({"gradient_checkpointing": True}, True),
 }
 
 
@@ -180,7 +183,7 @@ def measure(folder: Path, setting: str) -> dict[str, float]:
     from fedllm.models import load_base, load_config
 
     location = str(folder / "base")
-    checkpointing, embeddings = SETTINGS[setting]
+    sparing, embeddings = SETTINGS[setting]
     with LiveTensors() as live, AnonymousMemory() as anonymous:
         base = load_base(location, 4, folder / "home", "cpu", embeddings)
         # What is mapped from a file came from no operator.
@@ -189,21 +192,21 @@ def measure(folder: Path, setting: str) -> dict[str, float]:
                 live.add(value)
         peaks = {"load process": _process_peak()}
         # In a first load weights are read and dropped that no operator made.
-        if checkpointing is not None:
+        if sparing is not None:
             peaks["load live"] = live.peak
         peaks["load anonymous"] = anonymous.peak
-        if checkpointing is not None:
+        if sparing is not None:
             settings = AdapterConfig(kind="lora", target_modules="q_proj,v_proj")
             spec = adapter_spec(settings, load_config(location), 0)
             live.peak = live.now
             anonymous.peak = 0
-            _step(attach(base, spec), spec, checkpointing)
+            _step(attach(base, spec), spec, sparing)
             peaks |= {"step live": live.peak, "step process": _process_peak()}
             peaks["step anonymous"] = anonymous.peak
     return {name: peak / 2**30 for name, peak in peaks.items()}
 
 
-def _step(model: Any, spec: Any, checkpointing: bool) -> None:
+def _step(model: Any, spec: Any, sparing: dict[str, bool]) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -220,13 +223,13 @@ def _step(model: Any, spec: Any, checkpointing: bool) -> None:
     ids = torch.randint(
         VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(1)
     ).tolist()
-    train = TrainConfig(
-        batch_size=1, local_steps=1, gradient_checkpointing=checkpointing
-    )
+    train = TrainConfig(batch_size=1, local_steps=1, **sparing)
     examples = [{"input_ids": ids, "labels": ids}]
     arrays = initial_arrays(spec)
+    began = time.monotonic()
     result = train_adapter(model, spec, tokenizer, examples, arrays, train, 1.0, 0)
-    print(f"loss {result.loss:.4f}", file=sys.stderr)
+    seconds = time.monotonic() - began
+    print(f"loss {result.loss:.4f}, {seconds:.1f} s", file=sys.stderr)
 
 
 def _process_peak() -> int:

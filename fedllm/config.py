@@ -142,6 +142,8 @@ class TrainConfig:
     """Micro-batches in one optimiser step."""
     gradient_checkpointing: Flag = False
     """Recompute activations in the backward pass: less memory, more time."""
+    activation_compression: Flag = False
+    """Keep activations in 8 bit until the backward pass; gradients are approximate."""
     max_length: Annotated[int, Strict(), Field(ge=8)] = 512
     """Longest example in tokens; what it cuts is counted and said."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -365,6 +367,12 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"{train.local_steps}, since the warm-up starts at a rate of zero in each "
             f"round (got {train.warmup_steps})"
         )
+    if train.activation_compression and train.gradient_checkpointing:
+        problems.append(
+            "train.activation-compression: must be false where "
+            "train.gradient-checkpointing is true (got true for both): what is computed "
+            "again is not kept"
+        )
     if train.learning_rate_min > train.learning_rate:
         problems.append(
             "train.learning-rate-min: must be <= train.learning-rate "
@@ -418,6 +426,11 @@ def _contradictions(config: RunConfig) -> list[str]:
         problems.append(
             "model.quantization: must be 0 or 4 under privacy.unit='record' (got 8): in "
             "8 bit the outliers of one example change how its whole batch is rounded"
+        )
+    if privacy.unit == "record" and train.activation_compression:
+        problems.append(
+            "train.activation-compression: must be false under privacy.unit='record' (got "
+            "true): examples that share a block would change one another's gradients"
         )
     if privacy.unit == "record" and config.adapter.kind == "auto":
         problems.append(

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _NF4_BYTES = 4.127 / 8
 # The same with a float32 scale for 64 values, the most that the embeddings have.
 _NF4_PLAIN_BYTES = 4.5 / 8
+# A compressed activation with its share of a float32 scale for 256 values.
+_COMPRESSED_BYTES = 1 + 4 / 256
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,10 @@ def _activations(
     vocabulary: int = model_config.vocab_size
     tokens = config.train.batch_size * config.train.max_length
     layer = 8 * hidden + 4 * inner
-    kept = layers * layer
+    kept, bytes_each = layers * layer, float(wide)
     if config.train.gradient_checkpointing:
         kept = layers * hidden + layer
+    if config.train.activation_compression:
+        bytes_each = _COMPRESSED_BYTES
     # The head's scores and their gradient, in float32.
-    return float(tokens) * (kept * wide + vocabulary * 8)
+    return tokens * (kept * bytes_each + vocabulary * 8)

@@ -5,6 +5,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from fedllm.activations import compressed_activations
 from fedllm.adapters import AdapterSpec, get_trained, set_trained
 from fedllm.config import TrainConfig
 from fedllm.evaluation import answer_losses, collate
@@ -33,9 +35,16 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc] # TRL has no types
     most of a step's time for a small model with a large vocabulary.
     """
 
-    def __init__(self, *args: Any, proximal_mu: float, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        proximal_mu: float,
+        compress: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._proximal_mu = proximal_mu
+        self._compress = compress
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def remember_reference(self, trained: list[torch.nn.Parameter]) -> None:
@@ -51,9 +60,10 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc] # TRL has no types
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the mean loss per answer token, plus FedProx's pull."""
-        losses = answer_losses(
-            model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
-        )
+        with compressed_activations(model) if self._compress else nullcontext():
+            losses = answer_losses(
+                model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+            )
         count = losses.numel() if num_items_in_batch is None else num_items_in_batch
         loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
         if self._pairs:
@@ -112,6 +122,7 @@ def train_adapter(
             processing_class=tokenizer,
             data_collator=lambda rows: collate(rows, tokenizer.pad_token_id or 0),
             proximal_mu=config.proximal_mu,
+            compress=config.activation_compression,
         )
         trainer.remove_callback(PrinterCallback)
         clock = _Deadline(deadline)

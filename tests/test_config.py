@@ -161,6 +161,7 @@ def test_dropout_is_refused_where_the_kind_may_have_none(kind):
     [
         ("adapter.kind", "auto", "name one under privacy.unit='record'"),
         ("model.quantization", 8, "must be 0 or 4 under privacy.unit='record'"),
+        ("train.activation-compression", True, "must be false under privacy.unit='rec"),
         ("strategy.fraction-evaluate", 0.5, "under privacy.unit='record'"),
         ("privacy.noise-multiplier", 1.0, "not both"),
         ("privacy.target-epsilon", 0.0, "must be above 0.0"),
@@ -179,6 +180,15 @@ def test_record_level_refuses_what_would_break_its_bound(key, value, said):
         parse_run_config(mapping)
 
     assert said in str(caught.value)
+
+
+def test_what_is_computed_again_is_not_compressed():
+    both = {"train.gradient-checkpointing": True, "train.activation-compression": True}
+
+    with pytest.raises(
+        ConfigError, match="train.activation-compression: must be false"
+    ):
+        parse_run_config(both)
 
 
 def test_a_noise_multiplier_is_allowed_where_target_epsilon_is_unset():

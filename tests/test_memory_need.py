@@ -50,3 +50,5 @@ def test_checkpointing_and_smaller_batches_need_less(tiny_llama):
 
     assert half.activations == plain.activations / 2
     assert light.activations < plain.activations
+    small = needed(tiny_llama, train__activation_compression=True)
+    assert small.activations < plain.activations

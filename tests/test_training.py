@@ -484,6 +484,17 @@ def test_gradient_checkpointing_changes_the_memory_and_not_the_adapter(make_clie
     assert_same(checkpointed.arrays, plain.arrays)
 
 
+def test_compressed_activations_change_the_adapter_a_little(make_client):
+    client = make_client()
+    plain = client.train()
+
+    compressed = client.train(replace(PLAIN, activation_compression=True))
+
+    moved = difference(plain.arrays, client.start())
+    assert 0 < difference(compressed.arrays, plain.arrays) < 0.05 * moved
+    assert compressed.loss == pytest.approx(plain.loss, rel=1e-3)
+
+
 def test_gradient_checkpointing_ends_with_the_training(make_client):
     client = make_client()
     layer = client.model.get_base_model().model.layers[1].input_layernorm
