@@ -79,7 +79,7 @@ def test_each_activation_is_compressed_once_and_let_go_of_and_no_weight(monkeypa
     [
         lambda x: x,
         lambda x: x.transpose(0, 1),
-        lambda x: x.reshape(4, 32, 64).permute(1, 0, 2),
+        lambda x: x.reshape(4, 32, 64).permute(1, 2, 0),
         lambda x: x[:, ::2],
         lambda x: x[:1].expand(128, 64),
         lambda x: x[:8],
