@@ -15,6 +15,10 @@ import psutil
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 
+# In the background of a shell interrupts are ignored, and so they would be by whatever
+# the tests start there and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def environment(flwr_home: Path, fedllm_home: Path) -> dict[str, str]:
     """An environment that shares nothing with the user's Flower."""
