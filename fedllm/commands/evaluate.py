@@ -3,41 +3,16 @@
 import argparse
 import json
 import logging
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedllm.config import DataConfig, RunConfig, fedllm_home, parse_run_config
-from fedllm.errors import AdapterError, DataError, FedllmError
-
-NOT_ADVICE = "This is a language model's text, not medical advice."
-
-Turn = tuple[str, str]
-"""A question and its answer."""
-
-
-@dataclass
-class Subject:
-    """What answers: a base model, perhaps with an adapter.
-
-    Attributes:
-        folder: The adapter; None for the untuned base.
-        base_name: Folder or hub id of the base model.
-        quantization: Bits of the base.
-        in_float32: Whether an unquantised base computes in float32.
-        described: Which model, round and run, for a person.
-        config: The run's config where the adapter is of a run of ours.
-    """
-
-    folder: Path | None
-    base_name: str
-    quantization: int
-    described: str
-    config: RunConfig | None
-    in_float32: bool = False
+from fedllm.asking import Asker, Turn, find_subject
+from fedllm.config import DataConfig, RunConfig, fedllm_home
+from fedllm.errors import DataError, FedllmError
+from fedllm.reporting.verdict import NOT_ADVICE
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,7 +46,7 @@ def _run(args: argparse.Namespace) -> None:
         subject.quantization, subject.in_float32 = 0, True
     report: dict[str, Any] = {"answers_for": subject.described}
     _say(args, subject.described)
-    asker = _Asker(subject)
+    asker = Asker(subject)
     if args.held_out:
         report["held_out"] = _held_out(args, asker)
     if args.benchmark:
@@ -91,139 +66,30 @@ def _run(args: argparse.Namespace) -> None:
         _interact(args, asker)
 
 
-class _Asker:
-    """The model, loaded once, with the adapter on or off."""
-
-    def __init__(self, subject: Subject) -> None:
-        # What transformers and bitsandbytes say while loading is not for this screen.
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        from fedllm.adapter_files import load_adapter
-        from fedllm.models import load_base, load_tokenizer
-
-        self.subject = subject
-        self.tokenizer = load_tokenizer(subject.base_name)
-        base = load_base(
-            subject.base_name,
-            subject.quantization,
-            fedllm_home(),
-            in_float32=subject.in_float32,
-        )
-        self.model: Any = base
-        if subject.folder is not None:
-            self.model = load_adapter(base, subject.folder)
-
-    def prompt(self, question: str) -> str:
-        from fedllm.data import chat_prompt
-
-        return chat_prompt(self.tokenizer, question)
-
-    def prompt_after(self, history: Sequence[Turn], question: str, num_new: int) -> str:
-        """Return the prompt with as much of the latest history as the model can hold.
-
-        Args:
-            history: Earlier turns, the oldest first.
-            question: What is asked now.
-            num_new: Tokens that the answer may take.
-        """
-        from fedllm.data import chat_prompt
-
-        limit = getattr(self.model.config, "max_position_embeddings", None) or 2048
-        for start in range(len(history) + 1):
-            prompt = chat_prompt(self.tokenizer, question, history[start:])
-            # Not verbose: what is too long is the very question.
-            encoded = self.tokenizer(prompt, add_special_tokens=False, verbose=False)
-            if len(encoded["input_ids"]) + num_new <= limit:
-                break
-        return prompt
-
-    def answer(
-        self,
-        question: str,
-        args: argparse.Namespace,
-        tuned: bool,
-        history: Sequence[Turn] = (),
-    ) -> Iterator[str]:
-        from fedllm.evaluation import generate
-
-        with self.adapter(tuned):
-            yield from generate(
-                self.model,
-                self.tokenizer,
-                self.prompt_after(history, question, args.max_new_tokens),
-                args.max_new_tokens,
-                args.temperature,
-            )
-
-    def adapter(self, tuned: bool) -> Any:
-        """Return a context in which the adapter is on or off."""
-        import contextlib
-
-        if tuned or self.subject.folder is None:
-            return contextlib.nullcontext()
-        return self.model.disable_adapter()
-
-    def both(self) -> list[tuple[str, bool]]:
-        """Return the base, and the tuned model where there is one."""
-        tuned = [] if self.subject.folder is None else [("tuned", True)]
-        return [("base", False), *tuned]
-
-    def names(self, args: argparse.Namespace) -> list[tuple[str, bool]]:
-        """Return which models are asked: (name, with the adapter)."""
-        return self.both() if args.base else self.both()[-1:]
-
-
-def find_subject(peft_path: str | None, home: Path) -> Subject:
-    """Find the adapter that is asked for, else what the latest run recommends.
-
-    Raises:
-        AdapterError: There is none.
-    """
-    from fedllm.adapter_files import read_base_name, read_origin
-    from fedllm.run_directory import CONFIG_FILE, RESULT_FILE
-
-    if peft_path is None:
-        latest = home / "runs" / "latest"
-        if not (latest / RESULT_FILE).exists():
-            raise AdapterError(
-                f"{latest}: no finished run there: start one (see the README), or name "
-                "an adapter folder with --peft-path"
-            )
-        recommended = _entry(latest / RESULT_FILE, "recommended")
-        if recommended == "base":
-            run_file = latest / CONFIG_FILE
-            config = parse_run_config(_entry(run_file, "run_config"))
-            text = (
-                f"answers: the untuned {config.model.name}, since in the latest run "
-                f"({latest.resolve()}) the tuned one did not beat it"
-            )
-            bits = config.model.quantization
-            return Subject(None, _entry(run_file, "base"), bits, text, config)
-        peft_path = str(latest.resolve() / Path(recommended).name)
-    folder = Path(peft_path).expanduser().absolute()
-    base_name, origin = read_base_name(folder), read_origin(folder)
-    of_run: RunConfig | None = None
-    if (folder.parent / CONFIG_FILE).exists() and origin:
-        of_run = parse_run_config(_entry(folder.parent / CONFIG_FILE, "run_config"))
-    round_text = f", round {origin['server_round']}" if origin else ""
-    name = origin.get("model", base_name)
-    text = f"answers: {name} with the adapter {folder}{round_text}"
-    return Subject(folder, base_name, int(origin.get("quantization", 4)), text, of_run)
+def _names(args: argparse.Namespace, asker: Asker) -> list[tuple[str, bool]]:
+    """Return which models are asked: (name, with the adapter)."""
+    return asker.both() if args.base else asker.both()[-1:]
 
 
 def _answer(
     args: argparse.Namespace,
-    asker: _Asker,
+    asker: Asker,
     question: str,
     histories: Mapping[str, Sequence[Turn]] | None = None,
 ) -> dict[str, str]:
     """Stream the answers of each model, each after its own history."""
     answers = {}
     histories = histories or {}
-    for name, tuned in asker.names(args):
+    for name, tuned in _names(args, asker):
         _say(args, f"\n{name}: ", end="")
         pieces = []
-        for piece in asker.answer(question, args, tuned, histories.get(name, ())):
+        for piece in asker.answer(
+            question,
+            tuned,
+            histories.get(name, ()),
+            args.max_new_tokens,
+            args.temperature,
+        ):
             _say(args, piece, end="")
             pieces.append(piece)
         _say(args, "")
@@ -232,7 +98,7 @@ def _answer(
     return answers
 
 
-def _held_out(args: argparse.Namespace, asker: _Asker) -> dict[str, Any]:
+def _held_out(args: argparse.Namespace, asker: Asker) -> dict[str, Any]:
     """Measure loss and perplexity on the run's public test rows."""
     from fedllm.data import load_public, tokenize
     from fedllm.evaluation import labelled
@@ -246,10 +112,10 @@ def _held_out(args: argparse.Namespace, asker: _Asker) -> dict[str, Any]:
             "--held-out: this run has no public test rows (data.public-test)"
         )
     examples = labelled(tokenize(rows, asker.tokenizer, data, length))
-    return _losses(args, asker, examples, "test rows", asker.names(args))
+    return _losses(args, asker, examples, "test rows", _names(args, asker))
 
 
-def _off_topic(args: argparse.Namespace, asker: _Asker) -> dict[str, Any]:
+def _off_topic(args: argparse.Namespace, asker: Asker) -> dict[str, Any]:
     """Measure the loss of base and tuned model on general knowledge: forgetting shows."""
     from datasets import Dataset
 
@@ -266,7 +132,7 @@ def _off_topic(args: argparse.Namespace, asker: _Asker) -> dict[str, Any]:
 
 def _losses(
     args: argparse.Namespace,
-    asker: _Asker,
+    asker: Asker,
     examples: Sequence[Mapping[str, Any]],
     what: str,
     names: Sequence[tuple[str, bool]],
@@ -300,13 +166,13 @@ def _losses(
     return scores
 
 
-def _benchmark(args: argparse.Namespace, asker: _Asker, path: Path) -> dict[str, Any]:
+def _benchmark(args: argparse.Namespace, asker: Asker, path: Path) -> dict[str, Any]:
     """Score multiple choice."""
     from fedllm.evaluation import load_questions, multiple_choice
 
     questions = load_questions(path)
     scores = {}
-    for name, tuned in asker.names(args):
+    for name, tuned in _names(args, asker):
         with asker.adapter(tuned):
             score = multiple_choice(
                 asker.model, asker.tokenizer, questions, asker.prompt
@@ -328,14 +194,15 @@ def _benchmark(args: argparse.Namespace, asker: _Asker, path: Path) -> dict[str,
     return scores
 
 
-def _open(args: argparse.Namespace, asker: _Asker, path: Path) -> dict[str, Any]:
+def _open(args: argparse.Namespace, asker: Asker, path: Path) -> dict[str, Any]:
     """Let the models answer open questions, and hold that against the references."""
     from fedllm.open_answers import load_open_questions, score_answers
 
     rows = load_open_questions(path)
     scores = {}
-    for name, tuned in asker.names(args):
-        answers = ["".join(asker.answer(r["question"], args, tuned)) for r in rows]
+    for name, tuned in _names(args, asker):
+        told = (args.max_new_tokens, args.temperature)
+        answers = ["".join(asker.answer(r["question"], tuned, (), *told)) for r in rows]
         score = score_answers(answers, [row["answer"] for row in rows])
         scores[name] = asdict(score)
         _say(
@@ -346,7 +213,7 @@ def _open(args: argparse.Namespace, asker: _Asker, path: Path) -> dict[str, Any]
     return scores
 
 
-def _interact(args: argparse.Namespace, asker: _Asker) -> None:
+def _interact(args: argparse.Namespace, asker: Asker) -> None:
     """Answer questions until the input ends; each model remembers its own answers."""
     _say(args, f"{NOT_ADVICE} An empty line ends, /new forgets what was said.")
     histories: dict[str, list[Turn]] = {}
@@ -385,20 +252,6 @@ def _temperature(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be finite and at least 0 (got {text})")
     return value
-
-
-def _entry(path: Path, key: str) -> Any:
-    """Return one entry of a run's JSON file.
-
-    Raises:
-        FedllmError: The file lacks it.
-    """
-    from fedllm.run_directory import read_json
-
-    content = read_json(path)
-    if key not in content:
-        raise FedllmError(f"{path}: is damaged: it has no {key}")
-    return content[key]
 
 
 def _parser() -> argparse.ArgumentParser:

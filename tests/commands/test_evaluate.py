@@ -9,7 +9,8 @@ from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from fedllm.adapters import adapter_spec
-from fedllm.commands.evaluate import NOT_ADVICE, _Asker, find_subject, main
+from fedllm.asking import Asker, find_subject
+from fedllm.commands.evaluate import NOT_ADVICE, main
 from fedllm.config import flat, parse_run_config
 from fedllm.models import load_config
 from fedllm.run_directory import CONFIG_FILE, RESULT_FILE, RunDirectory
@@ -170,7 +171,7 @@ def test_float32_computes_in_float32_whatever_the_hardware_prefers(run, monkeypa
     subject = find_subject(None, run.path.parent.parent)
     subject.quantization, subject.in_float32 = 0, True
 
-    types = {p.dtype for p in _Asker(subject).model.parameters()}
+    types = {p.dtype for p in Asker(subject).model.parameters()}
 
     assert types == {torch.float32}
 
