@@ -48,6 +48,8 @@ Count = Annotated[int, Strict(), Field(ge=0)]
 Positive = Annotated[int, Strict(), Field(ge=1)]
 Amount = Annotated[float, Strict(), Field(ge=0)]
 PositiveAmount = Annotated[float, Strict(), Field(gt=0)]
+# Far outside, products with C lose digits, and a clipped norm could pass it.
+Norm = Annotated[float, Strict(), Field(ge=1e-9, le=1e9)]
 Share = Annotated[float, Strict(), Field(ge=0, le=1)]
 
 
@@ -203,9 +205,9 @@ class PrivacyConfig:
 
     unit: Literal["client", "record", "none"] = "client"
     """`client`: all data of one client; `record`: one training row; `none`: nothing."""
-    clipping_norm: PositiveAmount = 0.6
+    clipping_norm: Norm = 0.6
     """Largest L2 norm C of one client's update, under `client`."""
-    max_grad_norm: PositiveAmount = 1.0
+    max_grad_norm: Norm = 1.0
     """Largest L2 norm of one example's gradient, under `record`."""
     target_epsilon: Amount = 8.0
     """Calibrate the noise to spend this over all rounds; 0.0: not set."""

@@ -132,7 +132,7 @@ def clipped_update(
     Args:
         arrays: What the client sent: name -> array. Anything else is malformed.
         reference: The global adapter.
-        clipping_norm: C > 0.
+        clipping_norm: C, in the range that config.py allows.
 
     Guarantee:
         The result is None, which counts as zero, or a finite vector whose exact L2 norm
@@ -150,7 +150,7 @@ def clipped(vector: Vector, clipping_norm: float) -> Checked:
 
     Args:
         vector: (d,) float64 values.
-        clipping_norm: C > 0.
+        clipping_norm: C, in the range that config.py allows.
 
     Guarantee:
         The result is None, which counts as zero, where a value is NaN or infinite; else
@@ -288,7 +288,7 @@ def noised_sum(
     Args:
         total: Sum of clipped updates, each added once with weight 1.
         noise_multiplier: z > 0.
-        clipping_norm: C > 0.
+        clipping_norm: C, in the range that config.py allows.
         generator: Where the noise comes from.
 
     Raises:
