@@ -2,6 +2,10 @@
 
     python benchmarks/memory.py
     python benchmarks/memory.py --layers 2
+    systemd-run --user --scope -p MemoryMax=2867M -p MemorySwapMax=0 \
+      python benchmarks/memory.py --settings "first load" both
+
+The last line is what a bound on the process is for: does it run where there is no more?
 
 The base has OpenLLaMA 3B v2's shape and random weights; it is written to a temporary
 folder (6.9 GB) one layer at a time. Each setting is a process of its own: the first load,
@@ -103,6 +107,7 @@ def main() -> None:
     """Print each setting's peaks, and whether they are within the bounds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -111,12 +116,17 @@ def main() -> None:
     print(f"{args.layers} layers; GiB at peak")
     with tempfile.TemporaryDirectory(prefix="fedllm-memory-") as folder:
         write_base(Path(folder) / "base", args.layers)
-        for setting in SETTINGS:
+        failed = 0
+        for setting in args.settings:
             command = [sys.executable, __file__, "--child", folder, setting]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            failed |= done.returncode
             if done.returncode:
-                raise SystemExit(f"{setting}: failed with {done.returncode}")
-            tell(setting, json.loads(done.stdout.splitlines()[-1]), args.layers)
+                print(f"{setting:20} ended with {done.returncode}", flush=True)
+            else:
+                tell(setting, json.loads(done.stdout.splitlines()[-1]), args.layers)
+    if failed:
+        raise SystemExit(1)
 
 
 def tell(setting: str, peaks: dict[str, float], layers: int) -> None:
