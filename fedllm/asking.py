@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,8 @@ class Asker:
         history: Sequence[Turn] = (),
         max_new_tokens: int = 96,
         temperature: float = 0.0,
-    ) -> Iterator[str]:
-        """Yield the answer of base or tuned model piece by piece."""
+    ) -> Generator[str, None, None]:
+        """Yield the answer piece by piece; whoever closes it ends the generation."""
         from fedllm.evaluation import generate
 
         with self.adapter(tuned):

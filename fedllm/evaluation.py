@@ -187,6 +187,8 @@ def generate(
 ) -> Iterator[str]:
     """Yield the answer to a prompt piece by piece, as it is generated.
 
+    Whoever closes the iterator early ends the generation as well.
+
     Args:
         model: The model; left in eval mode.
         tokenizer: Its tokenizer.
@@ -194,7 +196,7 @@ def generate(
         max_new_tokens: Where to stop at the latest.
         temperature: 0.0 takes the likeliest token each time.
     """
-    from threading import Thread
+    from threading import Event, Thread
 
     from transformers import GenerationConfig, TextIteratorStreamer
 
@@ -213,6 +215,10 @@ def generate(
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
     )
     failure: list[BaseException] = []
+    unwanted = Event()
+
+    def is_over(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(ids),), unwanted.is_set(), device=ids.device)
 
     def work() -> None:
         try:
@@ -221,6 +227,7 @@ def generate(
                     **inputs,
                     generation_config=settings,
                     streamer=streamer,
+                    stopping_criteria=[is_over],
                     use_cache=True,
                 )
         except BaseException as error:  # noqa: BLE001 - handed to the caller below
@@ -229,8 +236,11 @@ def generate(
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:
+        unwanted.set()
+        thread.join()
     if failure:
         raise failure[0]
 

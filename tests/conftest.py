@@ -2,9 +2,13 @@
 
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n"
@@ -44,6 +48,22 @@ def tiny_chat_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_llama(folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium that is already there; FEDLLM_CHROMIUM may name it."""
+    found = [os.environ.get("FEDLLM_CHROMIUM"), *map(shutil.which, _BROWSERS)]
+    program = next((path for path in found if path), None)
+    if program is None:
+        pytest.skip("no Chromium on this machine; FEDLLM_CHROMIUM may name one")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        # As root, in a container, its sandbox cannot be made.
+        options = ["--no-sandbox"] if os.geteuid() == 0 else []
+        chromium = driver.chromium.launch(executable_path=program, args=options)
+        yield chromium
+        chromium.close()
 
 
 def save_llama(folder: Path) -> None:

@@ -404,6 +404,22 @@ def test_an_answer_streams_in_pieces_and_stops_at_the_limit(model, tokenizer):
     assert pieces == list(generate(model, tokenizer, prompt, 12))
 
 
+def test_an_answer_that_nobody_waits_for_ends(model, tokenizer, monkeypatch):
+    steps = []
+    run = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda *a, **k: steps.append(1) or run(*a, **k)
+    )
+    threads = threading.active_count()
+
+    pieces = generate(model, tokenizer, "What is asthma?", 1000)
+    next(pieces)
+    pieces.close()
+
+    assert threading.active_count() == threads
+    assert 0 < len(steps) < 500
+
+
 def test_answers_in_one_pass_are_those_of_one_at_a_time(model, tokenizer):
     prompts = ["What is asthma?", "Define anaemia. A deficiency of red", "An"]
 

@@ -1,213 +1,412 @@
-"""Ask the base and a tuned model side by side, on a page that only this machine sees.
+"""A page on this machine: the base and a run's tuned model answer side by side.
 
 python -m fedllm.commands.demo
+python -m fedllm.commands.demo --port 8000 --no-browser
 """
 
 import argparse
+import contextlib
+import gc
+import html
+import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fedllm.asking import Asker, Turn, find_subject
+from fedllm.commands.evaluate import positive_int, temperature
+from fedllm.commands.runs import all_runs, epsilon_words
 from fedllm.config import fedllm_home
 from fedllm.errors import AdapterError, ConfigError, FedllmError
 from fedllm.reporting.record import read_run
-from fedllm.reporting.verdict import NOT_ADVICE, SMALL_MODEL, verdict
+from fedllm.reporting.verdict import caution, verdict
 
-_NAMES = {"peft_best": "the best round", "peft_final": "the last round"}
+logger = logging.getLogger(__name__)
 
-Histories = dict[str, list[Turn]]
-"""What each model was asked and said, the oldest turn first."""
+_HOST = "127.0.0.1"
+_NAMES = ("base", "tuned")
+_CSS = """
+.gradio-container { max-width: 68rem !important; margin: 0 auto !important; }
+.statement { border-left: .3rem solid #0072b2; padding: .1rem 0 .1rem 1rem; }
+.statement p, .statement li { margin: .4rem 0; }
+.statement .privacy { font-size: clamp(1rem, 2.5vw, 1.1rem); line-height: 1.5; }
+.statement summary { cursor: pointer; }
+input[role=listbox] { text-overflow: ellipsis; padding-right: 1.8rem !important; }
+"""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command until it is interrupted; an error is one line and exit status 1."""
+    """Run the command; an error is one line and exit status 1."""
     args = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        page(fedllm_home() / "runs", args.max_new_tokens).launch(
-            server_name="127.0.0.1",
-            server_port=args.port,
-            share=False,
-            footer_links=["settings"],
-            run_history=False,
-            inbrowser=not args.no_browser,
-        )
+        _require_gradio()
+        _require_runs(fedllm_home())
+        _serve(args)
     except FedllmError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    except OSError as error:
-        sys.exit(f"--port {args.port}: {error}; name another")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-class Answering:
-    """The models of one adapter at a time, loaded when they are first asked."""
+def _require_gradio() -> None:
+    """Refuse to start without the package that draws the page.
 
-    def __init__(self, max_new_tokens: int) -> None:
-        self._max_new_tokens = max_new_tokens
+    Raises:
+        ConfigError: Names the command that installs it.
+    """
+    if find_spec("gradio") is None:
+        raise ConfigError("the page needs Gradio: pip install 'fedllm[demo]'")
+
+
+def _require_runs(home: Path) -> None:
+    """Refuse to start where there is nothing to choose.
+
+    Raises:
+        AdapterError: No run here has an adapter.
+    """
+    if not run_choices(home):
+        raise AdapterError(
+            f"{home / 'runs'}: no run with an adapter there: start one (see the "
+            "README), or name another folder with FEDLLM_HOME"
+        )
+
+
+def run_choices(home: Path) -> list[tuple[str, str]]:
+    """Return the runs that have an adapter, newest first: (label, folder name)."""
+    runs = home / "runs"
+    return [
+        (_label(summary), summary["name"])
+        for summary in all_runs(runs)
+        if adapter_names(runs / summary["name"])
+    ]
+
+
+def _label(summary: Mapping[str, Any]) -> str:
+    """Name a run for a person."""
+    when = summary["time"] or summary["name"]
+    if summary["state"] == "damaged":
+        return f"{when}, damaged"
+    model = str(summary["model"]).rsplit("/", 1)[-1]
+    spent = epsilon_words(summary["unit"], summary["epsilon"])
+    return f"{when}, {model}, epsilon {spent}, {summary['state']}"
+
+
+def adapter_names(folder: Path) -> list[str]:
+    """Return a run's adapters: what it ended with, its best, then the latest rounds."""
+    found = {path.name for path in folder.glob("peft_*") if path.is_dir()}
+    numbers = {name.removeprefix("peft_") for name in found}
+    rounds = sorted((int(n) for n in numbers if n.isdecimal()), reverse=True)
+    ordered = ["peft_final", "peft_best", *(f"peft_{number}" for number in rounds)]
+    return [name for name in ordered if name in found]
+
+
+def first_choice(folder: Path) -> str | None:
+    """Return the adapter that a run recommends, else the first of its list."""
+    names = adapter_names(folder)
+    with contextlib.suppress(FedllmError):
+        result = read_run(folder).result or {}
+        recommended = Path(str(result.get("recommended"))).name
+        if recommended in names:
+            return recommended
+    return names[0] if names else None
+
+
+def about(folder: Path) -> str:
+    """Return, as HTML, what a run promises, what it was worth, what answers are worth.
+
+    Raises:
+        FedllmError: The run is damaged.
+    """
+    run = read_run(folder)
+    statement = run.privacy.get("statement") or "This run has no privacy statement."
+    parts = [f'<p class="privacy">{html.escape(statement)}</p>']
+    if run.privacy.get("not_covered"):
+        items = "".join(
+            f"<li>{html.escape(str(x))}</li>" for x in run.privacy["not_covered"]
+        )
+        parts.append(
+            "<details><summary>Not covered by it (not_covered)</summary>"
+            f"<ul>{items}</ul></details>"
+        )
+    if run.result is not None:
+        parts.append(f"<p>{html.escape(verdict(run.result))}</p>")
+    parts.append(f"<p><strong>{html.escape(caution(run.settings))}</strong></p>")
+    return f'<div class="statement">{"".join(parts)}</div>'
+
+
+class Resident:
+    """The one model in memory; another adapter takes its place.
+
+    Args:
+        args: The command line.
+        home: Where runs lie.
+    """
+
+    def __init__(self, args: argparse.Namespace, home: Path) -> None:
+        self._args = args
+        self._home = home
         self._asker: Asker | None = None
 
-    def ask(
-        self, folder: Path, question: str, histories: Histories
-    ) -> Iterator[Histories]:
-        """Yield what was said so far, as the base and then the tuned model answer.
+    def answers(
+        self, folder: Path, question: str, turns: Mapping[str, list[Turn]]
+    ) -> Iterator[dict[str, str]]:
+        """Yield both answers as they grow, the base's first.
 
         Args:
             folder: The adapter.
-            question: What both are asked.
-            histories: What was said before; not changed.
+            question: What is asked now.
+            turns: What each model was asked before, and answered itself.
 
         Raises:
-            FedllmError: The adapter or its base cannot be loaded.
+            FedllmError: The adapter or its base cannot be used.
         """
-        asker = self._of(folder)
-        said = {name: list(histories.get(name, ())) for name, _ in asker.both()}
+        asker = self._load(folder)
+        said = dict.fromkeys(_NAMES, "")
         for name, tuned in asker.both():
-            before, answer = said[name], ""
-            for piece in asker.answer(question, tuned, before, self._max_new_tokens):
-                answer += piece
-                said = said | {name: [*before, (question, answer.strip())]}
-                yield said
+            limits = (self._args.max_new_tokens, self._args.temperature)
+            pieces = asker.answer(question, tuned, turns[name], *limits)
+            # A page that is closed or cleared ends the generation that it waits for.
+            with contextlib.closing(pieces):
+                for piece in pieces:
+                    said[name] += piece
+                    yield dict(said)
 
-    def _of(self, folder: Path) -> Asker:
-        """Return who answers for an adapter; the one before leaves memory first."""
-        if self._asker is None or self._asker.subject.folder != folder:
+    def _load(self, folder: Path) -> Asker:
+        """Return the model with an adapter; a running run may have written it anew."""
+        subject = find_subject(str(folder), self._home)
+        if self._args.quantization is not None:
+            subject.quantization = self._args.quantization
+        if self._asker is None or self._asker.subject != subject:
             self._asker = None
-            self._asker = Asker(find_subject(str(folder), fedllm_home()))
+            # PEFT's modules know each other, so that only a collection frees the old.
+            gc.collect()
+            self._asker = Asker(subject)
         return self._asker
 
 
-def runs_with_adapters(runs: Path) -> list[Path]:
-    """Return the folders of the runs that have an adapter, newest first.
+def _serve(args: argparse.Namespace) -> None:
+    """Show the page until the command is interrupted.
 
     Raises:
-        AdapterError: There is none.
+        ConfigError: The port is taken.
     """
-    # A name begins with its time.
-    found = sorted(runs.glob("*"), key=lambda run: run.name, reverse=True)
-    kept = [run for run in found if not run.is_symlink() and adapters(run)]
-    if not kept:
-        raise AdapterError(
-            f"{runs}: no run with an adapter: start one (see the README)"
-        )
-    return kept
-
-
-def adapters(run: Path) -> list[tuple[str, Path]]:
-    """Return a run's adapters and what to call them: best, last, then by round."""
-    named = [(text, run / name) for name, text in _NAMES.items()]
-    rounds = [
-        (int(number), folder)
-        for folder in run.glob("peft_*")
-        if (number := folder.name.removeprefix("peft_")).isdigit()
-    ]
-    numbered = [(f"round {number}", folder) for number, folder in sorted(rounds)]
-    return [(text, folder) for text, folder in named + numbered if folder.is_dir()]
-
-
-def told_of(run: Path) -> str:
-    """Return what was promised and reached in a run, in Markdown; of a damaged one, why."""
-    try:
-        record = read_run(run)
-        statement = str(record.privacy["statement"])
-    except (FedllmError, KeyError) as error:
-        return f"**This run's folder is damaged:** {error}"
-    worth = verdict(record.result) if record.result else f"The run is {record.state}."
-    return f"**Privacy.** {statement}\n\n**Worth.** {worth}"
-
-
-def page(runs: Path, max_new_tokens: int) -> Any:
-    """Return the page, not yet served.
-
-    Args:
-        runs: The folder of all runs.
-        max_new_tokens: Where an answer is cut at the latest.
-
-    Raises:
-        ConfigError: Gradio is not installed.
-        AdapterError: No run has an adapter.
-    """
-    found, answering = runs_with_adapters(runs), Answering(max_new_tokens)
-    choices = [(run.name, str(run)) for run in found]
-    # Before it is imported, which would ask for its newest version.
+    # Gradio counts its users unless it is told not to, before it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # It asks its own page for a sign of life, and no proxy may stand between.
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = ",".join(filter(None, [direct, _HOST]))
+    import gradio as gr
+
+    page = _page(args, fedllm_home())
+    page.queue(default_concurrency_limit=1)
     try:
-        import gradio as gr
-    except ImportError:
-        raise ConfigError(
-            "the page needs Gradio: pip install -e '.[demo]' in fedllm's folder; "
-            "`python evaluate.py --interactive --base` needs nothing more"
-        ) from None
-
-    def chosen(run: str) -> tuple[Any, ...]:
-        folders = [(text, str(folder)) for text, folder in adapters(Path(run))]
-        rounds = gr.Dropdown(choices=folders, value=folders[0][1])
-        return rounds, told_of(Path(run)), *forgotten()
-
-    def forgotten() -> tuple[Any, ...]:
-        return {}, [], []
-
-    def asked(question: str, folder: str, histories: Histories) -> Iterator[Any]:
-        question = question.strip()
-        if not question:
-            yield question, histories, _chat(histories, "base"), _chat(
-                histories, "tuned"
-            )
-            return
-        try:
-            for said in answering.ask(Path(folder), question, histories):
-                yield "", said, _chat(said, "base"), _chat(said, "tuned")
-        except FedllmError as error:
-            raise gr.Error(str(error), duration=None) from None
-
-    with gr.Blocks(title="fedllm", analytics_enabled=False) as blocks:
-        gr.Markdown("# fedllm: base and tuned model")
-        with gr.Row():
-            run = gr.Dropdown(choices, value=choices[0][1], label="Run")
-            folder = gr.Dropdown(label="Adapter")
-        statement = gr.Markdown()
-        with gr.Row():
-            # Its own buttons would send a conversation to a hub, or forget one half.
-            plain = {"height": 360, "buttons": ["copy"], "render_markdown": False}
-            base = gr.Chatbot(label="Base model", **plain)
-            tuned = gr.Chatbot(label="Tuned model", **plain)
-        question = gr.Textbox(label="Question", autofocus=True)
-        with gr.Row():
-            ask, clear = gr.Button("Ask", variant="primary"), gr.Button("Forget all")
-        gr.Markdown(f"{SMALL_MODEL} {NOT_ADVICE}")
-        histories = gr.State({})
-        said = [histories, base, tuned]
-        gr.on([blocks.load, run.change], chosen, run, [folder, statement, *said])
-        folder.input(forgotten, None, said)
-        clear.click(forgotten, None, said)
-        gr.on(
-            [ask.click, question.submit],
-            asked,
-            [question, folder, histories],
-            [question, *said],
+        _, url, _ = page.launch(
+            server_name=_HOST,
+            server_port=args.port,
+            share=False,
+            inbrowser=not args.no_browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            css=_CSS,
+            # The fonts of its own themes would come from elsewhere.
+            theme=gr.themes.Default(
+                font=["system-ui", "sans-serif"], font_mono=["monospace"]
+            ),
         )
-    # One model is in memory, and one question is answered at a time.
-    return blocks.queue(default_concurrency_limit=1)
+    except OSError as error:
+        raise ConfigError(
+            f"--port {args.port}: cannot be used: {error}; name a free one"
+        ) from None
+    sys.stdout.write(f"{url} (only on this machine; Ctrl-C ends it)\n")
+    sys.stdout.flush()
+    page.block_thread()
 
 
-def _chat(histories: Histories, name: str) -> list[dict[str, str]]:
-    """Return a conversation as the page shows it."""
-    turns: Sequence[Turn] = histories.get(name, [])
+def _page(args: argparse.Namespace, home: Path) -> Any:
+    """Lay out the page and say what each part does."""
+    import gradio as gr
+
+    does = _Handlers(args, home)
+    with gr.Blocks(title="fedllm", analytics_enabled=False) as page:
+        gr.Markdown("# Base and tuned, side by side")
+        with gr.Row():
+            run = gr.Dropdown(label="Run", interactive=True, scale=3, min_width=300)
+            adapter = gr.Dropdown(label="Adapter", interactive=True)
+        statement = gr.HTML()
+        with gr.Row(equal_height=True):
+            chats = [
+                gr.Chatbot(
+                    label=name,
+                    height=None,
+                    min_height=150,
+                    max_height=420,
+                    min_width=300,
+                    render_markdown=False,
+                    feedback_options=None,
+                    buttons=[],
+                )
+                for name in _NAMES
+            ]
+        question = gr.Textbox(label="Question to both", autofocus=True, max_lines=6)
+        with gr.Row():
+            ask, clear = gr.Button("Ask", variant="primary"), gr.Button("Clear")
+        status = gr.HTML(elem_id="status")
+        turns = gr.State(does.no_turns())
+    said = [*chats, turns, status]
+    with page:
+        asked = gr.on(
+            [question.submit, ask.click],
+            does.ask,
+            [run, adapter, question, turns],
+            [question, *said],
+            show_progress="hidden",
+            api_visibility="private",
+        )
+        quietly = {"show_progress": "hidden", "api_visibility": "private"}
+        page.load(does.open, None, [run, adapter, statement, status], **quietly)
+        anew = {"cancels": [asked], **quietly}
+        run.input(does.choose_run, run, [adapter, statement, *said], **anew)
+        adapter.input(does.clear, None, said, **anew)
+        # A conversation has a button of its own: what is forgotten, both forget.
+        forget = [clear.click, *(chat.clear for chat in chats)]
+        gr.on(forget, does.clear, None, said, **anew)
+    return page
+
+
+class _Handlers:
+    """What the page's parts do; an error becomes a line on the page, which goes on."""
+
+    def __init__(self, args: argparse.Namespace, home: Path) -> None:
+        self._home = home
+        self._resident = Resident(args, home)
+
+    @staticmethod
+    def no_turns() -> dict[str, list[Turn]]:
+        return {name: [] for name in _NAMES}
+
+    def open(self) -> tuple[Any, ...]:
+        """Offer the runs that there are now, the newest chosen."""
+        import gradio as gr
+
+        choices = run_choices(self._home)
+        newest = choices[0][1] if choices else None
+        adapter, statement, *_, status = self.choose_run(newest)
+        return gr.Dropdown(choices, value=newest), adapter, statement, status
+
+    def choose_run(self, run: str | None) -> tuple[Any, ...]:
+        """Show a run's statement and its adapters, and forget what was said."""
+        import gradio as gr
+
+        statement, status, names, chosen = "", "", [], None
+        try:
+            folder = self._home / "runs" / str(run)
+            names, chosen = adapter_names(folder), first_choice(folder)
+            self._folder(run, chosen)
+            statement = about(folder)
+        except Exception as error:  # noqa: BLE001 - the page goes on
+            status = _told(error)
+        *empty, _ = self.clear()
+        return gr.Dropdown(names, value=chosen), statement, *empty, status
+
+    def clear(self) -> tuple[Any, ...]:
+        """Forget what was said."""
+        return [], [], self.no_turns(), ""
+
+    def ask(
+        self,
+        run: str | None,
+        adapter: str | None,
+        question: str,
+        turns: dict[str, list[Turn]],
+    ) -> Iterator[tuple[Any, ...]]:
+        """Yield the box, both conversations, the turns and the status, as they grow."""
+        question = question.strip()
+        shown = [_messages(turns[name]) for name in _NAMES]
+        if not question:
+            yield "", *shown, turns, ""
+            return
+        yield question, *shown, turns, "A model that is not in memory is loaded first."
+        try:
+            folder = self._folder(run, adapter)
+            later = turns
+            for said in self._resident.answers(folder, question, turns):
+                later = {n: [*turns[n], (question, said[n])] for n in _NAMES}
+                yield "", *(_messages(later[n]) for n in _NAMES), turns, ""
+            yield "", *(_messages(later[n]) for n in _NAMES), later, ""
+        except Exception as error:  # noqa: BLE001 - the page goes on
+            yield question, *shown, turns, _told(error)
+
+    def _folder(self, run: str | None, adapter: str | None) -> Path:
+        """Return the folder of an adapter that is on offer.
+
+        Raises:
+            AdapterError: It is not on offer: the browser may send any text.
+        """
+        folder = self._home / "runs" / str(run)
+        offered = run in [name for _, name in run_choices(self._home)]
+        if not offered or adapter not in adapter_names(folder):
+            raise AdapterError(f"{run}: has no {adapter} any more; reload the page")
+        return folder / str(adapter)
+
+
+def _messages(turns: list[Turn]) -> list[dict[str, str]]:
+    """Return a conversation as Gradio wants it.
+
+    It would take tags for HTML, and a picture in an answer would be asked of its server.
+    """
+    roles = ("user", "assistant")
     return [
-        {"role": role, "content": text}
-        for question, answer in turns
-        for role, text in (("user", question), ("assistant", answer))
+        {"role": role, "content": html.escape(text, quote=False)}
+        for turn in turns
+        for role, text in zip(roles, turn, strict=True)
     ]
+
+
+def _told(error: Exception) -> str:
+    """Return an error as a line of the page; the terminal has what is not foreseen."""
+    if not isinstance(error, FedllmError):
+        logger.error("unforeseen, the page goes on", exc_info=error)
+    return html.escape(f"{type(error).__name__}: {error}")
+
+
+def _port(text: str) -> int:
+    """Read a port; argparse shows the error."""
+    value = int(text)
+    if not 1 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"must be 1 to 65535 (got {text})")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--max-new-tokens", type=int, default=96, metavar="N")
+    parser.add_argument("--port", type=_port, default=7860, metavar="N")
     parser.add_argument(
         "--no-browser", action="store_true", help="only say where the page is"
+    )
+    parser.add_argument("--max-new-tokens", type=positive_int, default=96, metavar="N")
+    parser.add_argument(
+        "--temperature",
+        type=temperature,
+        default=0.0,
+        help="0.0: always the likeliest token",
+    )
+    parser.add_argument(
+        "--quantization",
+        type=int,
+        choices=(0, 4, 8),
+        help="bits of the base; default: as in training",
     )
     return parser
 

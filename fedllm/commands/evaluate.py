@@ -238,7 +238,7 @@ def _say(args: argparse.Namespace, text: str, end: str = "\n") -> None:
         sys.stdout.flush()
 
 
-def _positive_int(text: str) -> int:
+def positive_int(text: str) -> int:
     """Read a whole number of at least 1; argparse shows the error."""
     value = int(text)
     if value < 1:
@@ -246,7 +246,7 @@ def _positive_int(text: str) -> int:
     return value
 
 
-def _temperature(text: str) -> float:
+def temperature(text: str) -> float:
     """Read a finite number of at least 0; argparse shows the error."""
     value = float(text)
     if not 0 <= value < float("inf"):
@@ -287,10 +287,10 @@ def _parser() -> argparse.ArgumentParser:
         "--interactive", action="store_true", help="ask again and again"
     )
     parser.add_argument("--json", action="store_true", help="write one JSON object")
-    parser.add_argument("--max-new-tokens", type=_positive_int, default=96, metavar="N")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=96, metavar="N")
     parser.add_argument(
         "--temperature",
-        type=_temperature,
+        type=temperature,
         default=0.0,
         help="0.0: always the likeliest token",
     )

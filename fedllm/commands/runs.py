@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     found: object
     try:
         if args.name is None:
-            found = listed = _all(runs)
+            found = listed = all_runs(runs)
             lines = _list_lines(runs, listed)
         else:
             found, lines = _one(_find(runs, args.name))
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def _all(runs: Path) -> list[dict[str, Any]]:
+def all_runs(runs: Path) -> list[dict[str, Any]]:
     """Return a summary of each run, newest first."""
     folders = [p for p in runs.glob("*") if p.is_dir() and not p.is_symlink()]
     shown = [p for p in folders if not p.name.startswith(".")]
@@ -120,13 +120,13 @@ def _row(summary: dict[str, Any]) -> tuple[str, ...]:
         str(summary["model"] or "-")[-32:],
         f"{summary['rounds_done']}/{'?' if planned is None else planned}",
         "-" if before is None else f"{before:.3f} -> {after:.3f}",
-        _epsilon(summary["unit"], summary["epsilon"]),
+        epsilon_words(summary["unit"], summary["epsilon"]),
         state,
         summary["name"],
     )
 
 
-def _epsilon(unit: str | None, epsilon: float | None) -> str:
+def epsilon_words(unit: str | None, epsilon: float | None) -> str:
     """Say what was spent; a run without privacy has no epsilon."""
     return "none" if unit == "none" else "-" if unit is None else plain(epsilon)
 

@@ -17,7 +17,7 @@ from fedllm.privacy.wording import (
 from fedllm.reporting.plots import plots
 from fedllm.reporting.record import RunRecord
 from fedllm.reporting.style import STYLE
-from fedllm.reporting.verdict import NOT_ADVICE, SMALL_MODEL, verdict
+from fedllm.reporting.verdict import caution, verdict
 
 SECRET = "not said, since cohorts are secret"
 _RELOAD_SECONDS = 15
@@ -265,11 +265,9 @@ def _answers(run: RunRecord) -> str:
             f"<dd>{_text(answer['tuned'])}</dd></div>"
             f"<dt>what the data says</dt><dd>{_text(answer['reference'])}</dd></dl></div>"
         )
-    medical = run.settings.get("data.name") == "wordnet-medical"
-    warning = NOT_ADVICE if medical else SMALL_MODEL
     return (
         "<h2>The same questions to both models</h2>"
-        f"<p><strong>{_text(warning)}</strong> The questions are rows declared public; "
+        f"<p><strong>{_text(caution(run.settings))}</strong> The questions are rows declared public; "
         f"answers end after {run.answers['max_new_tokens']} tokens.</p>{''.join(parts)}"
     )
 

@@ -23,3 +23,8 @@ def verdict(result: dict[str, Any]) -> str:
         f"Loss on {result['test_examples']} public test rows, which chose nothing: "
         f"{before:.3f} for the base, {after:.3f} for what is recommended, {told}."
     )
+
+
+def caution(settings: dict[str, Any]) -> str:
+    """Say what answers are worth, from the flat run config."""
+    return NOT_ADVICE if settings.get("data.name") == "wordnet-medical" else SMALL_MODEL

@@ -1,8 +1,13 @@
-"""The page that asks both models: what it offers, what it says, and in a browser."""
+"""The page of base and tuned model: what it offers, says and refuses, and how it looks.
 
-import contextlib
+FEDLLM_SCREENSHOTS names a folder that is to hold pictures for a person to look at.
+"""
+
+import html
+import importlib.util
+import json
 import os
-import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,133 +15,293 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedllm.adapter_files import save_adapter
 from fedllm.adapters import adapter_spec
 from fedllm.commands import demo
-from fedllm.config import parse_run_config
-from fedllm.errors import FedllmError
+from fedllm.config import AdapterConfig
 from fedllm.models import load_config
-from tests.reporting.sample_runs import write_run
-from tests.reporting.test_browser import browser  # noqa: F401 - a fixture
-from tests.slow.flower_processes import ROOT, free_port
+from fedllm.run_directory import RunDirectory
+from tests.reporting.sample_runs import HOSTILE, write_run
 
-OLD, NEW = "2026-01-01_00-00-00_1", "2026-02-01_00-00-00_2"
+NO_PRIVACY = {"privacy__unit": "none", "privacy__target_epsilon": 0.0}
+OLD, NEW = "2026-01-02_03-04-05_7", "2026-03-02_03-04-05_8"
 
 
 @pytest.fixture
-def runs(tiny_chat_llama, tmp_path, monkeypatch):
-    """Two runs with adapters and one without; the newer run has no privacy."""
+def home(tmp_path, monkeypatch, tiny_chat_llama):
+    """Two runs with adapters of their own, and what is none."""
     monkeypatch.setenv("FEDLLM_HOME", str(tmp_path))
-    folder = tmp_path / "runs"
-    quiet = {"privacy__unit": "none", "privacy__target_epsilon": 0.0}
-    write_run(folder / OLD)
-    write_run(folder / NEW, **quiet)
-    write_run(folder / "2026-03-01_00-00-00_3")
-    config = parse_run_config({"adapter.kind": "lora", "adapter.rank": 4})
-    name = str(tiny_chat_llama)
-    spec = adapter_spec(config.adapter, load_config(name), 1)
-    draw = np.random.default_rng(0)
-    arrays = {n: draw.normal(0, 5, s) for n, s in spec.trained_shapes.items()}
-    origin = {"model": "tiny", "quantization": 0, "server_round": 2}
-    for run, adapter in ((OLD, "peft_10"), (OLD, "peft_9"), (NEW, "peft_final")):
-        save_adapter(folder / run / adapter, spec, arrays, name, origin)
-    (folder / "latest").symlink_to(folder / NEW)
+    add_run(tmp_path, tiny_chat_llama, OLD, 1, **NO_PRIVACY)
+    add_run(tmp_path, tiny_chat_llama, NEW, 2, data__name="wordnet-medical")
+    (tmp_path / "runs" / "latest").symlink_to(NEW)
+    write_run(tmp_path / "runs" / "2026-04-02_03-04-05_9", rounds=0, finished=False)
+    return tmp_path
+
+
+def add_run(home: Path, base: Path, name: str, seed: int, **changes) -> Path:
+    """Write a run with rounds 2 and 10, of which it recommends peft_best, round 2."""
+    folder = write_run(home / "runs" / name, model__name=str(base), **changes)
+    spec = adapter_spec(AdapterConfig(), load_config(str(base)), 1)
+    draw = np.random.default_rng(seed)
+    origin = {"model": "tiny", "quantization": 0}
+    for server_round in (2, 10):
+        arrays = {n: draw.normal(0, 5, s) for n, s in spec.trained_shapes.items()}
+        RunDirectory(folder).save_round(server_round, spec, arrays, str(base), origin)
+    RunDirectory(folder).copy_adapter(2, "peft_best")
+    RunDirectory(folder).copy_adapter(10, "peft_final")
     return folder
 
 
-def test_runs_with_adapters_are_offered_newest_first_and_rounds_in_order(runs):
-    found = demo.runs_with_adapters(runs)
-
-    assert [run.name for run in found] == [NEW, OLD]
-    assert [text for text, _ in demo.adapters(found[0])] == ["the last round"]
-    assert [text for text, _ in demo.adapters(found[1])] == ["round 9", "round 10"]
+def args(*typed: str):
+    return demo._parser().parse_args(["--max-new-tokens", "6", *typed])
 
 
-def test_the_statement_is_the_run_s_own(runs):
-    assert "Client-level differential privacy" in demo.told_of(runs / OLD)
-    assert "No differential privacy" in demo.told_of(runs / NEW)
-    (runs / NEW / "privacy.json").write_text("{")
-    assert "is damaged" in demo.told_of(runs / NEW)
+def no_turns():
+    return {"base": [], "tuned": []}
 
 
-def test_both_models_answer_and_remember_what_they_said_themselves(runs):
-    answering, folder = demo.Answering(max_new_tokens=8), runs / OLD / "peft_9"
-
-    *_, first = answering.ask(folder, "What is a fever?", {})
-    *_, second = answering.ask(folder, "And a cough?", first)
-
-    assert set(first) == {"base", "tuned"}
-    assert first["base"] != first["tuned"]
-    for name, turns in second.items():
-        assert turns[:1] == first[name]
-        assert [question for question, _ in turns] == [
-            "What is a fever?",
-            "And a cough?",
-        ]
+def last(answers):
+    *_, said = answers
+    return said
 
 
-def test_a_damaged_adapter_is_an_error_and_the_next_one_answers(runs):
-    answering = demo.Answering(max_new_tokens=4)
-    (runs / OLD / "peft_9" / "adapter_model.safetensors").write_bytes(b"{")
-
-    with pytest.raises(FedllmError, match="damaged"):
-        list(answering.ask(runs / OLD / "peft_9", "What is a fever?", {}))
-
-    assert list(answering.ask(runs / OLD / "peft_10", "What is a fever?", {}))
+def failure(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        demo.main(list(arguments))
+    assert isinstance(caught.value.code, str) and "\n" not in caught.value.code
+    return caught.value.code
 
 
-def test_without_runs_or_without_gradio_one_line_says_what_to_do(
-    runs, tmp_path, monkeypatch
+def test_runs_with_adapters_are_offered_newest_first(home):
+    labels, names = zip(*demo.run_choices(home), strict=True)
+
+    assert names == (NEW, OLD)
+    assert labels[0].startswith("2026-03-02 03:04, ")
+    assert labels[0].endswith("epsilon 8.00, finished")
+    assert "epsilon none" in labels[1]
+
+
+def test_rounds_are_offered_in_the_order_of_numbers_and_the_recommended_is_chosen(home):
+    folder = home / "runs" / NEW
+
+    names = demo.adapter_names(folder)
+    assert names == ["peft_final", "peft_best", "peft_10", "peft_2"]
+    assert demo.first_choice(folder) == "peft_best"
+    (folder / "result.json").unlink()
+    assert demo.first_choice(folder) == "peft_final"
+
+
+def test_the_runs_own_statement_and_what_it_leaves_out_are_shown(home):
+    private = json.loads((home / "runs" / NEW / "privacy.json").read_text())
+
+    text = html.unescape(demo.about(home / "runs" / NEW))
+
+    assert all(x in text for x in [private["statement"], *private["not_covered"]])
+    assert "not medical advice" in text
+    bare = demo.about(home / "runs" / OLD)
+    assert "No differential privacy: no noise was added" in bare
+
+
+def test_no_text_of_a_run_becomes_html(home):
+    path = home / "runs" / NEW / "privacy.json"
+    path.write_text(json.dumps({"statement": HOSTILE, "not_covered": [HOSTILE]}))
+
+    assert "<script" not in demo.about(home / "runs" / NEW)
+
+
+def test_the_two_models_answer_and_each_round_for_itself(home):
+    resident = demo.Resident(args(), home)
+    folder = home / "runs" / NEW
+
+    def ask(name):
+        answers = resident.answers(folder / name, "What is asthma?", no_turns())
+        return last(answers)
+
+    final, second, best = ask("peft_final"), ask("peft_2"), ask("peft_best")
+
+    assert final["base"] == second["base"] != ""
+    assert len({final["base"], final["tuned"], second["tuned"]}) == 3
+    assert best == second
+    # A run that goes on writes its best round anew.
+    RunDirectory(folder).copy_adapter(10, "peft_best")
+    assert ask("peft_best") == final
+
+
+def test_one_model_is_in_memory_and_stays_there(home, monkeypatch):
+    loaded, alive = [], []
+
+    class Fake(demo.Asker):
+        def __init__(self, subject):
+            assert not alive
+            self.subject = subject
+            loaded.append(subject.folder.name)
+            alive.append(self.subject)
+
+        def __del__(self):
+            alive.clear()
+
+        def both(self):
+            return [("base", False), ("tuned", True)]
+
+        def answer(self, *asked):
+            yield "yes"
+
+    monkeypatch.setattr(demo, "Asker", Fake)
+    resident = demo.Resident(args(), home)
+    for name in ("peft_2", "peft_2", "peft_10"):
+        last(resident.answers(home / "runs" / NEW / name, "?", no_turns()))
+
+    assert loaded == ["peft_2", "peft_10"]
+
+
+def test_a_conversation_goes_on_from_what_each_model_said_itself(home, monkeypatch):
+    prompts = []
+
+    def echo(model, tokenizer, prompt, *_):
+        prompts.append(prompt)
+        yield f"word{len(prompts)}"
+
+    monkeypatch.setattr("fedllm.evaluation.generate", echo)
+    handlers = demo._Handlers(args(), home)
+    turns = handlers.no_turns()
+    for question in ("first?", "second?"):
+        *_, turns, _ = last(handlers.ask(NEW, "peft_2", question, turns))
+
+    base, tuned = prompts[2:]
+    assert "first?" in base and "word1" in base and "word2" not in base
+    assert "word2" in tuned and "word1" not in tuned
+    assert turns["tuned"] == [("first?", "word2"), ("second?", "word4")]
+
+
+BREAK = {
+    "adapter_model.safetensors": "damaged",
+    "adapter_config.json": "cannot be read",
+    "fedllm.json": "JSONDecodeError",
+}
+
+
+@pytest.mark.parametrize("name", BREAK)
+def test_a_bad_adapter_is_a_line_on_the_page_which_goes_on(home, name):
+    (home / "runs" / NEW / "peft_10" / name).write_text("{")
+    handlers = demo._Handlers(args(), home)
+
+    question, *_, told = last(handlers.ask(NEW, "peft_10", "why?", no_turns()))
+
+    assert BREAK[name] in told and question == "why?"
+    *_, tuned, turns, told = last(handlers.ask(NEW, "peft_2", "why?", no_turns()))
+    assert told == "" and turns["tuned"][0][1] == tuned[1]["content"] != ""
+
+
+@pytest.mark.parametrize(
+    ("run", "adapter"),
+    [(f"../runs/{NEW}", "peft_2"), (NEW, f"../{OLD}/peft_2"), (None, None), (NEW, "x")],
+)
+def test_only_what_is_offered_can_be_asked(home, run, adapter):
+    told = last(demo._Handlers(args(), home).ask(run, adapter, "?", no_turns()))[-1]
+
+    assert told.startswith("AdapterError: ") and "reload the page" in told
+
+
+def test_without_a_run_and_without_gradio_the_error_says_what_to_do(
+    tmp_path, monkeypatch, capsys
 ):
-    with monkeypatch.context() as without:
-        without.setitem(sys.modules, "gradio", None)
-        with pytest.raises(SystemExit, match=r"pip install -e '\.\[demo\]'"):
-            demo.main([])
-    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "empty"))
-    with pytest.raises(SystemExit, match="no run with an adapter"):
-        demo.main([])
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path))
+    monkeypatch.setattr(demo, "find_spec", lambda name: object())
+    assert "no run with an adapter there: start one" in failure(capsys)
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    assert "pip install 'fedllm[demo]'" in failure(capsys)
+
+
+@pytest.mark.parametrize("typed", [["--port", "0"], ["--max-new-tokens", "0"], ["x"]])
+def test_a_wrong_command_line_says_how_to_use_it(typed, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(typed)
+
+    assert "usage:" in capsys.readouterr().err
+
+
+needs_gradio = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None, reason="needs fedllm[demo]"
+)
+
+
+@needs_gradio
+def test_a_port_that_is_taken_is_one_line(home):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        got = subprocess.run(start(port), capture_output=True, text=True, check=False)
+
+    assert got.returncode == 1
+    assert got.stderr.splitlines()[-1].startswith(f"ConfigError: --port {port}: ")
+    assert "Traceback" not in got.stderr
+
+
+def start(port: str) -> list[str]:
+    command = [sys.executable, "-m", "fedllm.commands.demo", "--no-browser"]
+    return [*command, "--max-new-tokens", "6", "--port", port]
 
 
 @pytest.fixture
-def address(runs):
-    pytest.importorskip("gradio")
-    port = free_port()
-    command = [sys.executable, "-m", "fedllm.commands.demo", "--no-browser"]
-    command += ["--port", str(port), "--max-new-tokens", "8"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
-        try:
-            line = process.stdout.readline().decode()
-            assert f"http://127.0.0.1:{port}" in line, line
-            yield f"http://127.0.0.1:{port}/"
-        finally:
-            process.terminate()
+def url(home):
+    """The page, served by the command itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # Whoever asks something of the outside is refused.
+    proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    with subprocess.Popen(
+        start(port), env=os.environ | proxies, stdout=subprocess.PIPE, text=True
+    ) as server:
+        yield server.stdout.readline().split()[0]
+        server.terminate()
 
 
+@needs_gradio
 @pytest.mark.browser
-@pytest.mark.parametrize("size", [(390, 844), (1280, 900)])
-def test_in_a_browser_both_answer_and_nothing_is_fetched_from_elsewhere(
-    browser, address, size  # noqa: F811 - the fixture
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_the_page_answers_in_a_browser_and_asks_nobody_else(
+    browser, url, home, width, height
 ):
-    width, height = size
-    view = browser.new_page(viewport={"width": width, "height": height})
+    page = browser.new_page(viewport={"width": width, "height": height})
     said, asked = [], []
-    view.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
-    view.on("pageerror", lambda error: said.append(str(error)))
-    view.on("request", lambda request: asked.append(request.url))
-    view.goto(address)
-    view.get_by_text("No differential privacy").first.wait_for()
+    page.on("console", lambda m: said.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
 
-    view.get_by_label("Question").fill("What is a fever?")
-    view.get_by_role("button", name="Ask").click()
-    answers = view.locator(".bot.message")
-    with contextlib.suppress(Exception):
-        answers.nth(1).wait_for(timeout=60_000)
+    def ask(question):
+        page.get_by_label("Question to both").fill(question)
+        page.get_by_role("button", name="Ask").click()
+
+    page.goto(url)
+    page.get_by_text("Client-level differential privacy").wait_for()
+    assert page.get_by_label("Run").input_value().startswith("2026-03-02 03:04")
+    assert page.get_by_label("Adapter").input_value() == "peft_best"
+    assert page.get_by_text("not medical advice").is_visible()
+    ask("What is asthma?")
+    bots = page.locator(".message.bot")
+    bots.nth(1).wait_for()
+    page.wait_for_function("document.querySelector('textarea').value === ''")
+    page.wait_for_timeout(1000)
+    base, tuned = bots.all_inner_texts()
+    assert base and tuned and base != tuned
     if pictures := os.environ.get("FEDLLM_SCREENSHOTS"):
-        view.screenshot(path=str(Path(pictures) / f"demo-{width}.png"), full_page=True)
+        path = Path(pictures) / f"demo-{width}.png"
+        page.screenshot(path=str(path), full_page=True)
+    page.get_by_role("button", name="Clear").last.click()
+    bots.first.wait_for(state="detached")
+    (home / "runs" / NEW / "peft_best" / "adapter_config.json").write_text("{")
+    ask("And now?")
+    page.get_by_text("AdapterError: ").wait_for()
+    page.get_by_label("Run").click()
+    page.get_by_role("option").nth(1).click()
+    page.get_by_text("No differential privacy: no noise was added").wait_for()
+    picture = '<img src="http://example.com/x.png">'
+    ask(picture)
+    bots.nth(1).wait_for()
+    assert page.locator(".message.user").first.inner_text() == picture
 
-    assert answers.count() == 2
-    assert all(text.strip() for text in answers.all_inner_texts())
     assert said == []
-    assert [u for u in asked if not re.match(f"{address}|data:|blob:", u)] == []
-    assert view.evaluate("document.documentElement.scrollWidth") <= width
-    view.close()
+    assert [u for u in asked if not u.startswith((url, "data:", "blob:"))] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()

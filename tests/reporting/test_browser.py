@@ -5,7 +5,6 @@ folder that is to hold pictures for a person to look at.
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,25 +15,9 @@ from tests.reporting.sample_runs import write_run
 
 pytestmark = pytest.mark.browser
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _SIZES = {"phone": (390, 844), "desk": (1280, 900)}
 # Contrast that WCAG 2 asks of large text and of drawings.
 _LEAST_CONTRAST = 3.0
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = [os.environ.get("FEDLLM_CHROMIUM"), *map(shutil.which, _NAMES)]
-    program = next((path for path in found if path), None)
-    if program is None:
-        pytest.skip("no Chromium on this machine; FEDLLM_CHROMIUM may name one")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        # As root, in a container, its sandbox cannot be made.
-        options = ["--no-sandbox"] if os.geteuid() == 0 else []
-        chromium = driver.chromium.launch(executable_path=program, args=options)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
