@@ -34,7 +34,7 @@ _CSS = """
 .statement p, .statement li { margin: .4rem 0; }
 .statement .privacy { font-size: clamp(1rem, 2.5vw, 1.1rem); line-height: 1.5; }
 .statement summary { cursor: pointer; }
-input[role=listbox] { text-overflow: ellipsis; padding-right: 1.8rem !important; }
+input[role=combobox] { text-overflow: ellipsis; padding-right: 1.8rem !important; }
 """
 
 
