@@ -1,14 +1,23 @@
-"""What a comparison came to: compare.json, compare.md and compare.svg."""
+"""What a comparison came to: compare.json, compare.md, compare.svg and compare.html."""
 
+import html
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedllm.durable import replace_whole
+from fedllm.reporting.page import document, table
+from fedllm.reporting.plots import SERIES, inline, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_TITLE = "Does federation help?"
 
 BUDGET = """\
 What is equal: base model, adapter and its first values, data, seeds, rounds, the
@@ -61,9 +70,11 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 def write_comparison(
     out: Path, setting: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> str:
-    """Write the three files and return the table."""
+    """Write the four files and return the table."""
     summary = summarise(rows)
-    table = _table(summary)
+    head, cells = _cells(summary)
+    lines = [head, ["---"] * len(head), *cells]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     content = {"setting": setting, "equal": BUDGET, "summary": summary, "rows": rows}
     replace_whole(out / "compare.json", (json.dumps(content, indent=2) + "\n").encode())
     counted: dict[int, int] = {}
@@ -71,29 +82,33 @@ def write_comparison(
         alone = str(row["arm"]).startswith("alone-")
         counted[row["seed"]] = counted.get(row["seed"], 0) + alone
     clients = ", ".join(f"seed {s}: {n}" for s, n in sorted(counted.items()))
-    text = (
-        f"# Does federation help?\n\n{table}\nMean over seeds, with the 95 % interval of "
-        f"Student's t from two seeds on. Clients trained alone so far: {clients} of "
-        f"{setting['num_clients']}.\n\n{BUDGET}\n"
+    means = (
+        "Mean over seeds, with the 95 % interval of Student's t from two seeds on. "
+        f"Clients trained alone so far: {clients} of {setting['num_clients']}."
     )
-    replace_whole(out / "compare.md", text.encode())
+    whole = f"# {_TITLE}\n\n{text}\n{means}\n\n{BUDGET}\n"
+    replace_whole(out / "compare.md", whole.encode())
     _plot(out / "compare.svg", summary)
-    return table
-
-
-def _table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = [
-        "| arm | test loss | perplexity | accuracy | round | seconds | MB | epsilon |",
-        "|---|---|---|---|---|---|---|---|",
+    sections = [
+        f"<header><h1>{_TITLE}</h1></header>{table(head, cells)}",
+        f"<p>{html.escape(means)}</p><p>{html.escape(BUDGET)}</p>",
+        f'<div class="plots">{"".join(_figures(summary))}</div>',
     ]
+    replace_whole(out / "compare.html", document(_TITLE, sections).encode())
+    return text
+
+
+def _cells(
+    summary: Mapping[str, Mapping[str, Any]],
+) -> tuple[list[str], list[list[str]]]:
+    """Return the table's head and its rows."""
+    head = ["arm", *(name.replace("_", " ") for name in _COLUMNS)]
+    head = [{"best round": "round", "megabytes": "MB"}.get(name, name) for name in head]
     digits = (3, 2, 3, 1, 0, 1, 2)
-    for arm, columns in summary.items():
-        cells = [
-            _cell(columns[name], places)
-            for name, places in zip(_COLUMNS, digits, strict=True)
-        ]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return head, [
+        [arm, *(_cell(columns[n], d) for n, d in zip(_COLUMNS, digits, strict=True))]
+        for arm, columns in summary.items()
+    ]
 
 
 def _cell(value: Mapping[str, Any] | None, places: int) -> str:
@@ -126,16 +141,47 @@ def _plot(path: Path, summary: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw one panel for each column that holds anything."""
     from matplotlib.figure import Figure
 
-    names = [n for n in _COLUMNS if any(row[n] for row in summary.values())]
+    names = _known(summary)
     figure = Figure(figsize=(7, 1.9 * len(names)), layout="constrained")
     panels = np.atleast_1d(figure.subplots(len(names), 1))
     for axes, name in zip(panels, names, strict=True):
-        shown = [(arm, row[name]) for arm, row in summary.items() if row[name]]
-        arms = [arm for arm, _ in shown]
-        means = [value["mean"] for _, value in shown]
-        errors = [value["half_width_95"] or 0.0 for _, value in shown]
-        axes.errorbar(means, arms, xerr=errors, fmt="o", color="#0072b2", capsize=3)
-        axes.set_xlabel(name.replace("_", " "))
-        axes.invert_yaxis()
-        axes.grid(axis="x", alpha=0.3)
+        _draw(axes, summary, name, "#0072b2")
     figure.savefig(path, format="svg")
+
+
+def _figures(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the same panels for a page, in the page's colours."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figures = []
+    for name in _known(summary):
+        title = name.replace("_", " ").capitalize()
+        with matplotlib.rc_context(style(name)):
+            figure = Figure(figsize=(3.7, 2.35), layout="constrained")
+            _draw(figure.subplots(), summary, name, SERIES[0])
+            out = io.StringIO()
+            figure.savefig(out, format="svg", transparent=True)
+        told = ", ".join(f"{arm} {_cell(row[name], 3)}" for arm, row in summary.items())
+        svg = inline(out.getvalue(), name, title, told)
+        figures.append(f"<figure><h3>{title}</h3>{svg}</figure>")
+    return figures
+
+
+def _known(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the columns that hold anything."""
+    return [n for n in _COLUMNS if any(row[n] for row in summary.values())]
+
+
+def _draw(
+    axes: "Axes", summary: Mapping[str, Mapping[str, Any]], name: str, colour: str
+) -> None:
+    """Draw a column: a mean and its interval for each arm that has one."""
+    shown = [(arm, row[name]) for arm, row in summary.items() if row[name]]
+    arms = [arm for arm, _ in shown]
+    means = [value["mean"] for _, value in shown]
+    errors = [value["half_width_95"] or 0.0 for _, value in shown]
+    axes.errorbar(means, arms, xerr=errors, fmt="o", color=colour, capsize=3)
+    axes.set_xlabel(name.replace("_", " "))
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)

@@ -2,6 +2,7 @@
 
 import html
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fedllm.config import RunConfig, flat
@@ -49,7 +50,6 @@ _SECRET_COLUMNS = {
 
 def page(run: RunRecord) -> str:
     """Return the page; without network, script or file beside it."""
-    title = f"{run.settings.get('model.name', 'a run')}: run report"
     reload = ""
     if run.state == "running":
         reload = f'<meta http-equiv="refresh" content="{_RELOAD_SECONDS}">\n'
@@ -64,10 +64,16 @@ def page(run: RunRecord) -> str:
         _not_covered(run),
         _settings(run),
     ]
+    title = f"{run.settings.get('model.name', 'a run')}: run report"
+    return document(title, sections, reload)
+
+
+def document(title: str, sections: Sequence[str], head: str = "") -> str:
+    """Return a page of sections in HTML; empty ones are left out."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'{reload}<link rel="icon" href="data:,">\n<title>{_text(title)}</title>\n'
+        f'{head}<link rel="icon" href="data:,">\n<title>{_text(title)}</title>\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(section for section in sections if section)
         + "\n</main>\n</body>\n</html>\n"
@@ -167,7 +173,7 @@ def _meaning(privacy: dict[str, Any]) -> str:
         f"and guesses how a fair coin fell: whether {unit} was there or not{other}. Blind "
         "guesses are right in 50 % of cases; no method at all is right more often than "
         "this. (The factor "
-        f"e^{_text(plain(epsilon))} is {_factor(epsilon)}.)</p>{_table(head, body)}"
+        f"e^{_text(plain(epsilon))} is {_factor(epsilon)}.)</p>{table(head, body)}"
         + (
             '<p class="soft">ε and δ bound any mechanism, so they are the weaker limit; '
             "the noise of this run is Gaussian, for which the exact limit is known.</p>"
@@ -293,7 +299,7 @@ def _rounds(run: RunRecord) -> str:
         note = f'<p class="soft">*: {SECRET}.</p>'
     head = [_COLUMNS[key] for key in used]
     return (
-        f"<details><summary>All rounds as a table</summary>{_table(head, rows)}"
+        f"<details><summary>All rounds as a table</summary>{table(head, rows)}"
         '<p class="soft">Round 0 is the untuned model; a dash: not measured.</p>'
         f"{note}</details>"
     )
@@ -351,11 +357,11 @@ def _audit(run: RunRecord) -> str:
     bounds = _bounds(audit.get("rehearsal") or audit)
     return (
         f"<h2>Audit: {_passed(audit.get('passed'))}</h2>"
-        + (_table(["Epsilon", "", ""], bounds, "words") if bounds else "")
+        + (table(["Epsilon", "", ""], bounds, "words") if bounds else "")
         + f"<p>{_text(audit.get('meaning', ''))}</p>"
         + (
             f"<details><summary>{len(rows)} checks</summary>"
-            f"{_table(['Check', '', 'Found'], rows, 'words')}</details>"
+            f"{table(['Check', '', 'Found'], rows, 'words')}</details>"
             if rows
             else ""
         )
@@ -402,19 +408,19 @@ def _settings(run: RunRecord) -> str:
     every = [[k, str(v)] for k, v in settings.items()]
     versions = [[k, str(v)] for k, v in run.config.get("versions", {}).items()]
     said = (
-        _table(["Changed from its default", "Value"], changed, "words")
+        table(["Changed from its default", "Value"], changed, "words")
         if changed
         else "<p>Every setting has its default.</p>"
     )
     return (
         f"<h2>Configuration</h2>{said}"
-        f"<details><summary>All settings</summary>{_table(['Key', 'Value'], every, 'words')}"
+        f"<details><summary>All settings</summary>{table(['Key', 'Value'], every, 'words')}"
         "</details><details><summary>Versions</summary>"
-        f"{_table(['Package', 'Version'], versions, 'words')}</details>{where}"
+        f"{table(['Package', 'Version'], versions, 'words')}</details>{where}"
     )
 
 
-def _table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
+def table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
     """Return a table that scrolls by itself where it is too wide."""
 
     def row(cells: list[str], tag: str) -> str:

@@ -16,11 +16,11 @@ PHASES = ("train", "aggregate", "evaluate", "save")
 # Colours that matplotlib writes and the page's style sheet replaces, so that one drawing
 # serves a light and a dark page.
 _INK, _FAINT = "#010101", "#020202"
-_SERIES = ("#030301", "#030302", "#030303", "#030304")
+SERIES = ("#030301", "#030302", "#030303", "#030304")
 _VARIABLES = {
     _INK: "currentColor",
     _FAINT: "var(--rule)",
-    **{colour: f"var(--s{i})" for i, colour in enumerate(_SERIES, 1)},
+    **{colour: f"var(--s{i})" for i, colour in enumerate(SERIES, 1)},
 }
 _MARKS = "os^D"
 _MANY_ROUNDS = 40
@@ -142,7 +142,7 @@ def _line(
 ) -> None:
     x, y = zip(*points, strict=True)
     mark = _MARKS[index] if len(points) <= _MANY_ROUNDS else ""
-    colour = _SERIES[index]
+    colour = SERIES[index]
     axes.plot(x, y, color=colour, marker=mark, markersize=4, linewidth=2, label=label)
 
 
@@ -159,7 +159,7 @@ def _bars(
         rounds = [r for r, _ in next(iter(series.values()))]
         values = [[value for _, value in points] for points in series.values()]
         if len(rounds) > _MANY_ROUNDS and stacked:
-            axes.stackplot(rounds, values, colors=_SERIES, labels=series)
+            axes.stackplot(rounds, values, colors=SERIES, labels=series)
         elif len(rounds) > _MANY_ROUNDS:
             for i, (text, points) in enumerate(series.items()):
                 _line(axes, points, i, text)
@@ -167,30 +167,20 @@ def _bars(
         elif stacked:
             floor = [0.0] * len(rounds)
             for i, (text, heights) in enumerate(zip(series, values, strict=True)):
-                axes.bar(rounds, heights, 0.7, floor, color=_SERIES[i], label=text)
+                axes.bar(rounds, heights, 0.7, floor, color=SERIES[i], label=text)
                 floor = [f + h for f, h in zip(floor, heights, strict=True)]
         else:
             width = 0.8 / len(series)
             for i, (text, heights) in enumerate(zip(series, values, strict=True)):
                 x = [r + (i - (len(series) - 1) / 2) * width for r in rounds]
-                axes.bar(x, heights, width, color=_SERIES[i], label=text)
+                axes.bar(x, heights, width, color=SERIES[i], label=text)
 
     return draw
 
 
-def _plot(
-    name: str,
-    title: str,
-    summary: str,
-    draw: Callable[["Axes"], None],
-) -> Plot:
-    """Draw one plot; the same values give the same text."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    style: dict[Any, Any] = {
+def style(name: str) -> dict[Any, Any]:
+    """Return matplotlib's settings for a drawing that `inline` puts into a page."""
+    return {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.size": 9,
@@ -205,7 +195,21 @@ def _plot(
         "legend.frameon": False,
         "axes.formatter.useoffset": False,
     }
-    with matplotlib.rc_context(style):
+
+
+def _plot(
+    name: str,
+    title: str,
+    summary: str,
+    draw: Callable[["Axes"], None],
+) -> Plot:
+    """Draw one plot; the same values give the same text."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with matplotlib.rc_context(style(name)):
         figure = Figure(figsize=(3.7, 2.35), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
@@ -233,10 +237,10 @@ def _plot(
         out = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(out, format="svg", metadata=nothing, transparent=True)
-    return Plot(name, title, summary, _inline(out.getvalue(), name, title, summary))
+    return Plot(name, title, summary, inline(out.getvalue(), name, title, summary))
 
 
-def _inline(svg: str, name: str, title: str, summary: str) -> str:
+def inline(svg: str, name: str, title: str, summary: str) -> str:
     """Make matplotlib's file an element of a page: no head, no outside, own ids."""
     from html import escape
 

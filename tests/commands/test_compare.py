@@ -59,6 +59,11 @@ def test_every_arm_is_trained_once_and_a_second_sitting_trains_nothing(
     losses = arms["federated"]["validation_losses"]
     assert len(losses) == 3 and losses[0] != losses[2]
     assert "<svg" in (out / "compare.svg").read_text()
+    page = (out / "compare.html").read_text()
+    assert page.count("<figure>") == page.count("<svg") >= 4
+    assert "federated-dp" in page and "http://" not in page.replace(
+        "http://www.w3.", ""
+    )
 
     monkeypatch.setattr(compare, "Bench", None)
     compare.main(command)
