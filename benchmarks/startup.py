@@ -93,6 +93,8 @@ def _run(folder: Path, args: argparse.Namespace) -> list[tuple[float, float]]:
             "privacy.unit": "none",
             "privacy.target-epsilon": 0.0,
             "strategy.num-clients": 2,
+            "strategy.sampling": "fixed" if args.at_once == 1 else "all",
+            "strategy.fraction-train": args.at_once / 2,
             "strategy.evaluate-examples": 0,
             "model.quantization": args.quantization,
         }
@@ -115,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--at-once", type=int, choices=(1, 2), default=1)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--model", help="model.name")
     parser.add_argument("--quantization", type=int, default=4)

@@ -29,6 +29,10 @@ BUILT_IN = builtin_model.NAME
 # A multiple of bitsandbytes' largest block, so that no block crosses into another part.
 _ROWS_PER_PART = 512
 
+_BITSANDBYTES_REMEDY = (
+    "reinstall it (`pip install bitsandbytes`) or set model.quantization=0"
+)
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -403,26 +407,61 @@ def _commit(config: "PretrainedConfig") -> str | None:
     return commit
 
 
-def _require_bitsandbytes(device: str) -> None:
-    remedy = "reinstall it (`pip install bitsandbytes`) or set model.quantization=0"
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, without torch's compiler where nothing it compiles is run.
+
+    It hands torch.compile the operators of devices that it has no kernels for, which
+    imports the compiler: 0.6 s. A CPU and CUDA have kernels.
+
+    Raises:
+        ModelError: It is broken here.
+    """
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator()
+    has_kernels = accelerator is None or accelerator.type == "cuda"
+    with errors_only("bitsandbytes.backends.cpu.ops"):
+        # On import it misses a faster kernel, for a packing that we switch off.
+        try:
+            with _uncompiled() if has_kernels else nullcontext():
+                import bitsandbytes  # noqa: F401
+        except Exception as error:
+            # A broken native library fails at import with whatever its loader raises.
+            raise ModelError(
+                f"bitsandbytes cannot be used ({error}): {_BITSANDBYTES_REMEDY}"
+            ) from error
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Let torch.compile return functions as they are."""
+    import torch
+
+    def unchanged(function: Any = None, **_: Any) -> Any:
+        return unchanged if function is None else function
+
+    compiler = torch.compile
+    torch.compile = unchanged  # type: ignore[assignment]
     try:
-        _import_bitsandbytes()
-        from bitsandbytes import cextension, supported_torch_devices
-    except Exception as error:
-        # A broken native library fails at import with whatever its loader raises.
-        raise ModelError(f"bitsandbytes cannot be used ({error}): {remedy}") from error
+        yield
+    finally:
+        torch.compile = compiler
+
+
+def _require_bitsandbytes(device: str) -> None:
+    import_bitsandbytes()
+    from bitsandbytes import cextension, supported_torch_devices
+
     kind = device.partition(":")[0]
     if kind not in supported_torch_devices:
-        raise ModelError(f"bitsandbytes has no backend for {kind}: {remedy}")
+        raise ModelError(
+            f"bitsandbytes has no backend for {kind}: {_BITSANDBYTES_REMEDY}"
+        )
     missing = isinstance(cextension.lib, cextension.ErrorHandlerMockBNBNativeLibrary)
     if missing:
-        raise ModelError(f"bitsandbytes has no library for this machine: {remedy}")
-
-
-def _import_bitsandbytes() -> None:
-    # On import it misses a faster kernel, for a packing that we switch off.
-    with errors_only("bitsandbytes.backends.cpu.ops"):
-        import bitsandbytes  # noqa: F401
+        raise ModelError(
+            f"bitsandbytes has no library for this machine: {_BITSANDBYTES_REMEDY}"
+        )
 
 
 def _keep_gradients_right(model: "PreTrainedModel") -> None:

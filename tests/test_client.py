@@ -1,6 +1,8 @@
 import json
 import logging
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -301,6 +303,38 @@ def test_the_base_is_loaded_and_the_partition_tokenised_once(answer, monkeypatch
     monkeypatch.setattr(models, "load_base", again)
     monkeypatch.setattr(data, "tokenize", again)
     assert ARRAYS in answer().content
+
+
+IMPORTS = """
+import gc, sys
+from fedllm.client import _import_libraries
+from fedllm.config import parse_run_config
+config = parse_run_config(
+    {"privacy.unit": sys.argv[1], "privacy.target-epsilon": float(sys.argv[2])}
+)
+collections = []
+gc.callbacks.append(lambda *_: collections.append(_))
+_import_libraries(config)
+gc.callbacks.clear()
+import torch
+print(len(collections), gc.isenabled(), gc.get_freeze_count() > 100_000)
+print("torch._inductor.compile_fx" in sys.modules, torch.compile.__module__)
+print(*("fedllm.training" in sys.modules, "peft" in sys.modules))
+"""
+
+
+@pytest.mark.parametrize("unit", ["none", "record"])
+def test_a_client_imports_only_what_it_takes_and_collects_no_garbage_meanwhile(unit):
+    epsilon = "0.0" if unit == "none" else "8.0"
+    command = [sys.executable, "-c", IMPORTS, unit, epsilon]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "0 True True",
+        "False torch",
+        "True True" if unit == "none" else "False True",
+    ]
 
 
 def test_another_adapter_takes_the_place_of_the_resident_one(answer, run_config):
