@@ -9,6 +9,8 @@ Arms, run one after the other in each repetition, medians printed:
 - command: the whole command of the README, start-up and evaluation included.
 - naive: an app that loads, quantises and builds everything for every message
   (naive_app/); the second round of a few clients, scaled to all clients and rounds.
+- naive-defaults: the same with the defaults of FlowerTune's example, gradient
+  checkpointing and rank 32.
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py --arms many-steps one-step --repeats 3
@@ -32,7 +34,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 NAIVE_APP = Path(__file__).parent / "naive_app"
-ARMS = ("many-steps", "one-step", "command", "naive")
+ARMS = ("many-steps", "one-step", "command", "naive", "naive-defaults")
 PACKAGES = ("flwr", "ray", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
@@ -87,13 +89,15 @@ def _measure(
     if arm == "command":
         return _against_bare(job, command_seconds, 1.5, "whole command", repeats)
     naive_clients = 2 if args.smoke else args.naive_clients
+    published = {"gradient-checkpointing": True, "rank": 32, "alpha": 64.0}
+    own = published if arm == "naive-defaults" else {}
     ours, theirs = [], []
     job = Job(job.clients, job.steps, job.rounds, quiet)
     for _ in range(repeats):
         ours.append(rounds_seconds(job))
-        theirs.append(naive_seconds(job, naive_clients))
+        theirs.append(naive_seconds(job, naive_clients, own))
     print(
-        f"\n{job}: naive app measured on its second round, of {naive_clients} clients, and "
+        f"\n{job}: {arm} app measured on its second round, of {naive_clients} clients, and "
         f"scaled linearly; rounds only, without either one's start-up"
     )
     _say("fedllm", ours)
@@ -190,7 +194,7 @@ def command_seconds(job: Job) -> float:
     return simulate(ROOT, job.clients, job.run_config)[0]
 
 
-def naive_seconds(job: Job, clients: int) -> float:
+def naive_seconds(job: Job, clients: int, own: dict[str, Any]) -> float:
     """One warm round of a few clients of the naive app, scaled to the job."""
     config = _resolved(job.run_config)
     from fedllm.config import fedllm_home
@@ -206,7 +210,7 @@ def naive_seconds(job: Job, clients: int) -> float:
         "batch-size": config.train.batch_size,
         "local-steps": job.steps,
         "num-server-rounds": 2,
-    }
+    } | own
     _, output = simulate(NAIVE_APP, clients, told)
     found = re.search(r"naive round took ([\d.]+) s", output)
     if found is None:

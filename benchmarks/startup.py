@@ -1,8 +1,9 @@
 """From message to first training step on real SuperNodes, a new process per message.
 
-A SuperLink and two SuperNodes on loopback, each with its own data file. The clients' own
-logs say how long after the message was made (the clock is the same machine's) the first
-step began, and how much of that came after the client's code had the message.
+A SuperLink and two SuperNodes on loopback, each with its own data file; one of them is
+asked in each round, or both at once. The clients' own logs say how long after the message
+was made (the clock is the same machine's) the first step began, and how much of that came
+after the client's code had the message.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --poll 1.0      # Flower's own pause between looks
@@ -100,6 +101,8 @@ def _run(folder: Path, args: argparse.Namespace) -> list[tuple[float, float]]:
         }
         if args.model:
             config["model.name"] = args.model
+        if args.batch_size:
+            config["train.batch-size"] = args.batch_size
         values = " ".join(f"{k}={json.dumps(v)}" for k, v in config.items())
         command = [str(BIN / "flwr"), "run", str(ROOT), "remote", "--stream"]
         done = typed([*command, "--run-config", values], env)
@@ -117,9 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--at-once", type=int, choices=(1, 2), default=1)
+    parser.add_argument(
+        "--at-once", type=int, choices=(1, 2), default=1, help="SuperNodes in a round"
+    )
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--model", help="model.name")
+    parser.add_argument("--batch-size", type=int, help="train.batch-size")
     parser.add_argument("--quantization", type=int, default=4)
     parser.add_argument("--skip", type=int, default=2, help="messages left out")
     parser.add_argument(

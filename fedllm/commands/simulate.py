@@ -51,6 +51,10 @@ def _simulate(app: Path, args: argparse.Namespace, home: Path) -> int:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
+        # Seconds between Flower's looks for a run to start; it is 1.0 otherwise.
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": os.environ.get(
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.05"
+        ),
         # Flower starts programs by name: those of this environment, activated or not.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         # Ray announces a change of a default that does not concern us.
