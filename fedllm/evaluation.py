@@ -57,14 +57,17 @@ def answer_losses(
     Returns:
         (answer tokens in the batch,) float32 losses in nats.
     """
+    # Here, since a server that evaluates nothing shall not hold transformers.
+    from fedllm.attention import hidden_states
+
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = base.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-    ).last_hidden_state
-    targets = labels[:, 1:]
+    hidden = hidden_states(base, input_ids, attention_mask)
+    # A token is scored by the state before it; a row's last state scores nothing.
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    targets = following[attention_mask.bool()]
     chosen = targets != -100
     head = base.get_output_embeddings()
-    rows, wanted = hidden[:, :-1][chosen], targets[chosen]
+    rows, wanted = hidden[chosen], targets[chosen]
     trained = any(parameter.requires_grad for parameter in head.parameters())
     if len(rows) <= _TOKENS_PER_CHUNK or (trained and torch.is_grad_enabled()):
         return _score(head, rows, wanted)

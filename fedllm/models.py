@@ -199,6 +199,10 @@ def load_base(
     if quantize_embeddings:
         _require_bitsandbytes(device)
         _quantise_embeddings(model)
+    if device == "cpu":
+        from fedllm.attention import use_fast_gradients
+
+        use_fast_gradients(model)
     # PEFT writes this name into the adapter: a reader needs the model, not our cache.
     model.name_or_path = model.config._name_or_path = location
     model.config.use_cache = False

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fedllm import evaluation
 from fedllm.adapters import adapter_spec, attach, set_trained
@@ -204,6 +204,8 @@ def test_collating_pads_on_the_right():
 
 class Bigram(torch.nn.Module):
     """A model whose next token depends on the last one by a table of our own."""
+
+    config = PreTrainedConfig()
 
     def __init__(self, probabilities: list[list[float]]) -> None:
         super().__init__()
