@@ -9,6 +9,7 @@ packages of this environment, and ends with status 1 where the run failed.
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,7 +23,14 @@ from urllib.request import urlopen
 
 import psutil
 
+from fedllm.builtin_model import NAME as BUILT_IN
+from fedllm.commands.evaluate import positive_int
+
 _START_SECONDS = 120.0
+
+# What a client on the built-in model takes at most, with rows as long as ours.
+_CLIENT_BYTES = 2 * 2**30
+_FLOWER_CPUS = 2
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,7 +61,7 @@ def _simulate(app: Path, args: argparse.Namespace, home: Path) -> int:
         "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
         # Seconds between Flower's looks for a run to start; it is 1.0 otherwise.
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": os.environ.get(
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.05"
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.25"
         ),
         # Flower starts programs by name: those of this environment, activated or not.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -87,7 +95,10 @@ def _simulate(app: Path, args: argparse.Namespace, home: Path) -> int:
             )
             return 1
         run = [_program("flwr"), "run", str(app), "private", "--stream"]
-        run += ["--federation-config", f"num-supernodes={args.num_supernodes}"]
+        cpus = args.client_cpus or _fitting_cpus(app, args)
+        federation = f"num-supernodes={args.num_supernodes}"
+        federation += f" client-resources-num-cpus={cpus}"
+        run += ["--federation-config", federation]
         for value in args.run_config or []:
             run += ["--run-config", value]
         status = subprocess.run(run, env=env, check=False).returncode
@@ -96,6 +107,26 @@ def _simulate(app: Path, args: argparse.Namespace, home: Path) -> int:
         return 130
     finally:
         _stop(superlink)
+
+
+def _fitting_cpus(app: Path, args: argparse.Namespace) -> int:
+    """Return how many CPUs a client gets, and so how many train at a time.
+
+    Two clients of a thread each do more than one of two. What a client takes is known of
+    the built-in model only; with another one the number is Flower's.
+    """
+    from flwr.common.config import get_fused_config_from_dir, parse_config_args
+
+    try:
+        told = parse_config_args(args.run_config)
+        model = get_fused_config_from_dir(app, told).get("model.name")
+    except Exception:  # noqa: BLE001 - flwr run says what is wrong with it
+        return _FLOWER_CPUS
+    if model != BUILT_IN:
+        return _FLOWER_CPUS
+    cores, clients = os.cpu_count() or 1, int(args.num_supernodes)
+    room = int(psutil.virtual_memory().available) // _CLIENT_BYTES
+    return math.ceil(cores / max(1, min(cores, clients, room)))
 
 
 def _run_status(env: dict[str, str]) -> int:
@@ -166,6 +197,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("app", nargs="?", default=".", help="fedllm's folder")
     parser.add_argument(
         "--num-supernodes", type=int, default=20, metavar="N", help="virtual clients"
+    )
+    parser.add_argument(
+        "--client-cpus",
+        type=positive_int,
+        metavar="N",
+        help="CPUs of a client, all CPUs over N train at a time, each with its own copy of"
+        " the model: as few as memory allows for smollm2-135m-instruct, else 2",
     )
     parser.add_argument(
         "--run-config",
