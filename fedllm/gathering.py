@@ -1,8 +1,10 @@
 """Waiting for clients, and for their replies, one at a time."""
 
 import logging
+import os
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 
 from flwr.app import Error, Message, RecordDict
@@ -15,6 +17,9 @@ from fedllm.replies import UNREADABLE
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 5.0
+# Each look of a simulation for a message to one node goes through all that are stored, and
+# holds up whoever else asks. Enough for all actors of a machine to have work.
+_STORED_IN_SIMULATION = max(64, 4 * (os.cpu_count() or 1))
 # A reply that takes longer to fetch is fetched on beside the others.
 _PATIENCE = 15.0
 
@@ -71,12 +76,12 @@ class Gathering:
         self._grid = grid
         self._timeout = timeout
         self._started = time.monotonic()
-        ids = grid.push_messages(messages)
-        self._pending = {
-            i: message
-            for i, message in zip(ids, messages, strict=False)
-            if i is not None
-        }
+        self._unsent = deque(messages)
+        # A real client that hangs must not keep its place from the others.
+        simulated = type(grid).__name__ == "InMemoryGrid"
+        self._most = _STORED_IN_SIMULATION if simulated else len(messages)
+        self._pending: dict[str, Message] = {}
+        self._send()
         self._fetching: dict[str, _Fetch] = {}
         self._asked = len(messages)
         self._title: str | None = None
@@ -89,6 +94,16 @@ class Gathering:
         self._may_count = may_count
         if may_count:
             self._title = f"round {server_round}/{num_rounds}"
+
+    def _send(self) -> None:
+        """Send as many messages as may be without a reply."""
+        while self._unsent and len(self._pending) < self._most:
+            room = min(self._most - len(self._pending), len(self._unsent))
+            sent = [self._unsent.popleft() for _ in range(room)]
+            ids = self._grid.push_messages(sent)
+            for message_id, message in zip(ids, sent, strict=False):
+                if message_id is not None:
+                    self._pending[message_id] = message
 
     def __iter__(self) -> Iterator[Message]:
         """Yield replies until all are there or the time is up."""
@@ -114,6 +129,7 @@ class Gathering:
                 ):
                     self._tell(answered, now)
                     told = now
+            self._send()
             left = self._started + self._timeout - time.monotonic()
             if left <= 0 or not self._pending:
                 return

@@ -85,6 +85,64 @@ class OneGrid:
         return [found]
 
 
+class InMemoryGrid:
+    """A simulation's, which answers at once; notes how many are stored."""
+
+    def __init__(self):
+        self.asked, self.stored, self.most = {}, set(), 0
+
+    def push_messages(self, messages):
+        new = range(len(self.asked), len(self.asked) + len(messages))
+        self.asked |= dict(zip(new, messages, strict=True))
+        self.stored |= set(new)
+        self.most = max(self.most, len(self.stored))
+        return list(new)
+
+    def pull_messages(self, ids):
+        (one,) = ids
+        if one not in self.stored:
+            return []
+        self.stored.remove(one)
+        return [Message(RecordDict(), reply_to=self.asked[one])]
+
+
+class RealGrid(InMemoryGrid):
+    """Not a simulation's."""
+
+
+@pytest.mark.parametrize(("kind", "most"), [(InMemoryGrid, 64), (RealGrid, 200)])
+def test_a_simulation_stores_few_messages_at_a_time(kind, most, monkeypatch):
+    monkeypatch.setattr(gathering, "_STORED_IN_SIMULATION", 64)
+    grid = kind()
+    asked = [instruction(node_id=5 + i) for i in range(200)]
+
+    came = list(Gathering(grid, asked, 60.0))
+
+    assert [one.metadata.src_node_id for one in came] == [5 + i for i in range(200)]
+    assert grid.most == most
+
+
+def test_nodes_that_are_gone_do_not_keep_the_others_waiting(monkeypatch):
+    monkeypatch.setattr(gathering, "_STORED_IN_SIMULATION", 2)
+    grid = InMemoryGrid()
+    push = grid.push_messages
+    grid.push_messages = lambda messages: [
+        i if grid.asked[i].metadata.dst_node_id > 8 else None for i in push(messages)
+    ]
+
+    started = time.monotonic()
+    came = list(Gathering(grid, [instruction(node_id=5 + i) for i in range(6)], 60.0))
+
+    assert [one.metadata.src_node_id for one in came] == [9, 10]
+    assert time.monotonic() - started < 30.0
+
+
+def test_the_simulation_is_known_by_flowers_own_name():
+    from flwr.superlink.grid import InMemoryGrid as flowers
+
+    assert flowers.__name__ == InMemoryGrid.__name__
+
+
 def test_who_replied_is_who_was_asked_whatever_a_reply_says_of_itself():
     asked = [instruction(node_id=5), instruction(node_id=6)]
     forged = reply(RecordDict(), node_id=5)
