@@ -2,13 +2,15 @@
 
     python benchmarks/memory.py
     python benchmarks/memory.py --layers 2
+    python benchmarks/memory.py --folder FOLDER --settings
     systemd-run --user --scope -p MemoryMax=2867M -p MemorySwapMax=0 \
-      python benchmarks/memory.py --settings "first load" both
+      python benchmarks/memory.py --one FOLDER both
 
-The last line is what a bound on the process is for: does it run where there is no more?
+The last two lines are what a bound on the process is for: write the base, and then, does
+one setting run where there is no more memory than that, pages of files included?
 
 The base has OpenLLaMA 3B v2's shape and random weights; it is written to a temporary
-folder (6.9 GB) one layer at a time. Each setting is a process of its own: the first load,
+folder (6.9 GB), or to the one that is named, one layer at a time. Each setting is a process of its own: the first load,
 which quantises to 4 bit, and then, from the cached base, one step of `train_adapter`
 (lora r=8 on q and v, batch 1, 512 tokens, every one but the first scored): plain, with
 compressed activations, with checkpointing, with quantised embeddings, with the last two.
@@ -20,6 +22,7 @@ The bounds are those of all 26 layers: with fewer, nothing is judged. Linux and 
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import subprocess
@@ -37,6 +40,7 @@ from torch.utils._pytree import tree_leaves
 
 HIDDEN, INTERMEDIATE, HEADS, VOCABULARY, LAYERS = 3200, 8640, 32, 32_000, 26
 LENGTH = 512
+_INDEX = "model.safetensors.index.json"
 LIVE_BOUND, PROCESS_BOUND = 2.0, 2.8
 # What spares activations (None: load alone), and whether embeddings are quantised.
 SETTINGS: dict[str, tuple[dict[str, bool] | None, bool]] = {
@@ -107,18 +111,22 @@ def main() -> None:
     """Print each setting's peaks, and whether they are within the bounds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=[*SETTINGS])
+    parser.add_argument("--folder", type=Path, help="where the base is, or will be")
+    parser.add_argument("--one", nargs=2, metavar=("FOLDER", "SETTING"))
     args = parser.parse_args()
-    if args.child:
-        print(json.dumps(measure(Path(args.child[0]), args.child[1])))
+    if args.one:
+        print(json.dumps(measure(Path(args.one[0]), args.one[1])))
         return
     print(f"{args.layers} layers; GiB at peak")
-    with tempfile.TemporaryDirectory(prefix="fedllm-memory-") as folder:
-        write_base(Path(folder) / "base", args.layers)
+    with contextlib.ExitStack() as stack:
+        temporary = tempfile.TemporaryDirectory(prefix="fedllm-memory-")
+        folder = args.folder or Path(stack.enter_context(temporary))
+        if not (folder / "base" / _INDEX).exists():
+            write_base(folder / "base", args.layers)
         failed = 0
         for setting in args.settings:
-            command = [sys.executable, __file__, "--child", folder, setting]
+            command = [sys.executable, __file__, "--one", str(folder), setting]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             failed |= done.returncode
             if done.returncode:
@@ -176,7 +184,8 @@ def write_base(folder: Path, layers: int) -> None:
         places.update(dict.fromkeys(tensors, file))
         size += sum(tensor.nbytes for tensor in tensors.values())
     index_file = {"metadata": {"total_size": size}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
+    # Last, since it says that the base is complete.
+    (folder / _INDEX).write_text(json.dumps(index_file))
 
 
 def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

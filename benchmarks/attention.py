@@ -1,0 +1,124 @@
+"""Seconds and exactness of a client's step on a CPU: attention's gradients, no padding.
+
+    python benchmarks/attention.py
+
+The README's client (`train_adapter`, SmolLM2 in 4 bit, one step of 8 rows) by turns with
+torch's attention, with fedllm's gradients (attention.py), and with those and without
+padding; on one thread and on two. The distance of each one's update from that of a copy
+of the model that computes in float32, relative to the update's norm, says what the
+lever does to the result: bfloat16 alone makes the first figure.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import time
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from overhead import _resolved, _say_machine
+
+from fedllm import attention
+from fedllm.adapters import adapter_spec, attach, initial_arrays
+from fedllm.config import fedllm_home
+from fedllm.data import load_rows, partition, tokenize
+from fedllm.evaluation import labelled
+from fedllm.models import load_base, load_config, load_tokenizer, locate
+from fedllm.training import train_adapter, training_seed
+
+# Which attention, and which models it computes without padding.
+SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "torch's attention": ("sdpa", ()),
+    "gradients": (attention.NAME, ()),
+    "and no padding": (attention.NAME, attention._PACKED),
+}
+CLIENTS = 3
+RATIO_BOUND, DISTANCE_BOUND = 0.85, 1.1
+
+
+def main() -> None:
+    """Print each setting's seconds and distance, and whether they are within bounds."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    _say_machine()
+    client = Client()
+    exact = copy.deepcopy(client.model).float()
+    for module in exact.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = torch.float32
+    references = [client.update(exact, "sdpa", (), i)[1] for i in range(CLIENTS)]
+    fine = True
+    for threads in sorted({1, os.cpu_count() or 1}):
+        torch.set_num_threads(threads)
+        seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
+        distance: dict[str, float] = {}
+        for _ in range(args.repeats):
+            for name, setting in SETTINGS.items():
+                made = [
+                    client.update(client.model, *setting, i) for i in range(CLIENTS)
+                ]
+                seconds[name].append(sum(took for took, _ in made) / CLIENTS)
+                distance[name] = statistics.mean(
+                    float(np.linalg.norm(update - exactly) / np.linalg.norm(exactly))
+                    for (_, update), exactly in zip(made, references, strict=True)
+                )
+        first = next(iter(SETTINGS))
+        for name in SETTINGS:
+            took, ratio = statistics.median(seconds[name]), 1.0
+            ratio = took / statistics.median(seconds[first])
+            print(
+                f"{threads} threads, {name:18} {took:6.3f} s a client, ratio {ratio:.2f},"
+                f" distance from float32 {distance[name]:.4f}"
+            )
+        fine &= ratio <= RATIO_BOUND
+        fine &= distance[name] <= DISTANCE_BOUND * distance[first]
+    print(
+        f"bounds: ratio {RATIO_BOUND}, distance {DISTANCE_BOUND} times that of "
+        f"{first}: {'PASS' if fine else 'FAIL'}"
+    )
+    raise SystemExit(not fine)
+
+
+class Client:
+    """The README's base, adapter and the partitions of a few of its clients."""
+
+    def __init__(self) -> None:
+        self.config = _resolved({})
+        location = locate(self.config.model.name, fedllm_home())
+        self.spec = adapter_spec(
+            self.config.adapter, load_config(location), self.config.seed
+        )
+        self.model = attach(load_base(location, 4, fedllm_home(), "cpu"), self.spec)
+        self.tokenizer = load_tokenizer(location)
+        rows = load_rows(self.config.data, None)
+        self.examples = []
+        for index in range(CLIENTS):
+            mine = partition(self.config.data, rows, index, 20, self.config.seed)
+            self.examples.append(
+                labelled(tokenize(mine, self.tokenizer, self.config.data, 512))
+            )
+        self.initial = initial_arrays(self.spec)
+
+    def update(
+        self, model: Any, kind: str, packed: tuple[str, ...], index: int
+    ) -> tuple[float, Any]:
+        """Return the seconds of one client's training, and its update as a vector."""
+        model.set_attn_implementation(kind)
+        with patch.object(attention, "_PACKED", packed):
+            began = time.perf_counter()
+            arrays = train_adapter(
+                *(model, self.spec, self.tokenizer, self.examples[index], self.initial),
+                *(self.config.train, self.config.train.learning_rate),
+                training_seed(self.config.seed, 1, index),
+            ).arrays
+            took = time.perf_counter() - began
+        moved = [(arrays[k] - self.initial[k]).ravel() for k in sorted(arrays)]
+        return took, np.concatenate(moved)
+
+
+if __name__ == "__main__":
+    main()
