@@ -58,7 +58,7 @@ def answer_losses(
         (answer tokens in the batch,) float32 losses in nats.
     """
     # Here, since a server that evaluates nothing shall not hold transformers.
-    from fedllm.attention import hidden_states
+    from fedllm.packing import hidden_states
 
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = hidden_states(base, input_ids, attention_mask)
@@ -69,19 +69,14 @@ def answer_losses(
     head = base.get_output_embeddings()
     rows, wanted = hidden[chosen], targets[chosen]
     trained = any(parameter.requires_grad for parameter in head.parameters())
-    if len(rows) <= _TOKENS_PER_CHUNK or (trained and torch.is_grad_enabled()):
-        return _score(head, rows, wanted)
+    if trained and torch.is_grad_enabled():
+        return torch.nn.functional.cross_entropy(
+            head(rows).float(), wanted, reduction="none"
+        )
     losses: torch.Tensor = _ChunkedLosses.apply(  # type: ignore[no-untyped-call] # torch
         rows, wanted, head
     )
     return losses
-
-
-def _score(head: Any, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Return the (positions,) losses of (positions, hidden) rows."""
-    return torch.nn.functional.cross_entropy(
-        head(rows).float(), wanted, reduction="none"
-    )
 
 
 class _ChunkedLosses(torch.autograd.Function):
@@ -103,10 +98,18 @@ class _ChunkedLosses(torch.autograd.Function):
             part = slice(start, start + _TOKENS_PER_CHUNK)
             with torch.set_grad_enabled(needed):
                 chunk = rows[part].detach().requires_grad_(needed)
-                scored = _score(head, chunk, wanted[part])
-                if gradients is not None:
-                    (gradients[part],) = torch.autograd.grad(scored.sum(), chunk)
-            losses[part] = scored.detach()
+                logits = head(chunk)
+            scores = logits.detach().float().log_softmax(-1)
+            targets = wanted[part, None]
+            losses[part] = -scores.gather(1, targets)[:, 0]
+            if gradients is not None:
+                # The cross-entropy's gradient: the probabilities, less 1 at the target.
+                back = scores.exp_().scatter_add_(
+                    1, targets, torch.full_like(targets, -1, dtype=scores.dtype)
+                )
+                (gradients[part],) = torch.autograd.grad(
+                    logits, chunk, back.to(logits.dtype)
+                )
         ctx.save_for_backward(*[] if gradients is None else [gradients])
         return losses
 
