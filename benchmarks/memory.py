@@ -14,7 +14,7 @@ folder (6.9 GB), or to the one that is named, one layer at a time. Each setting 
 which quantises to 4 bit, and then, from the cached base, one step of `train_adapter`
 (lora r=8 on q and v, batch 1, 512 tokens, every one but the first scored): plain, with
 compressed activations, with checkpointing, with quantised embeddings, with the last two.
-Live tensors are all storages that torch operators made and that are
+Live tensors are all storages that torch operators made or were given and that are
 still referenced; the process is VmHWM, which counts pages mapped from files too;
 anonymous is the process without those, sampled 50 times a second, and not judged.
 
@@ -64,6 +64,9 @@ class LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        # What is read from a file comes from no operator, and soon goes into one.
+        for leaf in tree_leaves((args, kwargs)):
+            self.add(leaf)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             self.add(leaf)
@@ -210,9 +213,7 @@ def measure(folder: Path, setting: str) -> dict[str, float]:
             if issubclass(type(value), torch.Tensor):
                 live.add(value)
         peaks = {"load process": _process_peak()}
-        # In a first load weights are read and dropped that no operator made.
-        if sparing is not None:
-            peaks["load live"] = live.peak
+        peaks["load live"] = live.peak
         peaks["load anonymous"] = anonymous.peak
         if sparing is not None:
             settings = AdapterConfig(kind="lora", target_modules="q_proj,v_proj")

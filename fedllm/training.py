@@ -18,6 +18,7 @@ from fedllm.activations import compressed_activations
 from fedllm.adapters import AdapterSpec, get_trained, set_trained
 from fedllm.config import TrainConfig
 from fedllm.evaluation import answer_losses, collate
+from fedllm.mapped_weights import given_back_by_layer
 from fedllm.trained import Trained, left_as_it_was, require_time
 
 if TYPE_CHECKING:
@@ -111,8 +112,10 @@ def train_adapter(
     base.config.pad_token_id = tokenizer.pad_token_id
     base.generation_config.pad_token_id = tokenizer.pad_token_id
     trained = [p for p in model.parameters() if p.requires_grad]
+    sparing = given_back_by_layer(model) if config.gradient_checkpointing else None
     with (
         left_as_it_was(model),
+        sparing or nullcontext(),
         tempfile.TemporaryDirectory(prefix="fedllm-") as folder,
     ):
         trainer = AdapterTrainer(
