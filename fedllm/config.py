@@ -143,7 +143,7 @@ class TrainConfig:
     gradient_accumulation: Positive = 1
     """Micro-batches in one optimiser step."""
     gradient_checkpointing: Flag = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass, and read a cached base again: less memory, more time."""
     activation_compression: Flag = False
     """Keep activations in 8 bit until the backward pass; gradients are approximate."""
     max_length: Annotated[int, Strict(), Field(ge=8)] = 512

@@ -78,7 +78,9 @@ def _give_back(start: int, stop: int) -> None:
         ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _DONT_NEED
     )
     if done:
-        raise OSError(ctypes.get_errno(), "madvise: mapped weights cannot be given back")
+        raise OSError(
+            ctypes.get_errno(), "madvise: mapped weights cannot be given back"
+        )
 
 
 def _lines(name: str) -> list[str]:

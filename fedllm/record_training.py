@@ -10,6 +10,7 @@ Example texts, their tokens, the answer-only loss, the adapter and the base are 
 import math
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from transformers import get_constant_schedule_with_warmup
 
 from fedllm.adapters import AdapterSpec, get_trained, set_trained
 from fedllm.config import TrainConfig
+from fedllm.mapped_weights import given_back_by_layer
 from fedllm.per_example import PerExample
 from fedllm.privacy.mechanism import (
     FixedPointSum,
@@ -74,7 +76,8 @@ def train_privately(
     """
     generator = SecureGenerator()
     # fork_rng puts torch's own generator back, so nobody sees what was drawn.
-    with left_as_it_was(model), torch.random.fork_rng():
+    sparing = given_back_by_layer(model) if config.gradient_checkpointing else None
+    with left_as_it_was(model), sparing or nullcontext(), torch.random.fork_rng():
         torch.manual_seed(secrets.randbits(63))
         if config.gradient_checkpointing:
             model.get_base_model().activation_checkpointing_enable()
