@@ -151,7 +151,7 @@ def tell(setting: str, peaks: dict[str, float], layers: int) -> None:
 
 
 def write_base(folder: Path, layers: int) -> None:
-    """Write a random base in bfloat16, a shard a layer, and its configuration."""
+    """Write a random base in bfloat16, a shard a layer, its configuration and tokenizer."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
@@ -186,9 +186,31 @@ def write_base(folder: Path, layers: int) -> None:
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places.update(dict.fromkeys(tensors, file))
         size += sum(tensor.nbytes for tensor in tensors.values())
+    _write_tokenizer(folder)
     index_file = {"metadata": {"total_size": size}, "weight_map": places}
     # Last, since it says that the base is complete.
     (folder / _INDEX).write_text(json.dumps(index_file))
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of at most as many tokens, made from the embedded rows."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from fedllm.config import DataConfig
+    from fedllm.data import load_rows
+
+    made = ByteLevelBPETokenizer()
+    rows = load_rows(DataConfig(), None)
+    made.train_from_iterator(
+        (text for row in rows for text in (row["instruction"], row["response"])),
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=made._tokenizer, eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
 
 
 def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -220,26 +242,19 @@ def measure(folder: Path, setting: str) -> dict[str, float]:
             spec = adapter_spec(settings, load_config(location), 0)
             live.peak = live.now
             anonymous.peak = 0
-            _step(attach(base, spec), spec, sparing)
+            _step(location, attach(base, spec), spec, sparing)
             peaks |= {"step live": live.peak, "step process": _process_peak()}
             peaks["step anonymous"] = anonymous.peak
     return {name: peak / 2**30 for name, peak in peaks.items()}
 
 
-def _step(model: Any, spec: Any, sparing: dict[str, bool]) -> None:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
+def _step(location: str, model: Any, spec: Any, sparing: dict[str, bool]) -> None:
     from fedllm.adapters import initial_arrays
     from fedllm.config import TrainConfig
+    from fedllm.models import load_tokenizer
     from fedllm.training import train_adapter
 
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
-        eos_token="</s>",
-        pad_token="</s>",
-    )
+    tokenizer = load_tokenizer(location)
     ids = torch.randint(
         VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(1)
     ).tolist()

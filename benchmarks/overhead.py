@@ -4,7 +4,8 @@ Arms, run one after the other in each repetition, medians printed:
 
 - bare: a plain PyTorch loop over the same quantised base, adapter, batches and
   optimiser as the clients take, with torch's own attention, padded batches and the
-  loss that transformers computes; one round's steps, times the number of rounds.
+  loss that transformers computes; one round's steps of some clients (all, or
+  `--loop-clients`), scaled to all of them and to the number of rounds.
 - lean: the same loop with fedllm's loss and attention, which the clients run too: what
   is left beyond it is federation alone. Its adapters are held against a client's.
 - rounds: all seconds of the rounds of a real simulation, from its metrics.jsonl;
@@ -86,13 +87,13 @@ def _measure(
     many = 2 if args.smoke else 10
     if arm == "many-steps":
         job = Job(clients, many, 3, quiet)
-        return _against_bare(job, rounds_seconds, 1.10, "rounds", repeats)
+        return _against_bare(job, rounds_seconds, 1.10, "rounds", args)
     if arm == "one-step":
         job = Job(clients, 1, 2 if args.smoke else 10, quiet)
-        return _against_bare(job, rounds_seconds, 1.25, "rounds", repeats)
+        return _against_bare(job, rounds_seconds, 1.25, "rounds", args)
     job = Job(clients, 1, 2 if args.smoke else 5, more)
     if arm == "command":
-        return _against_bare(job, command_seconds, 1.5, "whole command", repeats)
+        return _against_bare(job, command_seconds, 1.5, "whole command", args)
     naive_clients = 2 if args.smoke else args.naive_clients
     published = {"gradient-checkpointing": True, "rank": 32, "alpha": 64.0}
     own = published if arm == "naive-defaults" else {}
@@ -112,13 +113,17 @@ def _measure(
 
 
 def _against_bare(
-    job: Job, measure: Any, bound: float, name: str, repeats: int
+    job: Job, measure: Any, bound: float, name: str, args: argparse.Namespace
 ) -> bool:
     federated, loops = [], []
-    for _ in range(repeats):
-        loops.append(bare_seconds(job))
+    taken = min(job.clients, args.loop_clients or job.clients)
+    for _ in range(1 if args.smoke else args.repeats):
+        loops.append(bare_seconds(job, taken))
         federated.append(measure(job))
-    print(f"\n{job}: {name}; the loops are one round's steps times {job.rounds}")
+    print(
+        f"\n{job}: {name}; the loops are one round's steps of {taken} clients, times "
+        f"{job.rounds * job.clients / taken:g}"
+    )
     _say("fedllm", federated)
     fine = []
     for loop in LOOPS:
@@ -231,10 +236,16 @@ def naive_seconds(job: Job, clients: int, own: dict[str, Any]) -> float:
 # --- bare -----------------------------------------------------------------------------
 
 
-def bare_seconds(job: Job) -> dict[str, float]:
-    """Seconds of the job's steps by each loop, in a process of its own."""
+def bare_seconds(job: Job, taken: int) -> dict[str, float]:
+    """Seconds of the job's steps by each loop, in a process of its own.
+
+    Args:
+        job: The work.
+        taken: How many clients' steps are taken; the seconds are scaled to all.
+    """
     told = {
         "clients": job.clients,
+        "taken": taken,
         "rounds": job.rounds,
         "run_config": job.run_config,
     }
@@ -257,8 +268,10 @@ def bare_seconds(job: Job) -> dict[str, float]:
     return {loop: float(result[loop]) for loop in LOOPS}
 
 
-def bare(clients: int, rounds: int, run_config: dict[str, Any]) -> dict[str, float]:
-    """Take one round's steps of all clients; scale the seconds to all rounds.
+def bare(
+    clients: int, taken: int, rounds: int, run_config: dict[str, Any]
+) -> dict[str, float]:
+    """Take one round's steps of some clients; scale the seconds to all and all rounds.
 
     Returns:
         Seconds of both loops. `difference` is the distance of client 0's update from
@@ -295,10 +308,10 @@ def bare(clients: int, rounds: int, run_config: dict[str, Any]) -> dict[str, flo
                 config.train.max_length,
             )
         )
-        for index in range(clients)
+        for index in range(taken)
     ]
     initial = initial_arrays(spec)
-    seeds = [training_seed(config.seed, 1, index) for index in range(clients)]
+    seeds = [training_seed(config.seed, 1, index) for index in range(taken)]
     rate = config.train.learning_rate
 
     def trained_by_client() -> dict[str, Any]:
@@ -314,7 +327,7 @@ def bare(clients: int, rounds: int, run_config: dict[str, Any]) -> dict[str, flo
     first: dict[str, dict[str, Any]] = {}
     for loop in LOOPS:
         model.set_attn_implementation("sdpa" if loop == "bare" else client_attention)
-        for index in range(clients):
+        for index in range(taken):
             mine = (examples[index], config, pad, seeds[index])
             seconds[loop] += _steps(loop, model, spec, initial, *mine)
             first.setdefault(loop, get_trained(model, spec))
@@ -325,7 +338,7 @@ def bare(clients: int, rounds: int, run_config: dict[str, Any]) -> dict[str, flo
         return float(np.sqrt(gap / max(moved, 1e-30)))
 
     return {
-        **{loop: taken * rounds for loop, taken in seconds.items()},
+        **{loop: each / taken * clients * rounds for loop, each in seconds.items()},
         "difference": off("lean"),
         "rounding": off("bare"),
     }
@@ -407,6 +420,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--naive-clients", type=int, default=4, metavar="N")
+    parser.add_argument(
+        "--loop-clients", type=int, metavar="N", help="clients that the loops take"
+    )
     parser.add_argument("--smoke", action="store_true", help="small, once, no verdict")
     parser.add_argument("--model", help="model.name of all arms")
     parser.add_argument("--rows", help="data.name of all arms")

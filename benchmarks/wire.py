@@ -2,6 +2,7 @@
 
     python benchmarks/wire.py bytes
     python benchmarks/wire.py loss --epsilon 8
+    python benchmarks/wire.py loss --epsilon 8 --kind lora-core
 
 `bytes` encodes adapters of OpenLLaMA-3B's shape and counts what 100 rounds with 2 clients
 would send, both ways, against the bounds that the design set. `loss` federates 20 clients
@@ -26,7 +27,8 @@ from fedllm.wire import pack, unpack
 
 _ROUNDS = 5
 _CLIENTS = 20
-_CLIP = 0.6
+# Clipping norm, and server learning rate with and without noise.
+_STEPS = {"ffa-lora": (0.6, 0.6, 1.0), "lora-core": (0.13, 23.0, 40.0)}
 _OPENLLAMA_MESSAGES = 100 * 2 * 2
 _BOUNDS = {"ffa-lora": 600.0, "lora-core": 2.0}
 
@@ -60,7 +62,9 @@ def count_bytes() -> bool:
     return held
 
 
-def federate(bench: Bench, encoding: Encoding, feedback: bool, epsilon: float) -> None:
+def federate(
+    bench: Bench, kind: str, encoding: Encoding, feedback: bool, epsilon: float
+) -> None:
     """Print the losses of one federation, and the megabytes of a round."""
     shapes = bench.spec.trained_shapes
     generator = np.random.default_rng(0)
@@ -70,7 +74,8 @@ def federate(bench: Bench, encoding: Encoding, feedback: bool, epsilon: float) -
         arrived = unpack(packed, shapes, encoding)
         return flatten({name: arrived[name] for name in shapes})
 
-    rate = 0.6 if epsilon else 1.0
+    clip, noisy, noiseless = _STEPS[kind]
+    rate = noisy if epsilon else noiseless
     z = calibrate(epsilon, _ROUNDS, 1e-5, "all", 1.0) if epsilon else 0.0
     noise = np.random.default_rng(1000)
     vector = flatten(initial_arrays(bench.spec))
@@ -81,10 +86,11 @@ def federate(bench: Bench, encoding: Encoding, feedback: bool, epsilon: float) -
         arrived = np.stack([travelled(update) for update in updates])
         if feedback:
             left = updates - arrived
-        mean = clipped(arrived, _CLIP).mean(0)
-        mean += z * _CLIP / _CLIENTS * noise.standard_normal(vector.size)
+        mean = clipped(arrived, clip).mean(0)
+        mean += z * clip / _CLIENTS * noise.standard_normal(vector.size)
         vector = vector + rate * mean
     tell(
+        kind=kind,
         encoding=encoding + (" with feedback" if feedback else ""),
         epsilon=epsilon or None,
         megabytes_of_an_update=round(
@@ -99,11 +105,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("mode", choices=("bytes", "loss"))
     parser.add_argument("--epsilon", type=float, default=8.0, help="0: no noise")
+    parser.add_argument("--kind", choices=_STEPS, default="ffa-lora")
     args = parser.parse_args()
     if args.mode == "bytes":
         sys.exit(0 if count_bytes() else 1)
     settings = argparse.Namespace(
-        kind="ffa-lora",
+        kind=args.kind,
         rank=8,
         target_modules="auto",
         partition="iid",
@@ -111,8 +118,8 @@ def main() -> None:
     )
     bench = Bench(settings, 0)
     for encoding in get_args(Encoding):
-        federate(bench, encoding, False, args.epsilon)
-    federate(bench, "int8", True, args.epsilon)
+        federate(bench, args.kind, encoding, False, args.epsilon)
+    federate(bench, args.kind, "int8", True, args.epsilon)
 
 
 if __name__ == "__main__":

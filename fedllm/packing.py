@@ -36,9 +36,9 @@ def hidden_states(
         the batch as it is, with its padding.
     """
     seen = attention_mask.bool()
-    inner = base.base_model
-    shared = _num_shared(base, input_ids, seen) if _may_pack(base) else 0
-    if not _may_pack(base) or (not shared and seen.all()):
+    inner, packs = base.base_model, _may_pack(base)
+    shared = _num_shared(base, input_ids, seen) if packs else 0
+    if not packs or (not shared and seen.all()):
         states: torch.Tensor = inner(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state

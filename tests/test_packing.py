@@ -196,3 +196,37 @@ def test_in_bfloat16_a_common_beginning_is_as_exact_as_computed_for_each_row():
         pairs = zip(found, exact, strict=True)
         errors.append(sum(float((one - other).norm()) for one, other in pairs))
     assert errors[0] <= 1.2 * errors[1]
+
+
+def test_padding_is_no_beginning_whatever_its_token():
+    ids, mask = unequal_rows()
+    ids, mask = ids[1:2].repeat(2, 1), mask[:2]
+    base = small("llama")
+    shapes = calls(base)
+    states = hidden_states(base, ids, mask)
+    base.set_attn_implementation("sdpa")
+    padded = hidden_states(base, ids, mask)
+    torch.testing.assert_close(states, padded, rtol=1e-4, atol=1e-5)
+    assert shapes[0] == (1, 11)
+
+
+def test_what_many_rows_tell_their_beginning_is_rounded_once():
+    lengths, shared = (3,) * 64, 5
+    tokens = shared + sum(lengths)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weights = (
+        torch.randn(1, heads, tokens, 8, generator=generator).bfloat16()
+        for heads in (4, 2, 2, 4)
+    )
+    line = packing.Line(shared, lengths)
+
+    def gradient(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        attended = line.attend(*leaves, 8**-0.5).transpose(1, 2)
+        found = torch.autograd.grad(attended, leaves, weights.to(dtype))
+        return [x[0, :, :shared].double() for x in found[1:]]
+
+    for got, exact in zip(
+        gradient(torch.bfloat16), gradient(torch.float32), strict=True
+    ):
+        assert float((got - exact).norm() / exact.norm()) < 2**-8

@@ -47,13 +47,16 @@ def load_model(config):
 
 
 def load_partition(config, node):
-    """Return this client's rows as prompt and completion."""
+    """Return this client's rows as conversations, of which the answer is trained.
+
+    TRL renders them by the model's template, so the tokens are those of fedllm's clients.
+    """
     rows = load_dataset("json", data_files=str(config["rows"]).split(","))["train"]
     share = rows.shard(int(node["num-partitions"]), int(node["partition-id"]))
     return share.map(
         lambda row: {
-            "prompt": f"### Instruction:\n{row['instruction']}\n### Response:\n",
-            "completion": row["response"],
+            "prompt": [{"role": "user", "content": row["instruction"]}],
+            "completion": [{"role": "assistant", "content": row["response"]}],
         },
         remove_columns=share.column_names,
     )
