@@ -52,6 +52,48 @@ def test_what_flower_is_to_refuse_is_left_to_it(monkeypatch, tmp_path):
     assert cpus(monkeypatch, 8, 64, app=tmp_path) == 2
 
 
+@pytest.fixture
+def app(tmp_path):
+    """An app's folder with an environment and git's folder in it."""
+    folder = tmp_path / "app"
+    for name in ("pyproject.toml", "code/a.py", ".gitignore", ".git/HEAD"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    for name in ("pyvenv.cfg", "lib/b.py"):
+        (folder / "env" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "env" / name).write_text(name)
+    return folder
+
+
+def files(folder):
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_flower_is_shown_the_app_without_environments(app, tmp_path, monkeypatch):
+    wanted = {name: name for name in ("pyproject.toml", "code/a.py", ".gitignore")}
+    linked = simulate._without_environments(app, tmp_path / "linked")
+    assert files(linked) == wanted
+    assert (linked / "code/a.py").samefile(app / "code/a.py")
+
+    def no_link(*_):
+        raise OSError("another disk")
+
+    monkeypatch.setattr(os, "link", no_link)
+    assert files(simulate._without_environments(app, tmp_path / "copied")) == wanted
+
+
+def test_what_cannot_be_copied_is_shown_as_it_is(app, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(simulate, "_link", full)
+    assert simulate._without_environments(app, tmp_path / "copied") == app
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "1.5", "many"])
 def test_no_fraction_of_a_cpu(capsys, number):
     with pytest.raises(SystemExit) as ended:
