@@ -198,7 +198,7 @@ def test_in_bfloat16_a_common_beginning_is_as_exact_as_computed_for_each_row():
     assert errors[0] <= 1.2 * errors[1]
 
 
-def test_padding_is_no_beginning_whatever_its_token():
+def test_a_row_that_another_one_begins_with_keeps_its_states():
     ids, mask = unequal_rows()
     ids, mask = ids[1:2].repeat(2, 1), mask[:2]
     base = small("llama")
