@@ -2,6 +2,8 @@
 
     python benchmarks/memory.py
     python benchmarks/memory.py --layers 2
+    python benchmarks/memory.py --device cuda
+    python benchmarks/memory.py --loss
     python benchmarks/memory.py --folder FOLDER --settings
     systemd-run --user --scope -p MemoryMax=2867M -p MemorySwapMax=0 \
       python benchmarks/memory.py --one FOLDER both
@@ -13,12 +15,18 @@ The base has OpenLLaMA 3B v2's shape and random weights; it is written to a temp
 folder (6.9 GB), or to the one that is named, one layer at a time. Each setting is a process of its own: the first load,
 which quantises to 4 bit, and then, from the cached base, one step of `train_adapter`
 (lora r=8 on q and v, batch 1, 512 tokens, every one but the first scored): plain, with
-compressed activations, with checkpointing, with quantised embeddings, with the last two.
+compressed activations, with checkpointing, with quantised embeddings and output head, with
+the last two.
 Live tensors are all storages that torch operators made or were given and that are
 still referenced; the process is VmHWM, which counts pages mapped from files too;
 anonymous is the process without those, sampled 50 times a second, and not judged.
+On a GPU it is torch.cuda.max_memory_allocated instead, which has not been run so far.
 
-The bounds are those of all 26 layers: with fewer, nothing is judged. Linux and CPU only.
+The bounds are those of all 26 layers: with fewer, nothing is judged. Linux only.
+
+A random base says nothing about quality, so `--loss` measures what quantised embeddings and
+head do to the built-in model, whose head is made a matrix of its own: the loss on the
+validation rows, before any training.
 """
 
 import argparse
@@ -116,12 +124,20 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=[*SETTINGS])
     parser.add_argument("--folder", type=Path, help="where the base is, or will be")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "SETTING"))
+    parser.add_argument("--loss", action="store_true", help="quality, not memory")
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure(Path(args.one[0]), args.one[1])))
+    if args.loss:
+        tell_losses()
         return
-    print(f"{args.layers} layers; GiB at peak")
+    on_gpu = args.device == "cuda"
+    if args.one:
+        how = measure_on_gpu if on_gpu else measure
+        print(json.dumps(how(Path(args.one[0]), args.one[1])))
+        return
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    print(f"{args.layers} layers; {name}; GiB at peak")
     with contextlib.ExitStack() as stack:
         temporary = tempfile.TemporaryDirectory(prefix="fedllm-memory-")
         folder = args.folder or Path(stack.enter_context(temporary))
@@ -129,7 +145,8 @@ def main() -> None:
             write_base(folder / "base", args.layers)
         failed = 0
         for setting in args.settings:
-            command = [sys.executable, __file__, "--one", str(folder), setting]
+            command = [sys.executable, __file__, "--device", args.device]
+            command += ["--one", str(folder), setting]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             failed |= done.returncode
             if done.returncode:
@@ -143,7 +160,7 @@ def main() -> None:
 def tell(setting: str, peaks: dict[str, float], layers: int) -> None:
     """Print a setting's line."""
     for name, peak in peaks.items():
-        bound = LIVE_BOUND if "live" in name else PROCESS_BOUND
+        bound = PROCESS_BOUND if "process" in name else LIVE_BOUND
         verdict = "PASS" if peak <= bound else "FAIL"
         judged = layers == LAYERS and "anonymous" not in name
         shown = f"bound {bound}: {verdict}" if judged else "not judged"
@@ -222,14 +239,9 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 def measure(folder: Path, setting: str) -> dict[str, float]:
     """Return the peaks of a setting in GiB; runs in a process of its own."""
-    from fedllm.adapters import adapter_spec, attach
-    from fedllm.config import AdapterConfig
-    from fedllm.models import load_base, load_config
-
-    location = str(folder / "base")
-    sparing, embeddings = SETTINGS[setting]
+    sparing = SETTINGS[setting][0]
     with LiveTensors() as live, AnonymousMemory() as anonymous:
-        base = load_base(location, 4, folder / "home", "cpu", embeddings)
+        base = _load(folder, setting, "cpu")
         # What is mapped from a file came from no operator.
         for value in gc.get_objects():
             if issubclass(type(value), torch.Tensor):
@@ -238,22 +250,43 @@ def measure(folder: Path, setting: str) -> dict[str, float]:
         peaks["load live"] = live.peak
         peaks["load anonymous"] = anonymous.peak
         if sparing is not None:
-            settings = AdapterConfig(kind="lora", target_modules="q_proj,v_proj")
-            spec = adapter_spec(settings, load_config(location), 0)
             live.peak = live.now
             anonymous.peak = 0
-            _step(location, attach(base, spec), spec, sparing)
+            _step(folder, base, sparing)
             peaks |= {"step live": live.peak, "step process": _process_peak()}
             peaks["step anonymous"] = anonymous.peak
     return {name: peak / 2**30 for name, peak in peaks.items()}
 
 
-def _step(location: str, model: Any, spec: Any, sparing: dict[str, bool]) -> None:
-    from fedllm.adapters import initial_arrays
-    from fedllm.config import TrainConfig
-    from fedllm.models import load_tokenizer
+def measure_on_gpu(folder: Path, setting: str) -> dict[str, float]:
+    """As `measure`, of the GPU's memory."""
+    sparing = SETTINGS[setting][0]
+    base = _load(folder, setting, "cuda")
+    peaks = {"load device": torch.cuda.max_memory_allocated()}
+    if sparing is not None:
+        torch.cuda.reset_peak_memory_stats()
+        _step(folder, base, sparing)
+        peaks["step device"] = torch.cuda.max_memory_allocated()
+    return {name: peak / 2**30 for name, peak in peaks.items()}
+
+
+def _load(folder: Path, setting: str, device: str) -> Any:
+    from fedllm.models import load_base
+
+    location, embeddings = str(folder / "base"), SETTINGS[setting][1]
+    return load_base(location, 4, folder / "home", device, embeddings)
+
+
+def _step(folder: Path, base: Any, sparing: dict[str, bool]) -> None:
+    from fedllm.adapters import adapter_spec, attach, initial_arrays
+    from fedllm.config import AdapterConfig, TrainConfig
+    from fedllm.models import load_config, load_tokenizer
     from fedllm.training import train_adapter
 
+    location = str(folder / "base")
+    settings = AdapterConfig(kind="lora", target_modules="q_proj,v_proj")
+    spec = adapter_spec(settings, load_config(location), 0)
+    model = attach(base, spec)
     tokenizer = load_tokenizer(location)
     ids = torch.randint(
         VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(1)
@@ -265,6 +298,38 @@ def _step(location: str, model: Any, spec: Any, sparing: dict[str, bool]) -> Non
     result = train_adapter(model, spec, tokenizer, examples, arrays, train, 1.0, 0)
     seconds = time.monotonic() - began
     print(f"loss {result.loss:.4f}, {seconds:.1f} s", file=sys.stderr)
+
+
+def tell_losses() -> None:
+    """Print the built-in model's loss without and with quantised embeddings and head."""
+    from transformers import AutoModelForCausalLM
+
+    from fedllm.config import DataConfig, fedllm_home
+    from fedllm.data import load_public, tokenize
+    from fedllm.evaluation import held_out, labelled
+    from fedllm.models import BUILT_IN, load_base, load_tokenizer, locate
+
+    data, location = DataConfig(), locate(BUILT_IN, fedllm_home())
+    tokenizer = load_tokenizer(location)
+    rows = load_public(data, "validation")
+    assert rows is not None
+    examples = labelled(tokenize(rows, tokenizer, data, LENGTH))
+    with tempfile.TemporaryDirectory(prefix="fedllm-memory-") as name:
+        folder = Path(name)
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=torch.bfloat16)
+        table = model.get_input_embeddings().weight
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(table.detach().clone())
+        model.save_pretrained(folder / "untied")
+        for small in (False, True):
+            home = folder / "home"
+            base = load_base(str(folder / "untied"), 4, home, "cpu", small)
+            score = held_out(base, examples, 0)
+            print(
+                f"embeddings and head in {4 if small else 16} bit: loss {score.loss:.4f} "
+                f"on {score.num_examples} rows, {score.num_tokens} tokens",
+                flush=True,
+            )
 
 
 def _process_peak() -> int:

@@ -26,6 +26,7 @@ from fedllm.prompts import (
     common_prefix_length,
     encode,
     to_prompt_completion,
+    training_texts,
 )
 
 if TYPE_CHECKING:
@@ -208,15 +209,18 @@ def tokenize(
 
     columns: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
     num_truncated = num_without_answer = 0
-    for number, row in enumerate(rows, start=1):
+    texts: list[str] = []
+    for number, row in enumerate(_each(rows), start=1):
         try:
             conversation = to_prompt_completion(config, row)
             if conversation is None:
                 num_without_answer += 1
                 continue
-            prompt_ids, ids = encode(tokenizer, *conversation)
+            texts += training_texts(tokenizer, *conversation)
         except DataError as error:
             raise DataError(f"row {number}: {error}") from None
+    encoded = iter(encode(tokenizer, texts))
+    for prompt_ids, ids in zip(encoded, encoded, strict=True):
         start = common_prefix_length(prompt_ids, ids)
         if start >= min(len(ids), max_length):
             num_without_answer += 1
@@ -226,6 +230,13 @@ def tokenize(
         columns["input_ids"].append(ids[:max_length])
         columns["completion_mask"].append(mask[:max_length])
     return Tokenized(Dataset.from_dict(columns), num_truncated, num_without_answer)
+
+
+def _each(rows: "Dataset") -> Iterator[Row]:
+    """Yield rows one by one, read by the thousand: `datasets` takes long for a single one."""
+    for columns in rows.iter(batch_size=1000):
+        for cells in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, cells, strict=True))
 
 
 def _make_partitioner(

@@ -66,14 +66,16 @@ def memory_need(
     )
     other = sum(parameter.numel() for parameter in model.parameters()) - linear
     wide = compute_dtype(device).itemsize
-    table = 0
+    small = 0.0
     if config.model.quantize_embeddings and not model_config.tie_word_embeddings:
-        table = model.get_input_embeddings().weight.numel()
+        table, matrix = model.get_input_embeddings().weight, head.weight
+        other -= table.numel() + matrix.numel()
+        small = table.numel() * _NF4_PLAIN_BYTES + matrix.numel() * _NF4_BYTES
     narrow = {0: float(wide), 4: _NF4_BYTES, 8: 1.0}[config.model.quantization]
     trained = adapter_spec(config.adapter, model_config, config.seed).num_trainable
     copies = 4 if config.train.optimizer == "adamw" else 2
     return MemoryNeed(
-        base=linear * narrow + (other - table) * wide + table * _NF4_PLAIN_BYTES,
+        base=linear * narrow + other * wide + small,
         adapter=trained * 4.0 * copies,
         activations=_activations(config, model_config, wide),
     )

@@ -26,9 +26,6 @@ logger = logging.getLogger(__name__)
 
 BUILT_IN = builtin_model.NAME
 
-# A multiple of bitsandbytes' largest block, so that no block crosses into another part.
-_ROWS_PER_PART = 512
-
 _BITSANDBYTES_REMEDY = (
     "reinstall it (`pip install bitsandbytes`) or set model.quantization=0"
 )
@@ -174,7 +171,8 @@ def load_base(
         quantization: 4 (NF4, double quantisation), 8 (LLM.int8) or 0.
         home: The program's folder.
         device: "cuda", "cuda:1", "cpu"; by default a GPU where there is one.
-        quantize_embeddings: Keep the input embeddings in NF4, whatever `quantization` is.
+        quantize_embeddings: Keep the input embeddings and the output head in NF4,
+            whatever `quantization` is.
         in_float32: Load and compute an unquantised base in float32, and not in what
             `compute_dtype` says.
 
@@ -189,8 +187,6 @@ def load_base(
     if quantization:
         _require_bitsandbytes(device)
         model = _load_quantised(location, config, quantization, home, device)
-        if quantization == 4:
-            _keep_gradients_right(model)
         # An 8-bit layer tells at each pass that it casts to float16, as is its design.
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast)
     else:
@@ -198,7 +194,11 @@ def load_base(
         model = _load(location, device, revision=_commit(config), **options)
     if quantize_embeddings:
         _require_bitsandbytes(device)
-        _quantise_embeddings(model)
+        from fedllm.embeddings import quantise_embeddings
+
+        quantise_embeddings(model)
+    if quantization == 4 or quantize_embeddings:
+        _keep_gradients_right(model)
     if device == "cpu":
         from fedllm.attention import use_fast_gradients
 
@@ -251,8 +251,10 @@ def _load_quantised(
     made: list[Any] = []
 
     def quantise() -> Any:
+        from fedllm.embeddings import quantised_in_parts
+
         logger.info("quantising %s to %d bit (once)", location, bits)
-        with _read_not_mapped(), _quantised_in_parts():
+        with _read_not_mapped(), quantised_in_parts():
             return _load(
                 location,
                 device,
@@ -284,34 +286,6 @@ def _load_quantised(
     return made[0] if made else _load(str(folder), device)
 
 
-def _quantise_embeddings(model: "PreTrainedModel") -> None:
-    """Put the input embeddings in NF4, which no other tensor may share.
-
-    Done at each load, which takes seconds: bitsandbytes cannot save such embeddings.
-    """
-    from bitsandbytes.nn import EmbeddingNF4, Params4bit
-
-    table: Any = model.get_input_embeddings()
-    if model.get_output_embeddings().weight is table.weight:
-        raise ModelError(
-            f"{model.name_or_path} uses its embeddings as output head, too, so that"
-            " quantising them saves nothing: set model.quantize-embeddings=false"
-        )
-    small = EmbeddingNF4(*table.weight.shape, dtype=table.weight.dtype, device="meta")
-    with _quantised_in_parts():
-        small.weight = Params4bit(
-            table.weight.data,
-            requires_grad=False,
-            quant_type="nf4",
-            # A block may not cross rows; longer ones need fewer scales.
-            blocksize=64 if table.embedding_dim % 128 else 128,
-            # Compressed scales go together by 256: a row looked up alone gets wrong ones.
-            compress_statistics=False,
-            module=small,
-        ).to(table.weight.device)
-    model.set_input_embeddings(small)
-
-
 @contextmanager
 def _read_not_mapped() -> Iterator[None]:
     """Let transformers read one weight at a time, rather than map the files.
@@ -331,43 +305,6 @@ def _read_not_mapped() -> Iterator[None]:
         yield
     finally:
         modeling_utils.safe_open = mapped
-
-
-@contextmanager
-def _quantised_in_parts() -> Iterator[None]:
-    """Let bitsandbytes quantise a matrix to 4 bit some rows at a time.
-
-    On a CPU it holds several float32 copies of what it quantises. Blocks of values are
-    independent, so parts give the same bits; the scales of all are compressed at once.
-    """
-    import torch
-    from bitsandbytes import functional
-
-    whole = functional.quantize_4bit
-
-    def in_parts(
-        matrix: "torch.Tensor", *args: Any, compress_statistics: bool, **options: Any
-    ) -> Any:
-        parts = [
-            whole(rows, *args, compress_statistics=False, **options)
-            for rows in torch.split(matrix, _ROWS_PER_PART)
-        ]
-        state = parts[0][1]
-        state.shape = matrix.shape
-        state.absmax = torch.cat([part.absmax for _, part in parts])
-        if compress_statistics:
-            state.offset = state.absmax.mean()
-            state.absmax, state.state2 = functional.quantize_blockwise(
-                state.absmax - state.offset, blocksize=256
-            )
-            state.nested = True
-        return torch.cat([packed for packed, _ in parts]), state
-
-    functional.quantize_4bit = in_parts
-    try:
-        yield
-    finally:
-        functional.quantize_4bit = whole
 
 
 def _quantization_config(bits: int, device: str) -> Any:

@@ -89,33 +89,26 @@ def chat_prompt(
     return f"{bos}{text}"
 
 
-def encode(
+def training_texts(
     tokenizer: "PreTrainedTokenizerBase",
     prompt: list[Message],
     completion: list[Message],
-) -> tuple[list[int], list[int]]:
-    """Return the tokens of the prompt alone, and of the whole conversation."""
+) -> tuple[str, str]:
+    """Return the prompt alone, and the whole conversation, for `encode`.
+
+    Raises:
+        DataError: The chat template refuses the conversation.
+    """
     if not tokenizer.chat_template:
         text = _alpaca(prompt)
         answer = completion[0]["content"]
         end = tokenizer.eos_token or ""
         if not answer.endswith(end):
             answer += end
-        # Not verbose: what is longer than the model allows is cut and counted by us.
-        return (
-            tokenizer(text=text, verbose=False)["input_ids"],
-            tokenizer(text=text + answer, verbose=False)["input_ids"],
-        )
+        return text, text + answer
 
-    def render(messages: list[Message], **options: bool) -> list[int]:
-        encoded = tokenizer.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            tokenizer_kwargs={"verbose": False},
-            **options,
-        )
-        return list(encoded["input_ids"])
+    def render(messages: list[Message], **options: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     from jinja2.exceptions import TemplateError
 
@@ -125,6 +118,25 @@ def encode(
         raise DataError(
             f"the model's chat template refuses the conversation: {error}"
         ) from None
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]
+) -> list[list[int]]:
+    """Return the tokens of texts that `training_texts` made.
+
+    All at once, which takes a fraction of the time that one after the other takes.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(
+        text=list(texts),
+        # A chat template writes them itself.
+        add_special_tokens=not tokenizer.chat_template,
+        # Not verbose: what is longer than the model allows is cut and counted by us.
+        verbose=False,
+    )
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def _alpaca(prompt: list[Message]) -> str:

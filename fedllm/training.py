@@ -120,7 +120,7 @@ def train_adapter(
     ):
         trainer = AdapterTrainer(
             model=model,
-            args=_sft_config(config, learning_rate, seed, folder),
+            args=_sft_config(config, learning_rate, seed, folder, model.device.type),
             train_dataset=Dataset.from_list([dict(row) for row in examples]),
             processing_class=tokenizer,
             data_collator=lambda rows: collate(rows, tokenizer.pad_token_id or 0),
@@ -166,10 +166,10 @@ def training_seed(seed: int, server_round: int, partition_id: int) -> int:
 
 
 def _sft_config(
-    config: TrainConfig, learning_rate: float, seed: int, folder: str
+    config: TrainConfig, learning_rate: float, seed: int, folder: str, device: str
 ) -> SFTConfig:
     """Make TRL's settings; nothing is saved, reported or drawn."""
-    return SFTConfig(
+    settings = SFTConfig(
         output_dir=folder,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
@@ -189,7 +189,7 @@ def _sft_config(
         # would only add casts.
         bf16=False,
         fp16=False,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device == "cpu",
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         dataloader_num_workers=0,
@@ -199,3 +199,6 @@ def _sft_config(
         report_to="none",
         disable_tqdm=True,
     )
+    # With several GPUs a step would take that many batches, one on each: a client uses one.
+    settings._n_gpu = min(settings.n_gpu, 1)
+    return settings

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -526,6 +527,45 @@ def test_a_client_without_a_usable_row_has_no_examples(tiny_llama: Path) -> None
     assert (tokenized.num_examples, list(tokenized.dataset)) == (0, [])
     empty = tokenize(rows.select([]), tokenizer, DataConfig(), 512)
     assert empty.num_examples == 0
+
+
+def test_many_rows_become_the_tokens_of_each_alone_and_nothing_is_said(
+    tiny_chat_llama: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from datasets import Dataset
+
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    # More than are read at once; the last is longer than the model takes.
+    questions = [f"what is {number}?" for number in range(2002)] + ["why? " * 400]
+    rows = [{"instruction": q, "response": "because"} for q in questions]
+    tokenizer = load_tokenizer(tiny_chat_llama)
+    tokenizer.model_max_length = 256
+
+    together = tokenize(Dataset.from_list(rows), tokenizer, DataConfig(), 4096).dataset
+
+    assert len(together) == len(rows)
+    for number in (0, 999, 1000, 2001, 2002):
+        alone = Dataset.from_list(rows[number : number + 1])
+        (expected,) = tokenize(alone, tokenizer, DataConfig(), 4096).dataset
+        assert together[number] == expected
+    assert len(together[2002]["input_ids"]) > 256
+    assert caplog.messages == []
+
+
+def test_a_row_after_the_first_thousand_is_named_by_its_number(
+    tiny_chat_llama: Path,
+) -> None:
+    from datasets import Dataset
+
+    rows = [{"messages": [turn("user", "q"), turn("assistant", "a")]}] * 1200
+    rows.append({"messages": [{"role": "user", "content": None}, {"role": None}]})
+
+    with pytest.raises(DataError, match="row 1201: column 'messages'"):
+        tokenize(
+            Dataset.from_list(rows), load_tokenizer(tiny_chat_llama), DataConfig(), 512
+        )
 
 
 def test_a_template_that_refuses_a_conversation_names_the_row(

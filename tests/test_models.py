@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from fedllm import builtin_model, models
+from fedllm import builtin_model, embeddings, models
 from fedllm.errors import ModelError
 from fedllm.models import load_base, load_config, load_tokenizer, locate
 
@@ -423,7 +423,7 @@ def test_embeddings_in_nf4_look_up_what_nf4_keeps(
     table = plain.get_input_embeddings().weight
     expected = dequantize_4bit(*quantize_4bit(table, quant_type="nf4"))
     # Parts that do not divide the vocabulary.
-    monkeypatch.setattr(models, "_ROWS_PER_PART", 100)
+    monkeypatch.setattr(embeddings, "_ROWS_PER_PART", 100)
 
     small = load_base(
         str(tiny_llama), quantization, tmp_path, "cpu", quantize_embeddings=True
@@ -431,6 +431,51 @@ def test_embeddings_in_nf4_look_up_what_nf4_keeps(
 
     assert torch.equal(small.get_input_embeddings()(IDS), expected[IDS])
     assert not torch.equal(_logits(small), _logits(plain))
+
+
+def _nf4(matrix: torch.Tensor) -> torch.Tensor:
+    """Return what NF4 keeps of a matrix."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    options = {"quant_type": "nf4", "compress_statistics": True}
+    return dequantize_4bit(*quantize_4bit(matrix, **options))
+
+
+@pytest.mark.parametrize("quantization", [0, 4])
+def test_an_output_head_in_nf4_scores_and_gives_gradients_as_nf4_keeps_it(
+    tiny_llama: Path, tmp_path: Path, quantization: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Parts that do not divide the vocabulary.
+    monkeypatch.setattr(embeddings, "_TOKENS_PER_PART", 100)
+    plain = load_base(str(tiny_llama), quantization, tmp_path, "cpu")
+    matrix = plain.get_output_embeddings().weight
+    expected = torch.cat([_nf4(rows) for rows in torch.split(matrix, 100)])
+
+    head = load_base(
+        str(tiny_llama), quantization, tmp_path, "cpu", quantize_embeddings=True
+    ).get_output_embeddings()
+    states = torch.randn(3, matrix.shape[1]).to(matrix.dtype)
+    with torch.inference_mode():
+        head(states[:1])  # An answer's token, after which gradients must stay right.
+    states.requires_grad_()
+    scores = head(states)
+    up = torch.randn(scores.shape).to(scores.dtype)
+    (gradient,) = torch.autograd.grad(scores, states, up)
+
+    tolerance = {"rtol": 0.02, "atol": 0.02}  # of bfloat16, where a CPU has it
+    torch.testing.assert_close(scores, states @ expected.T, **tolerance)
+    torch.testing.assert_close(gradient, up @ expected, **tolerance)
+    assert (expected - matrix).norm() > 0.05 * matrix.norm()
+    assert {p.dtype for p in head.parameters()} == {torch.uint8}
+
+
+def test_an_output_head_in_nf4_keeps_its_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "_TOKENS_PER_PART", 100)
+    head = torch.nn.Linear(64, 250)
+
+    narrow = embeddings._head_in_nf4(head)
+
+    assert torch.equal(narrow(torch.zeros(2, 64)), head.bias.expand(2, -1))
 
 
 def test_embeddings_that_are_the_output_head_stay(
@@ -449,7 +494,7 @@ def test_weights_quantised_in_parts_are_those_quantised_whole(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = load_base(str(tiny_llama), 4, tmp_path / "whole", "cpu").state_dict()
-    monkeypatch.setattr(models, "_ROWS_PER_PART", 16)
+    monkeypatch.setattr(embeddings, "_ROWS_PER_PART", 16)
 
     parts = load_base(str(tiny_llama), 4, tmp_path / "parts", "cpu").state_dict()
 

@@ -223,10 +223,10 @@ def quantised(
     """As make_client, on a 4-bit base that computes in float32."""
     home = tmp_path_factory.mktemp("home")
 
-    def make(**adapter: Any) -> Client:
+    def make(device: str = "cpu", **adapter: Any) -> Client:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(models, "compute_dtype", lambda device: torch.float32)
-            base = load_base(str(tiny_chat_llama), 4, home, "cpu")
+            base = load_base(str(tiny_chat_llama), 4, home, device)
         return make_client(base=base, **adapter)
 
     return make
@@ -243,6 +243,28 @@ def test_on_a_4_bit_base_the_adapter_is_that_of_plain_sft_kept_in_float32(
     assert_same(got.arrays, wanted, atol=1e-5)
     # SFTTrainer as it is rounds the adapter to bfloat16 there: near, and worse.
     assert 1e-4 < difference(got.arrays, rounded) < 1e-2
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_adapter_is_that_of_a_cpu(quantised):
+    wanted = quantised().train()
+
+    got = quantised("cuda").train()
+
+    assert_same(got.arrays, wanted.arrays, atol=1e-4)
+    assert got.loss == pytest.approx(wanted.loss, rel=1e-3)
+
+
+def test_a_client_that_sees_several_gpus_takes_one_batch_a_step(tmp_path, monkeypatch):
+    class Several(SFTConfig):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self._n_gpu = 4
+
+    monkeypatch.setattr(training, "SFTConfig", Several)
+    settings = training._sft_config(PLAIN, 0.5, 1, str(tmp_path), "cpu")
+
+    assert settings.train_batch_size == PLAIN.batch_size
 
 
 def test_the_loss_is_the_mean_per_answer_token_before_each_step(client):
