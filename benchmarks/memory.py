@@ -325,9 +325,10 @@ def tell_losses() -> None:
             home = folder / "home"
             base = load_base(str(folder / "untied"), 4, home, "cpu", small)
             score = held_out(base, examples, 0)
+            bits = "4 and 8 bit" if small else "16 bit"
             print(
-                f"embeddings and head in {4 if small else 16} bit: loss {score.loss:.4f} "
-                f"on {score.num_examples} rows, {score.num_tokens} tokens",
+                f"embeddings and head in {bits}: loss {score.loss:.4f} on "
+                f"{score.num_examples} rows, {score.num_tokens} tokens",
                 flush=True,
             )
 

@@ -8,7 +8,7 @@ of the adapter's shapes (stub_clients.py). So what is measured is everything but
     python benchmarks/scale.py --clients 100 1000 --kind ffa-lora --profile 30
 
 `--profile SECONDS` samples the simulation's process with py-spy (pip install py-spy) from
-its first round on, and prints which functions its threads were in.
+its first replies on, and prints which functions its threads were in.
 """
 
 import argparse
@@ -76,18 +76,29 @@ def _measure(app: Path, clients: int, args: Any, folder: Path) -> tuple[int, flo
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"
     watch = _Watch(mark, args.profile)
     watch.start()
-    done = subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, check=False
-    )
+    output = ""
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            output += line
+            if "round 1/" in line:
+                watch.in_rounds.set()
     watch.stop()
-    found = re.search(r"run folder: (\S+)", done.stdout)
-    if done.returncode or found is None:
-        sys.exit(f"{clients} clients:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
+    found = re.search(r"run folder: (\S+)", output)
+    if running.returncode or found is None:
+        sys.exit(f"{clients} clients:\n{output[-4000:]}")
     text = (Path(found[1]) / "metrics.jsonl").read_text("utf-8")
     lines = [json.loads(line) for line in text.splitlines()][1:]
-    for line in lines:
-        if line["clients_answered"] != clients or line["clients_rejected"]:
-            sys.exit(f"{clients} clients: not every reply was usable: {line}")
+    for said in lines:
+        if said["clients_answered"] != clients or said["clients_rejected"]:
+            sys.exit(f"{clients} clients: not every reply was usable: {said}")
     seconds = statistics.median(sum(line["seconds"].values()) for line in lines)
     aggregate = statistics.median(line["seconds"]["aggregate"] for line in lines)
     server, ray, everything = watch.peaks
@@ -125,6 +136,8 @@ class _Watch(threading.Thread):
         self._raw = Path(tempfile.gettempdir()) / f"fedllm-scale-{mark}.raw"
         self._sampler: subprocess.Popen[bytes] | None = None
         self._ended = threading.Event()
+        self.in_rounds = threading.Event()
+        """To be set when clients answer: what comes before is not profiled."""
 
     def run(self) -> None:
         while not self._ended.wait(1.0):
@@ -140,7 +153,8 @@ class _Watch(threading.Thread):
                 kind = _kind(name)
                 found = re.search(r"^Pss:\s+(\d+)", roll, re.M)
                 sizes[kind] += int(found[1]) if found else 0
-                if kind == "server" and self._profile and self._sampler is None:
+                wanted = self._profile and self.in_rounds.is_set()
+                if kind == "server" and wanted and self._sampler is None:
                     self._begin_profile(int(folder.name))
             now = [sizes["server"], sizes["ray"], sum(sizes.values())]
             self.peaks = tuple(  # type: ignore[assignment]

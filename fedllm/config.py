@@ -79,8 +79,8 @@ class ModelConfig:
     quantization: Annotated[int, Strict(), AfterValidator(_bits)] = 4
     """Bits of the base model's linear layers: 4 (nf4), 8, or 0 (not quantised)."""
     quantize_embeddings: Flag = False
-    """Keep the input embeddings and the output head in nf4 too; only for a base where they
-    are two matrices (OpenLLaMA; not SmolLM2)."""
+    """Keep the input embeddings in nf4 and the output head in 8 bit; only for a base where
+    they are two matrices (OpenLLaMA; not SmolLM2)."""
 
 
 @dataclass(frozen=True, config=_SECTION)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _NF4_BYTES = 4.127 / 8
 # The same with a float32 scale for 64 values, the most that the embeddings have.
 _NF4_PLAIN_BYTES = 4.5 / 8
-# A compressed activation with its share of a float32 scale for 256 values.
+# A compressed activation, or the head's value, with its share of a float32 scale for 256.
 _COMPRESSED_BYTES = 1 + 4 / 256
 
 
@@ -70,7 +70,7 @@ def memory_need(
     if config.model.quantize_embeddings and not model_config.tie_word_embeddings:
         table, matrix = model.get_input_embeddings().weight, head.weight
         other -= table.numel() + matrix.numel()
-        small = table.numel() * _NF4_PLAIN_BYTES + matrix.numel() * _NF4_BYTES
+        small = table.numel() * _NF4_PLAIN_BYTES + matrix.numel() * _COMPRESSED_BYTES
     narrow = {0: float(wide), 4: _NF4_BYTES, 8: 1.0}[config.model.quantization]
     trained = adapter_spec(config.adapter, model_config, config.seed).num_trainable
     copies = 4 if config.train.optimizer == "adamw" else 2

@@ -171,8 +171,8 @@ def load_base(
         quantization: 4 (NF4, double quantisation), 8 (LLM.int8) or 0.
         home: The program's folder.
         device: "cuda", "cuda:1", "cpu"; by default a GPU where there is one.
-        quantize_embeddings: Keep the input embeddings and the output head in NF4,
-            whatever `quantization` is.
+        quantize_embeddings: Keep the input embeddings in NF4 and the output head in
+            8 bit, whatever `quantization` is.
         in_float32: Load and compute an unquantised base in float32, and not in what
             `compute_dtype` says.
 
@@ -187,6 +187,8 @@ def load_base(
     if quantization:
         _require_bitsandbytes(device)
         model = _load_quantised(location, config, quantization, home, device)
+        if quantization == 4:
+            _keep_gradients_right(model)
         # An 8-bit layer tells at each pass that it casts to float16, as is its design.
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast)
     else:
@@ -197,8 +199,6 @@ def load_base(
         from fedllm.embeddings import quantise_embeddings
 
         quantise_embeddings(model)
-    if quantization == 4 or quantize_embeddings:
-        _keep_gradients_right(model)
     if device == "cpu":
         from fedllm.attention import use_fast_gradients
 

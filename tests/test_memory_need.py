@@ -29,9 +29,10 @@ def test_quantised_embeddings_take_what_is_said(tiny_llama, tmp_path):
     model = load_base(str(tiny_llama), 4, tmp_path, "cpu", quantize_embeddings=True)
 
     said = needed(tiny_llama, model__quantize_embeddings=True).base
-    # NF4 keeps the scales of embeddings and head apart from the modules' tensors.
-    layers = [model.get_input_embeddings(), *model.get_output_embeddings().parts]
-    scales = sum(layer.weight.quant_state.absmax.nbytes for layer in layers)
+    # The scales of embeddings and head are kept apart from the modules' tensors.
+    states = [model.get_input_embeddings().weight.quant_state]
+    states += [rows.state for rows in model.get_output_embeddings().parts]
+    scales = sum(state.absmax.nbytes for state in states)
     assert said == pytest.approx(total_bytes(model) + scales, rel=0.05)
 
 
