@@ -20,6 +20,7 @@ from fedllm.errors import ModelError
 _ROWS_PER_PART = 512
 # Of a head's part, expanded at once.
 _TOKENS_PER_PART = 4096
+# Values of the head that share a scale.
 _BLOCK = 256
 
 
