@@ -43,7 +43,8 @@ class HeadInParts(torch.nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Return (..., vocabulary) scores."""
         found: list[torch.Tensor] = [
-            _Product.apply(states, rows)  # type: ignore[no-untyped-call] # torch
+            # torch leaves `apply` without types.
+            _Product.apply(states, rows)  # type: ignore[no-untyped-call]
             for rows in self.parts
         ]
         scores = torch.cat(found, -1)

@@ -459,6 +459,7 @@ def test_a_quantised_output_head_scores_and_gives_gradients_as_8_bit_keep_it(
     up = torch.randn(scores.shape).to(scores.dtype)
     (gradient,) = torch.autograd.grad(scores, states, up)
 
+    assert torch.equal(torch.cat([rows.whole() for rows in head.parts]), expected)
     tolerance = {"rtol": 0.02, "atol": 0.02}  # of bfloat16, where a CPU has it
     torch.testing.assert_close(scores, states @ expected.T, **tolerance)
     torch.testing.assert_close(gradient, up @ expected, **tolerance)

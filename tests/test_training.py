@@ -267,6 +267,13 @@ def test_a_client_that_sees_several_gpus_takes_one_batch_a_step(tmp_path, monkey
     assert settings.train_batch_size == PLAIN.batch_size
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_model_is_trained_where_it_lies(tmp_path, device):
+    settings = training._sft_config(PLAIN, 0.5, 1, str(tmp_path), device)
+
+    assert settings.use_cpu == (device == "cpu")
+
+
 def test_the_loss_is_the_mean_per_answer_token_before_each_step(client):
     config = replace(PLAIN, batch_size=10, local_steps=1)
     set_trained(client.model, client.spec, client.start())
