@@ -343,20 +343,23 @@ def _evaluate(message: Message, context: Context, config: RunConfig) -> RecordDi
     return RecordDict({METRICS: metrics})
 
 
-def _import_libraries(config: RunConfig) -> None:
+def import_libraries(*, quantized: bool, per_example: bool) -> None:
     """Import what training takes, without looking for garbage in between.
 
     What imports make stays. Python looks through all of it again and again all the same:
     a fifth of the time that they take, and a SuperNode pays it for every message.
+
+    Raises:
+        ModelError: bitsandbytes is wanted and broken.
     """
     collecting = gc.isenabled()
     gc.disable()
     try:
-        if config.model.quantization or config.model.quantize_embeddings:
+        if quantized:
             from fedllm.models import import_bitsandbytes
 
             import_bitsandbytes()
-        if config.privacy.unit == "record":
+        if per_example:
             import fedllm.record_training
         else:
             import fedllm.training  # noqa: F401
@@ -373,7 +376,12 @@ def _load(config: RunConfig) -> _Resident:
         from fedllm.adapters import adapter_spec, attach
         from fedllm.models import load_base, load_config, load_tokenizer, locate
 
-        _import_libraries(config)
+        import_libraries(
+            quantized=bool(
+                config.model.quantization or config.model.quantize_embeddings
+            ),
+            per_example=config.privacy.unit == "record",
+        )
         # Another adapter kind would wrap the same base twice: keep one at a time.
         _resident.clear()
         home = fedllm_home()

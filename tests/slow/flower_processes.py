@@ -70,6 +70,11 @@ def running(command: list[str], env: dict[str, str], log: Path) -> Iterator[None
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, sign)
                 process.wait(timeout=20)
+                # What it started ends after it, and leaves no file behind.
+                deadline = time.monotonic() + 5
+                while time.monotonic() < deadline:
+                    os.killpg(process.pid, 0)
+                    time.sleep(0.05)
 
 
 def wait_for_port(port: int, seconds: float = 90) -> None:

@@ -139,7 +139,7 @@ def federation(
         done = here.type("supernode register")
         assert done.stdout.count("registered successfully") == 3, done.stdout
         for node in NODES:
-            stack.enter_context(here.keep(node, "flower-supernode", f"nodes/{node} "))
+            stack.enter_context(here.keep(node, "commands.supernode", f"nodes/{node} "))
         yield here
 
 
@@ -183,6 +183,9 @@ def test_a_whole_private_run_over_tls_improves_the_adapter_and_shows_no_row(fede
     assert spent["unit"] == "client" and spent["epsilon"] <= 8
     assert counts(run) == (3, 3, 0)
     assert run.is_relative_to(federation.folder / "server")
+    for node in NODES:
+        assert "clients are forked by process" in federation.log(node)
+        assert "no client was forked" not in federation.log(node)
 
     written = server_files(federation)
     names = {path.name for path in written}
@@ -210,7 +213,7 @@ def test_a_client_whose_file_is_gone_counts_as_zero_and_its_log_says_why(federat
 
 @pytest.mark.parametrize("name", ["stranger", None])
 def test_a_node_with_an_unknown_key_or_none_is_refused(federation, name):
-    known = federation.command("flower-supernode", "nodes/node-1 ")
+    known = federation.command("commands.supernode", "nodes/node-1 ")
     option = "--auth-supernode-private-key ~/federation/keys/nodes/"
     unknown = known.replace(f"{option}node-1 ", f"{option}{name} " if name else "")
     unknown = unknown.replace(federation.ports["9194"], str(free_port()))

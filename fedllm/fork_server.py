@@ -1,0 +1,240 @@
+"""A process that has imported what a client needs, and forks one for each message.
+
+Flower starts a new `flwr-clientapp` for every message, and most of the time until its
+first training step Python imports libraries. `fedllm.commands.supernode` puts a program of
+that name (`fork_client.py`) first on the SuperNode's PATH, which hands its arguments to
+this process. The child that is forked runs Flower's own `flwr-clientapp`: one process a
+message, in which nothing of another message is left. Whenever this process cannot be
+had, `fork_client.py` becomes Flower's `flwr-clientapp`, which starts as ever.
+"""
+
+import contextlib
+import gc
+import importlib.metadata
+import json
+import logging
+import os
+import selectors
+import shutil
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedllm.errors import FedllmError
+from fedllm.fork_client import GIVEN_BACK, TAKEN
+from fedllm.logs import show_log
+
+# As a program this module is called __main__.
+logger = logging.getLogger("fedllm.fork_server")
+
+_CLIENTAPP = "flwr-clientapp"
+_STANDARD_STREAMS = 3
+_LARGEST_READ = 65_536
+
+
+def main() -> None:
+    """Serve until the SuperNode has ended, or, in a child, run one message's client.
+
+    Arguments are the folder of the socket and two descriptors: the listening socket,
+    and a pipe that nobody writes to and that closes with the SuperNode.
+    """
+    folder, listener, alive = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    # What ends a group of processes is for the SuperNode first, whose end ends this.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    clientapp = _imported()
+    if clientapp is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    logger.info("clients are forked by process %d", os.getpid())
+    with socket.socket(fileno=listener) as listening:
+        argv = _Server(listening, alive).serve()
+    if argv is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    sys.argv = [_CLIENTAPP, *argv]
+    clientapp()
+
+
+def _imported() -> Callable[[], None] | None:
+    """Import all that a client does; return Flower's command, or None: do not fork."""
+    # Or torch asks CUDA for devices, after which no child could use it.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    show_log()
+    (command,) = importlib.metadata.entry_points(
+        group="console_scripts", name=_CLIENTAPP
+    )
+    clientapp: Callable[[], None] = command.load()
+    import torch
+
+    from fedllm.client import import_libraries
+
+    try:
+        # bitsandbytes asks CUDA for the devices' properties.
+        import_libraries(quantized=not torch.cuda.is_available(), per_example=False)
+    except FedllmError as error:
+        # Each client will say so in its reply.
+        logger.warning("%s", error)
+        return None
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        logger.warning(
+            "each client imports its libraries itself: importing them has initialised "
+            "CUDA, and a forked process could not use it"
+        )
+        return None
+    # A child's fedllm comes with its run, in the version of the server.
+    for name in list(sys.modules):
+        if name == "fedllm" or name.startswith("fedllm."):
+            del sys.modules[name]
+    # Children share what is never written to: let no collection touch it.
+    gc.collect()
+    gc.freeze()
+    return clientapp
+
+
+class _Server:
+    """Forks a child for each connection, and tells the connection how it ended."""
+
+    def __init__(self, listening: socket.socket, alive: int) -> None:
+        self._listening = listening
+        self._alive = alive
+        self._children: dict[int, socket.socket] = {}
+        self._selector = selectors.DefaultSelector()
+
+    def serve(self) -> list[str] | None:
+        """Return None once the SuperNode has ended; in a child, its arguments."""
+        woken, wake = os.pipe()
+        for end in (woken, wake):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(wake)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for source in (woken, self._alive, self._listening):
+            self._selector.register(source, selectors.EVENT_READ)
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj == self._alive:
+                    self._end_children()
+                    return None
+                if key.fileobj == woken:
+                    os.read(woken, _LARGEST_READ)
+                    self._reap()
+                elif key.fileobj is self._listening:
+                    connection, _ = self._listening.accept()
+                    argv = self._fork(connection)
+                    if argv is not None:
+                        for end in (woken, wake):
+                            os.close(end)
+                        return argv
+                else:
+                    self._end_child(key.data)
+
+    def _fork(self, connection: socket.socket) -> list[str] | None:
+        """Start a child, in which the arguments of its message are returned."""
+        streams: list[int] = []
+        try:
+            request, streams = _request(connection)
+            # First, so that a message never has two clients.
+            connection.sendall(TAKEN)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            try:
+                pid = os.fork()
+            except OSError:
+                connection.sendall(GIVEN_BACK)
+                raise
+        except (OSError, ValueError) as error:
+            logger.warning("no client was forked: %s", error)
+            connection.close()
+            return None
+        else:
+            if not pid:
+                self._become(request, streams, connection)
+                return list(request["argv"])
+            self._children[pid] = connection
+            self._selector.register(connection, selectors.EVENT_READ, data=pid)
+            return None
+        finally:
+            for stream in streams:
+                os.close(stream)
+
+    def _become(
+        self, request: dict[str, Any], streams: list[int], connection: socket.socket
+    ) -> None:
+        """In the child: take the program's streams, folder and environment, no more."""
+        try:
+            self._let_go()
+            connection.close()
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+            os.chdir(request["folder"])
+            os.environ.clear()
+            os.environ.update(request["environment"])
+            import numpy as np
+
+            # Each child would else begin with the same state of this generator.
+            np.random.seed()  # noqa: NPY002 - it is the one that libraries share
+        except BaseException:  # noqa: BLE001
+            # A child must not go on as a server.
+            traceback.print_exc()
+            os._exit(1)
+
+    def _let_go(self) -> None:
+        """In the child: undo what makes a server."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._selector.close()
+        self._listening.close()
+        os.close(self._alive)
+        for connection in self._children.values():
+            connection.close()
+
+    def _reap(self) -> None:
+        """Take the status of each child that has ended, and hand it on."""
+        for pid in list(self._children):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                connection = self._children.pop(pid)
+                with contextlib.suppress(KeyError):
+                    self._selector.unregister(connection)
+                # Whoever asked may be gone.
+                with connection, contextlib.suppress(OSError):
+                    connection.sendall(b"%d" % os.waitstatus_to_exitcode(status))
+
+    def _end_child(self, pid: int) -> None:
+        """End a child whose program was ended; its status comes as any other's."""
+        if connection := self._children.get(pid):
+            self._selector.unregister(connection)
+            os.kill(pid, signal.SIGTERM)
+
+    def _end_children(self) -> None:
+        for pid in self._children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+
+def _request(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Read what `fork_client.py` sends: its streams, then the rest as a line of JSON."""
+    _, streams, _, _ = socket.recv_fds(connection, 1, _STANDARD_STREAMS)
+    try:
+        if len(streams) != _STANDARD_STREAMS:
+            raise ValueError("a request without its streams")
+        line = b""
+        while not line.endswith(b"\n"):
+            if not (part := connection.recv(_LARGEST_READ)):
+                raise ValueError("a request broke off")
+            line += part
+        return json.loads(line), streams
+    except (OSError, ValueError):
+        for stream in streams:
+            os.close(stream)
+        raise
+
+
+if __name__ == "__main__":
+    main()

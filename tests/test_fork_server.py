@@ -1,0 +1,327 @@
+"""The fork server and its program, with a stand-in for Flower's client."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fedllm.commands import supernode
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
+
+SERVER = """
+import json, os, signal, sys, time
+import numpy
+from fedllm import fork_server
+
+def client():
+    said = {"argv": sys.argv, "folder": os.getcwd(), "mark": os.environ.get("MARK")}
+    said |= {"pid": os.getpid(), "random": int(numpy.random.randint(2**31))}
+    said |= {"interrupted": signal.getsignal(signal.SIGINT).__name__}
+    said |= {"terminated": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL}
+    said |= {"descriptors": sorted(map(int, os.listdir("/proc/self/fd")))[:-1]}
+    said |= {"input": "" if "sleep" in sys.argv else sys.stdin.read()}
+    print(json.dumps(said), flush=True)
+    print("wrong", file=sys.stderr, flush=True)
+    if "sleep" in sys.argv:
+        time.sleep(60)
+    if "killed" in sys.argv:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(int(sys.argv[1]))
+
+fork_server._imported = lambda: client
+fork_server.main()
+"""
+
+
+@dataclass
+class Node:
+    """What a SuperNode has: the program, and what ends the server if it ends."""
+
+    program: Path
+    server: "subprocess.Popen[bytes]"
+    alive: int
+
+    def command(self, *arguments: str) -> list[str]:
+        return [str(self.program), *arguments]
+
+    def call(self, *arguments: str, **options: Any) -> tuple[int, dict[str, Any], str]:
+        """Run the program; return its status, what its client said and its errors."""
+        done = subprocess.run(
+            self.command(*arguments),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            **{"input": "", **options},
+        )
+        return done.returncode, json.loads(done.stdout), done.stderr
+
+    def end(self) -> None:
+        """As the SuperNode's end does."""
+        if self.alive >= 0:
+            os.close(self.alive)
+            self.alive = -1
+
+
+@pytest.fixture
+def cold(tmp_path) -> Path:
+    """A stand-in for Flower's own program."""
+    program = tmp_path / "flwr-clientapp"
+    program.write_text('#!/bin/sh\necho "{\\"cold\\": \\"$@\\"}"\nexit 5\n')
+    program.chmod(0o700)
+    return program
+
+
+@pytest.fixture
+def node(cold) -> Iterator[Node]:
+    server = (sys.executable, "-P", "-c", SERVER)
+    folder, process, alive = supernode.start_fork_server(cold, server)
+    here = Node(folder / "flwr-clientapp", process, alive)
+    yield here
+    here.end()
+    process.wait(timeout=30)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def sleeping(node: Node) -> Iterator[tuple["subprocess.Popen[str]", psutil.Process]]:
+    """A program whose client sleeps, and the client."""
+    command = node.command("0", "sleep")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        said = json.loads(program.stdout.readline())
+        yield program, psutil.Process(said["pid"])
+        program.kill()
+
+
+def test_a_client_has_the_programs_arguments_streams_folder_and_environment(
+    node, tmp_path
+):
+    environment = {**os.environ, "MARK": "\udcff here"}
+    status, said, errors = node.call(
+        "7", "a b", "'", cwd=tmp_path, env=environment, input="told"
+    )
+
+    assert status == 7
+    assert said["argv"] == ["flwr-clientapp", "7", "a b", "'"]
+    assert said["folder"] == str(tmp_path)
+    assert said["mark"] == "\udcff here"
+    assert said["input"] == "told"
+    assert errors == "wrong\n"
+    assert said["interrupted"] == "default_int_handler"
+    assert said["terminated"]
+
+
+def test_clients_are_processes_of_their_own_with_chances_of_their_own(node):
+    with sleeping(node):
+        (_, first, _), (_, second, _) = node.call("0"), node.call("0")
+
+    assert first["pid"] != second["pid"]
+    assert first["random"] != second["random"]
+    assert first["descriptors"] == second["descriptors"] == [0, 1, 2]
+
+
+def test_a_client_that_is_killed_ends_its_program_as_a_shell_would(node):
+    assert node.call("0", "killed")[0] == 128 + signal.SIGKILL
+
+
+def test_a_program_that_is_ended_takes_its_client_along(node):
+    with sleeping(node) as (program, client):
+        program.terminate()
+        wait_until(lambda: not client.is_running())
+
+    assert node.call("0")[0] == 0
+
+
+def test_the_supernodes_end_ends_clients_and_server_and_leaves_no_file(node):
+    with sleeping(node) as (program, client):
+        node.end()
+
+        assert program.wait(timeout=30) == 1
+        wait_until(lambda: not client.is_running())
+    node.server.wait(timeout=30)
+    assert not node.program.parent.exists()
+
+
+def test_a_client_that_cannot_begin_fails_alone(node, tmp_path):
+    request = {"argv": ["0"], "folder": str(tmp_path / "gone"), "environment": {}}
+    with socket.socket(socket.AF_UNIX) as program, open(os.devnull, "w") as null:
+        program.connect(str(node.program.parent / "socket"))
+        socket.send_fds(program, [b"\0"], [null.fileno()] * 3)
+        program.sendall(json.dumps(request).encode() + b"\n")
+        said = b"".join(iter(lambda: program.recv(16), b""))
+
+    assert said == b"+1"
+    assert node.call("0")[0] == 0
+
+
+def test_a_folder_that_is_gone_is_left_to_flowers_own_program(node, tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    code = "import os, subprocess, sys; os.rmdir(os.getcwd());"
+    code += "sys.exit(subprocess.run(sys.argv[1:]).returncode)"
+    command = [sys.executable, "-c", code, *node.command("0")]
+
+    assert subprocess.run(command, cwd=folder, check=False).returncode == 5
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_what_ends_a_group_is_left_to_the_supernode_and_its_clients(node, sign):
+    assert node.call("0")[0] == 0
+    node.server.send_signal(sign)
+
+    assert node.call("3")[0] == 3
+
+
+def test_without_a_server_flowers_own_program_runs(node):
+    node.server.kill()
+    node.server.wait(timeout=30)
+
+    assert node.call("--token", "x y")[:2] == (5, {"cold": "--token x y"})
+
+
+def test_a_server_that_ends_with_a_request_in_hand_leaves_it_to_flowers_program(
+    node, tmp_path
+):
+    node.server.send_signal(signal.SIGSTOP)
+    command = node.command("3")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+        time.sleep(0.5)
+        assert program.poll() is None
+        node.server.kill()
+        told, _ = program.communicate(timeout=30)
+    node.server.wait(timeout=30)
+
+    assert (program.returncode, json.loads(told)) == (5, {"cold": "3"})
+
+
+def test_a_run_that_brings_its_libraries_along_gets_flowers_own_program(node):
+    flag = "--allow-runtime-dependency-installation"
+
+    assert node.call("0", flag)[:2] == (5, {"cold": f"0 {flag}"})
+
+
+@pytest.mark.parametrize(
+    ("sent", "with_streams"),
+    [
+        (b"", False),
+        (b"\0{}\n", False),
+        (b'\0{"argv": [', True),
+        (b"\0{nonsense\n", True),
+    ],
+)
+def test_a_request_that_breaks_off_harms_nobody(node, sent, with_streams):
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(node.program.parent / "socket"))
+        if with_streams:
+            socket.send_fds(client, [sent], [0, 1, 2])
+        else:
+            client.sendall(sent)
+        client.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+
+    assert node.call("4")[0] == 4
+
+
+def test_only_the_nodes_user_reaches_the_server(node):
+    assert node.program.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.fixture
+def becomes(monkeypatch, tmp_path) -> list[list[str]]:
+    """What the command becomes, in place of becoming it."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, words: calls.append(words))
+    monkeypatch.setattr(supernode, "_BIN", tmp_path)
+    for name in ("PATH", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.delenv("FLWR_SUPEREXEC_TASK_POLL_INTERVAL")
+    return calls
+
+
+def test_the_command_becomes_a_supernode_that_finds_the_program_first(
+    becomes, monkeypatch, tmp_path
+):
+    asked = []
+    monkeypatch.setattr(
+        supernode,
+        "start_fork_server",
+        lambda clientapp: asked.append(clientapp) or (tmp_path / "here", None, -1),
+    )
+    before = os.environ["PATH"]
+    supernode.main(["--insecure", "--port", "9094"])
+
+    assert becomes == [
+        [str(tmp_path / "flower-supernode"), "--insecure", "--port", "9094"]
+    ]
+    assert asked == [tmp_path / "flwr-clientapp"]
+    assert os.environ["PATH"] == f"{tmp_path / 'here'}:{before}"
+    assert os.environ["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] == "0.05"
+
+
+@pytest.mark.parametrize(
+    ("platform", "arguments"), [("linux", ["--help"]), ("darwin", [])]
+)
+def test_the_command_starts_no_server_that_nobody_could_use(
+    becomes, monkeypatch, platform, arguments
+):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(supernode, "start_fork_server", None)
+    supernode.main(arguments)
+
+    assert len(becomes) == 1
+
+
+def end(process: "subprocess.Popen[bytes]", alive: int) -> None:
+    os.close(alive)
+    process.wait(timeout=30)
+
+
+def test_where_programs_cannot_be_run_fedllms_home_takes_them(
+    cold, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(
+        os, "access", lambda path, _: path.is_relative_to(tmp_path / "home")
+    )
+    folder, *started = supernode.start_fork_server(cold, ("true",))
+    end(*started)
+
+    assert folder.parent == tmp_path / "home"
+
+
+def test_a_node_whose_clients_cannot_be_forked_says_so_and_starts(
+    becomes, monkeypatch, tmp_path, capsys
+):
+    home = tmp_path / ("long" * 30)
+    monkeypatch.setattr(tempfile, "tempdir", str(home))
+    monkeypatch.setenv("FEDLLM_HOME", str(home))
+    before = os.environ["PATH"]
+    supernode.main([])
+
+    assert len(becomes) == 1 and os.environ["PATH"] == before
+    assert (
+        "each client imports its libraries: AF_UNIX path too long"
+        in capsys.readouterr().err
+    )
+    assert list(home.iterdir()) == []
