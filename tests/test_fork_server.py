@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux 
 
 SERVER = """
 import json, os, signal, sys, time
-import numpy
+import numpy.random
 from fedllm import fork_server
 
 def client():
@@ -164,7 +164,7 @@ def test_the_supernodes_end_ends_clients_and_server_and_leaves_no_file(node):
 
 def test_a_client_that_cannot_begin_fails_alone(node, tmp_path):
     request = {"argv": ["0"], "folder": str(tmp_path / "gone"), "environment": {}}
-    with socket.socket(socket.AF_UNIX) as program, open(os.devnull, "w") as null:
+    with socket.socket(socket.AF_UNIX) as program, open(os.devnull, "r+") as null:
         program.connect(str(node.program.parent / "socket"))
         socket.send_fds(program, [b"\0"], [null.fileno()] * 3)
         program.sendall(json.dumps(request).encode() + b"\n")
@@ -266,7 +266,7 @@ def test_the_command_becomes_a_supernode_that_finds_the_program_first(
     monkeypatch.setattr(
         supernode,
         "start_fork_server",
-        lambda clientapp: asked.append(clientapp) or (tmp_path / "here", None, -1),
+        lambda clientapp, _: asked.append(clientapp) or (tmp_path / "here", None, -1),
     )
     before = os.environ["PATH"]
     supernode.main(["--insecure", "--port", "9094"])
@@ -277,6 +277,30 @@ def test_the_command_becomes_a_supernode_that_finds_the_program_first(
     assert asked == [tmp_path / "flwr-clientapp"]
     assert os.environ["PATH"] == f"{tmp_path / 'here'}:{before}"
     assert os.environ["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] == "0.05"
+
+
+BECOMES = """
+import sys
+from pathlib import Path
+from fedllm.commands import supernode
+supernode._BIN = Path(sys.argv[1])
+supernode._SERVER = (sys.executable, "-P", "-c", sys.argv[2])
+supernode.main(["6"])
+"""
+
+
+def test_the_supernode_that_it_becomes_starts_forked_clients(cold):
+    flower = cold.parent / "flower-supernode"
+    # Long enough for a server that was told of an end to have ended.
+    flower.write_text('#!/bin/sh\nsleep 2\nflwr-clientapp "$@"\n')
+    flower.chmod(0o700)
+    command = [sys.executable, "-c", BECOMES, str(cold.parent), SERVER]
+    done = subprocess.run(
+        command, capture_output=True, text=True, input="", timeout=60, check=False
+    )
+
+    assert done.returncode == 6, done.stderr
+    assert json.loads(done.stdout)["argv"] == ["flwr-clientapp", "6"]
 
 
 @pytest.mark.parametrize(
@@ -325,3 +349,48 @@ def test_a_node_whose_clients_cannot_be_forked_says_so_and_starts(
         in capsys.readouterr().err
     )
     assert list(home.iterdir()) == []
+
+
+IMPORTS = """
+import sys
+import torch
+from fedllm import client, errors, fork_server
+
+def broken(**asked):
+    print(asked)
+    raise errors.ModelError("broken here")
+
+real, client.import_libraries = client.import_libraries, broken
+print(fork_server._imported())
+torch.cuda.is_available = lambda: True
+print(fork_server._imported())
+torch.cuda.is_available = lambda: False
+client.import_libraries = real
+torch.cuda.is_initialized = lambda: True
+print(fork_server._imported())
+torch.cuda.is_initialized = lambda: False
+print(fork_server._imported().__name__)
+print({"bitsandbytes", "trl", "peft"} <= set(sys.modules), "fedllm" in sys.modules)
+print([name for name in sys.modules if name.startswith("fedllm.")])
+"""
+
+
+def test_the_server_imports_what_a_client_takes_or_leaves_it_to_the_clients():
+    command = [sys.executable, "-c", IMPORTS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "CUDA" not in line]
+    assert said == [
+        "{'quantized': True, 'per_example': False}",
+        "warning: broken here",
+        "None",
+        "{'quantized': False, 'per_example': False}",
+        "warning: broken here",
+        "None",
+        "None",
+        "flwr_clientapp",
+        "True False",
+        "[]",
+    ]
+    assert done.stdout.count("has initialised CUDA") == 1

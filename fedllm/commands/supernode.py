@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     if sys.platform == "linux" and not {"-h", "--help", "-V", "--version"} & set(given):
         try:
-            folder, *_ = start_fork_server(_BIN / _CLIENTAPP)
+            folder, *_ = start_fork_server(_BIN / _CLIENTAPP, _SERVER)
         except OSError as error:
             print(f"each client imports its libraries: {error}", file=sys.stderr)
         else:
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def start_fork_server(
-    clientapp: Path, server: tuple[str, ...] = _SERVER
+    clientapp: Path, server: tuple[str, ...]
 ) -> tuple[Path, "subprocess.Popen[bytes]", int]:
     """Start a process that forks clients for as long as this one lives.
 
