@@ -62,7 +62,7 @@ def main() -> None:
 
 def _imported() -> Callable[[], None] | None:
     """Import all that a client does; return Flower's command, or None: do not fork."""
-    # Or torch asks CUDA for devices, after which no child could use it.
+    # Or torch counts GPUs with CUDA itself, after which no child could use it.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     show_log()
     (command,) = importlib.metadata.entry_points(
@@ -73,17 +73,18 @@ def _imported() -> Callable[[], None] | None:
 
     from fedllm.client import import_libraries
 
+    has_gpu = torch.cuda.is_available()
     try:
         # bitsandbytes asks CUDA for the devices' properties.
-        import_libraries(quantized=not torch.cuda.is_available(), per_example=False)
+        import_libraries(quantized=not has_gpu, per_example=False)
     except FedllmError as error:
         # Each client will say so in its reply.
         logger.warning("%s", error)
         return None
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if has_gpu and not _cuda_survives_a_fork():
         logger.warning(
-            "each client imports its libraries itself: importing them has initialised "
-            "CUDA, and a forked process could not use it"
+            "each client imports its libraries itself: CUDA cannot be used in a process "
+            "that was forked from one that has imported them"
         )
         return None
     # A child's fedllm comes with its run, in the version of the server.
@@ -94,6 +95,20 @@ def _imported() -> Callable[[], None] | None:
     gc.collect()
     gc.freeze()
     return clientapp
+
+
+def _cuda_survives_a_fork() -> bool:
+    """Try it: whether some import has initialised CUDA cannot always be told."""
+    import torch
+
+    pid = os.fork()
+    if not pid:
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 class _Server:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from flwr.common.config import parse_config_args
+from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
 from fedllm.config import parse_run_config
 from fedllm.typed_config import typed_config
@@ -55,8 +56,11 @@ def test_a_command_that_is_shown_can_be_typed(page, command, monkeypatch):
         assert set(flags(words)) <= {"--stream", "--run-config", "--federation-config"}
     else:
         module = "evaluate" if words[1] == "evaluate.py" else words[2].split(".")[-1]
-        known = import_module(f"fedllm.commands.{module}")
-        known._parser().parse_args(words[2 if words[1] == "evaluate.py" else 3 :])
+        if module == "supernode":
+            parser = _parse_args_run_supernode()
+        else:
+            parser = import_module(f"fedllm.commands.{module}")._parser()
+        parser.parse_args(words[2 if words[1] == "evaluate.py" else 3 :])
     for typed in values(words, "--run-config"):
         if typed.startswith("~"):
             continue  # A file that the page has just had the reader write.
