@@ -11,15 +11,15 @@ import socket
 import sys
 
 TAKEN = b"+"
-GIVEN_BACK = b"!"
-_INSTALLS = "--allow-runtime-dependency-installation"
+SECONDS_TO_TAKE = 15
+INSTALLS = "--allow-runtime-dependency-installation"
 
 
 def main() -> None:
     """Wait for the forked client and end with its status."""
     path, program, *argv = sys.argv[1:]
     # Libraries that a run brings along must not meet others that are imported already.
-    status = None if _INSTALLS in argv else _asked(path, argv)
+    status = None if INSTALLS in argv else _asked(path, argv)
     if status is None:
         os.execv(program, [program, *argv])
     # A signal's number cannot be an exit status: a shell's way of saying it.
@@ -33,15 +33,23 @@ def _asked(path: str, argv: list[str]) -> int | None:
         environment = dict(os.environ)
         request = {"argv": argv, "folder": os.getcwd(), "environment": environment}
         with socket.socket(socket.AF_UNIX) as server:
+            server.settimeout(SECONDS_TO_TAKE)
             server.connect(path)
             socket.send_fds(server, [b"\0"], [0, 1, 2])
             server.sendall(json.dumps(request).encode() + b"\n")
-            taken = server.recv(1)
+            try:
+                taken = server.recv(1)
+            except TimeoutError:
+                # Flower gives a message that nobody took to another process after 30 s.
+                # A client that is forked from here on cannot say so, and ends.
+                server.shutdown(socket.SHUT_RD)
+                taken = server.recv(1)
+            server.settimeout(None)
             said = server.recv(16)
     except OSError:
-        # It has ended, before it took the request or after.
+        # It has ended, before a client was forked or after.
         pass
-    if taken != TAKEN or said == GIVEN_BACK:
+    if taken != TAKEN:
         return None
     return int(said) if said else 1
 

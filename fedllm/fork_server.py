@@ -15,25 +15,33 @@ import json
 import logging
 import os
 import selectors
-import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fedllm.errors import FedllmError
-from fedllm.fork_client import GIVEN_BACK, TAKEN
+from fedllm.fork_client import TAKEN
 from fedllm.logs import show_log
 
 # As a program this module is called __main__.
 logger = logging.getLogger("fedllm.fork_server")
 
 _CLIENTAPP = "flwr-clientapp"
+_ENDS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _STANDARD_STREAMS = 3
 _LARGEST_READ = 65_536
+_SECONDS_TO_ASK = 5
+_SECONDS_TO_TRY_CUDA = 60
+# In the place of a server of half a GB.
+_WAITER = """
+import os, shutil, sys
+os.read(int(sys.argv[1]), 1)
+shutil.rmtree(sys.argv[2], ignore_errors=True)
+"""
 
 
 def main() -> None:
@@ -42,29 +50,40 @@ def main() -> None:
     Arguments are the folder of the socket and two descriptors: the listening socket,
     and a pipe that nobody writes to and that closes with the SuperNode.
     """
-    folder, listener, alive = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    folder, listener, alive = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    show_log()
     # What ends a group of processes is for the SuperNode first, whose end ends this.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    clientapp = _imported()
-    if clientapp is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    logger.info("clients are forked by process %d", os.getpid())
+    # Ignored, it would be lost for a child that has just been forked.
+    before = {end: signal.signal(end, _do_nothing) for end in _ENDS}
+    argv = None
     with socket.socket(fileno=listener) as listening:
-        argv = _Server(listening, alive).serve()
-    if argv is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
+        try:
+            clientapp = _imported()
+            if clientapp is not None:
+                logger.info("clients are forked by process %d", os.getpid())
+                argv = _Server(listening, alive, before).serve()
+        except Exception as error:  # noqa: BLE001 - no worse than without a server
+            logger.warning("each client imports its libraries itself: %r", error)
+    if argv is None or clientapp is None:
+        # The folder stays first on the SuperNode's PATH: while that lives, nobody else
+        # may come to own its name.
+        for end in _ENDS:
+            signal.signal(end, signal.SIG_IGN)
+        os.set_inheritable(alive, True)
+        waiter = [sys.executable, "-I", "-S", "-c", _WAITER, str(alive), folder]
+        os.execv(sys.executable, waiter)
     sys.argv = [_CLIENTAPP, *argv]
     clientapp()
+
+
+def _do_nothing(*_: object) -> None:
+    """Take a signal."""
 
 
 def _imported() -> Callable[[], None] | None:
     """Import all that a client does; return Flower's command, or None: do not fork."""
     # Or torch counts GPUs with CUDA itself, after which no child could use it.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    show_log()
     (command,) = importlib.metadata.entry_points(
         group="console_scripts", name=_CLIENTAPP
     )
@@ -104,6 +123,8 @@ def _cuda_survives_a_fork() -> bool:
     pid = os.fork()
     if not pid:
         try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(_SECONDS_TO_TRY_CUDA)
             torch.cuda.init()  # type: ignore[no-untyped-call]
             os._exit(0)
         finally:
@@ -114,54 +135,74 @@ def _cuda_survives_a_fork() -> bool:
 class _Server:
     """Forks a child for each connection, and tells the connection how it ended."""
 
-    def __init__(self, listening: socket.socket, alive: int) -> None:
+    def __init__(
+        self, listening: socket.socket, alive: int, before: dict[signal.Signals, Any]
+    ) -> None:
         self._listening = listening
         self._alive = alive
+        self._before = before
         self._children: dict[int, socket.socket] = {}
         self._selector = selectors.DefaultSelector()
+        self._woken, self._wake = os.pipe()
 
     def serve(self) -> list[str] | None:
         """Return None once the SuperNode has ended; in a child, its arguments."""
-        woken, wake = os.pipe()
-        for end in (woken, wake):
+        for end in (self._woken, self._wake):
             os.set_blocking(end, False)
-        signal.set_wakeup_fd(wake)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        for source in (woken, self._alive, self._listening):
+        signal.set_wakeup_fd(self._wake)
+        signal.signal(signal.SIGCHLD, _do_nothing)
+        for source in (self._woken, self._alive, self._listening):
             self._selector.register(source, selectors.EVENT_READ)
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj == self._alive:
                     self._end_children()
                     return None
-                if key.fileobj == woken:
-                    os.read(woken, _LARGEST_READ)
+                if key.fileobj == self._woken:
+                    os.read(self._woken, _LARGEST_READ)
                     self._reap()
                 elif key.fileobj is self._listening:
-                    connection, _ = self._listening.accept()
-                    argv = self._fork(connection)
+                    argv = self._answer()
                     if argv is not None:
-                        for end in (woken, wake):
-                            os.close(end)
                         return argv
                 else:
                     self._end_child(key.data)
 
-    def _fork(self, connection: socket.socket) -> list[str] | None:
-        """Start a child, in which the arguments of its message are returned."""
-        streams: list[int] = []
+    def _answer(self) -> list[str] | None:
+        """Fork a child, in which the arguments of its message are returned."""
         try:
+            connection, _ = self._listening.accept()
+        except OSError as error:
+            # Out of descriptors, and there is no hurry to be so again.
+            logger.warning("no client was forked: %s", error)
+            time.sleep(1)
+            return None
+        try:
+            connection.settimeout(_SECONDS_TO_ASK)
             request, streams = _request(connection)
-            # First, so that a message never has two clients.
-            connection.sendall(TAKEN)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            try:
-                pid = os.fork()
-            except OSError:
-                connection.sendall(GIVEN_BACK)
-                raise
+            connection.settimeout(None)
         except (OSError, ValueError) as error:
+            logger.warning("no client was forked: %s", error)
+            connection.close()
+            return None
+        try:
+            return self._fork(connection, request, streams)
+        finally:
+            for stream in streams:
+                os.close(stream)
+
+    def _fork(
+        self, connection: socket.socket, request: dict[str, Any], streams: list[int]
+    ) -> list[str] | None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        # What ends a child that has not yet become one waits until it has.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+        try:
+            pid = os.fork()
+        except OSError as error:
+            # Its program becomes Flower's.
             logger.warning("no client was forked: %s", error)
             connection.close()
             return None
@@ -173,8 +214,7 @@ class _Server:
             self._selector.register(connection, selectors.EVENT_READ, data=pid)
             return None
         finally:
-            for stream in streams:
-                os.close(stream)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
 
     def _become(
         self, request: dict[str, Any], streams: list[int], connection: socket.socket
@@ -182,16 +222,20 @@ class _Server:
         """In the child: take the program's streams, folder and environment, no more."""
         try:
             self._let_go()
-            connection.close()
             for number, stream in enumerate(streams):
                 os.dup2(stream, number)
             os.chdir(request["folder"])
             os.environ.clear()
             os.environ.update(request["environment"])
-            import numpy as np
-
-            # Each child would else begin with the same state of this generator.
-            np.random.seed()  # noqa: NPY002 - it is the one that libraries share
+            # Each child would else begin with the same states.
+            if numpy := sys.modules.get("numpy"):
+                numpy.random.seed()
+            if torch := sys.modules.get("torch"):
+                torch.default_generator.seed()
+            # Last, and by the child: whoever is not told of it has no client, and
+            # becomes Flower's. If it cannot be told, it has done so already.
+            connection.sendall(TAKEN)
+            connection.close()
         except BaseException:  # noqa: BLE001
             # A child must not go on as a server.
             traceback.print_exc()
@@ -201,11 +245,12 @@ class _Server:
         """In the child: undo what makes a server."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for end, handler in self._before.items():
+            signal.signal(end, handler)
         self._selector.close()
         self._listening.close()
-        os.close(self._alive)
+        for descriptor in (self._alive, self._woken, self._wake):
+            os.close(descriptor)
         for connection in self._children.values():
             connection.close()
 

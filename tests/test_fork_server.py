@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from fedllm import fork_client
 from fedllm.commands import supernode
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
@@ -26,15 +28,26 @@ import json, os, signal, sys, time
 import numpy.random
 from fedllm import fork_server
 
+class Torch:
+    class default_generator:
+        seed = staticmethod(lambda: setattr(Torch, "seeded", True))
+
+sys.modules["torch"] = Torch
+
 def client():
     said = {"argv": sys.argv, "folder": os.getcwd(), "mark": os.environ.get("MARK")}
     said |= {"pid": os.getpid(), "random": int(numpy.random.randint(2**31))}
+    said |= {"torch": Torch.seeded}
     said |= {"interrupted": signal.getsignal(signal.SIGINT).__name__}
-    said |= {"terminated": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL}
+    ends = (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM)
+    said |= {"ends": [signal.getsignal(end) == signal.SIG_DFL for end in ends]}
+    said |= {"blocked": len(signal.pthread_sigmask(signal.SIG_BLOCK, []))}
     said |= {"descriptors": sorted(map(int, os.listdir("/proc/self/fd")))[:-1]}
     said |= {"input": "" if "sleep" in sys.argv else sys.stdin.read()}
     print(json.dumps(said), flush=True)
     print("wrong", file=sys.stderr, flush=True)
+    if "note" in sys.argv:
+        open("note", "w").close()
     if "sleep" in sys.argv:
         time.sleep(60)
     if "killed" in sys.argv:
@@ -42,6 +55,8 @@ def client():
     sys.exit(int(sys.argv[1]))
 
 fork_server._imported = lambda: client
+fork_server._SECONDS_TO_ASK = 0.5
+# MORE
 fork_server.main()
 """
 
@@ -85,14 +100,33 @@ def cold(tmp_path) -> Path:
     return program
 
 
-@pytest.fixture
-def node(cold) -> Iterator[Node]:
-    server = (sys.executable, "-P", "-c", SERVER)
+@contextlib.contextmanager
+def started(cold: Path, more: str = "") -> Iterator[Node]:
+    """A node whose server runs this too before it serves."""
+    server = (sys.executable, "-P", "-c", SERVER.replace("# MORE", more))
     folder, process, alive = supernode.start_fork_server(cold, server)
     here = Node(folder / "flwr-clientapp", process, alive)
-    yield here
-    here.end()
-    process.wait(timeout=30)
+    try:
+        yield here
+    finally:
+        here.end()
+        process.wait(timeout=30)
+        # A server that was killed leaves it.
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory, monkeypatch) -> Path:
+    """A home of few letters, since the path of a socket may have 107."""
+    folder = tmp_path_factory.mktemp("h")
+    monkeypatch.setenv("FEDLLM_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def node(cold) -> Iterator[Node]:
+    with started(cold) as here:
+        yield here
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
@@ -128,7 +162,8 @@ def test_a_client_has_the_programs_arguments_streams_folder_and_environment(
     assert said["input"] == "told"
     assert errors == "wrong\n"
     assert said["interrupted"] == "default_int_handler"
-    assert said["terminated"]
+    assert said["ends"] == [True] * 3
+    assert said["blocked"] == 0
 
 
 def test_clients_are_processes_of_their_own_with_chances_of_their_own(node):
@@ -137,6 +172,7 @@ def test_clients_are_processes_of_their_own_with_chances_of_their_own(node):
 
     assert first["pid"] != second["pid"]
     assert first["random"] != second["random"]
+    assert first["torch"] and second["torch"]
     assert first["descriptors"] == second["descriptors"] == [0, 1, 2]
 
 
@@ -162,7 +198,7 @@ def test_the_supernodes_end_ends_clients_and_server_and_leaves_no_file(node):
     assert not node.program.parent.exists()
 
 
-def test_a_client_that_cannot_begin_fails_alone(node, tmp_path):
+def test_a_client_that_cannot_begin_is_none(node, tmp_path):
     request = {"argv": ["0"], "folder": str(tmp_path / "gone"), "environment": {}}
     with socket.socket(socket.AF_UNIX) as program, open(os.devnull, "r+") as null:
         program.connect(str(node.program.parent / "socket"))
@@ -170,7 +206,8 @@ def test_a_client_that_cannot_begin_fails_alone(node, tmp_path):
         program.sendall(json.dumps(request).encode() + b"\n")
         said = b"".join(iter(lambda: program.recv(16), b""))
 
-    assert said == b"+1"
+    # Not that it was taken, so that its program becomes Flower's.
+    assert said == b"1"
     assert node.call("0")[0] == 0
 
 
@@ -184,7 +221,9 @@ def test_a_folder_that_is_gone_is_left_to_flowers_own_program(node, tmp_path):
     assert subprocess.run(command, cwd=folder, check=False).returncode == 5
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "sign", [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM]
+)
 def test_what_ends_a_group_is_left_to_the_supernode_and_its_clients(node, sign):
     assert node.call("0")[0] == 0
     node.server.send_signal(sign)
@@ -243,7 +282,71 @@ def test_a_request_that_breaks_off_harms_nobody(node, sent, with_streams):
     assert node.call("4")[0] == 4
 
 
-def test_only_the_nodes_user_reaches_the_server(node):
+def test_a_request_that_never_ends_does_not_stop_the_node(node):
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(node.program.parent / "socket"))
+
+        assert node.call("4")[0] == 4
+
+
+def test_a_message_that_waits_long_gets_one_client_and_it_is_flowers(
+    cold, tmp_path, monkeypatch
+):
+    quick = tmp_path / "fork_client.py"
+    text = Path(fork_client.__file__).read_text("utf-8")
+    quick.write_text(text.replace("SECONDS_TO_TAKE = 15", "SECONDS_TO_TAKE = 1"))
+    monkeypatch.setattr(fork_client, "__file__", str(quick))
+    with started(cold) as node:
+        assert node.call("0")[0] == 0
+        node.server.send_signal(signal.SIGSTOP)
+        # No pipe: its end is in the request, which the server has yet to read.
+        with (tmp_path / "told").open("w") as told:
+            command = node.command("0", "note")
+            done = subprocess.run(command, cwd=tmp_path, stdout=told, check=False)
+        node.server.send_signal(signal.SIGCONT)
+
+        assert done.returncode == 5
+        assert json.loads((tmp_path / "told").read_text()) == {"cold": "0 note"}
+        assert node.call("0", cwd=tmp_path)[0] == 0
+    assert not (tmp_path / "note").exists()
+
+
+def test_a_client_whose_program_ends_before_it_has_begun_never_begins(cold, tmp_path):
+    slow = """
+let_go = fork_server._Server._let_go
+def late(self):
+    open("forked", "w").close()
+    time.sleep(1)
+    let_go(self)
+fork_server._Server._let_go = late
+"""
+    with started(cold, f"os.chdir({str(tmp_path)!r})" + slow) as node:
+        command = node.command("0", "note")
+        with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE) as program:
+            wait_until((tmp_path / "forked").exists)
+            program.kill()
+        assert node.call("0")[0] == 0
+    assert not (tmp_path / "note").exists()
+
+
+@pytest.mark.parametrize("imported", ["None", "1 / 0"])
+def test_a_server_that_cannot_serve_leaves_its_folder_to_nobody(cold, imported):
+    with started(cold, f"fork_server._imported = lambda: {imported}") as node:
+        assert node.call("0")[:2] == (5, {"cold": "0"})
+        # It stays on the SuperNode's PATH.
+        assert node.program.exists()
+        # A process without libraries keeps it.
+        wait_until(lambda: "-S" in psutil.Process(node.server.pid).cmdline())
+        for sign in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+            node.server.send_signal(sign)
+        assert node.call("0")[0] == 5
+        node.end()
+        node.server.wait(timeout=30)
+        assert not node.program.parent.exists()
+
+
+def test_only_the_nodes_user_reaches_the_server(node, home):
+    assert node.program.parent.parent == home
     assert node.program.parent.stat().st_mode & 0o777 == 0o700
 
 
@@ -300,11 +403,20 @@ def test_the_supernode_that_it_becomes_starts_forked_clients(cold):
     )
 
     assert done.returncode == 6, done.stderr
-    assert json.loads(done.stdout)["argv"] == ["flwr-clientapp", "6"]
+    forked, said = done.stdout.splitlines()
+    assert forked.startswith("clients are forked by process")
+    assert json.loads(said)["argv"] == ["flwr-clientapp", "6"]
 
 
 @pytest.mark.parametrize(
-    ("platform", "arguments"), [("linux", ["--help"]), ("darwin", [])]
+    ("platform", "arguments"),
+    [
+        ("linux", ["--help"]),
+        ("linux", ["--isolation", "process"]),
+        ("linux", ["--isolation=process"]),
+        ("linux", ["--allow-runtime-dependency-installation"]),
+        ("darwin", []),
+    ],
 )
 def test_the_command_starts_no_server_that_nobody_could_use(
     becomes, monkeypatch, platform, arguments
@@ -316,46 +428,51 @@ def test_the_command_starts_no_server_that_nobody_could_use(
     assert len(becomes) == 1
 
 
-def end(process: "subprocess.Popen[bytes]", alive: int) -> None:
-    os.close(alive)
-    process.wait(timeout=30)
-
-
-def test_where_programs_cannot_be_run_fedllms_home_takes_them(
-    cold, monkeypatch, tmp_path
+@pytest.mark.parametrize("trouble", ["a long path", "no programs"])
+def test_where_fedllms_home_will_not_do_the_temporary_folder_does(
+    cold, monkeypatch, tmp_path, home, trouble
 ):
-    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(
-        os, "access", lambda path, _: path.is_relative_to(tmp_path / "home")
-    )
-    folder, *started = supernode.start_fork_server(cold, ("true",))
-    end(*started)
-
-    assert folder.parent == tmp_path / "home"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if trouble == "a long path":
+        monkeypatch.setenv("FEDLLM_HOME", str(home / ("long" * 30)))
+    else:
+        monkeypatch.setattr(os, "access", lambda path, _: path.is_relative_to(tmp_path))
+    with started(cold) as node:
+        assert node.program.parent.parent == tmp_path
+    assert [path for path in home.rglob("*") if path.name.startswith("fedllm")] == []
 
 
 def test_a_node_whose_clients_cannot_be_forked_says_so_and_starts(
     becomes, monkeypatch, tmp_path, capsys
 ):
-    home = tmp_path / ("long" * 30)
-    monkeypatch.setattr(tempfile, "tempdir", str(home))
-    monkeypatch.setenv("FEDLLM_HOME", str(home))
+    nowhere = tmp_path / ("long" * 30)
+    monkeypatch.setattr(tempfile, "tempdir", str(nowhere))
+    monkeypatch.setenv("FEDLLM_HOME", str(nowhere))
     before = os.environ["PATH"]
     supernode.main([])
 
-    assert len(becomes) == 1 and os.environ["PATH"] == before
-    assert (
-        "each client imports its libraries: AF_UNIX path too long"
-        in capsys.readouterr().err
-    )
+    assert len(becomes) == 1
+    assert os.environ["PATH"] == before
+    said = capsys.readouterr().err
+    assert "each client imports its libraries: AF_UNIX path too long" in said
+    assert list(nowhere.iterdir()) == []
+
+
+def test_a_server_that_cannot_be_started_leaves_nothing(cold, home, tmp_path):
+    open_before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(FileNotFoundError):
+        supernode.start_fork_server(cold, (str(tmp_path / "gone"),))
+
+    assert len(os.listdir("/proc/self/fd")) == open_before
     assert list(home.iterdir()) == []
 
 
 IMPORTS = """
 import sys
 import torch
-from fedllm import client, errors, fork_server
+from fedllm import client, errors, fork_server, logs
 
+logs.show_log()
 def broken(**asked):
     print(asked)
     raise errors.ModelError("broken here")

@@ -29,7 +29,7 @@ _POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
 def main(arguments: list[str] | None = None) -> None:
     """Start the fork server, and become `flower-supernode`."""
     given = sys.argv[1:] if arguments is None else arguments
-    if sys.platform == "linux" and not {"-h", "--help", "-V", "--version"} & set(given):
+    if sys.platform == "linux" and _forks(given):
         try:
             folder, *_ = start_fork_server(_BIN / _CLIENTAPP, _SERVER)
         except OSError as error:
@@ -40,6 +40,18 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault(_POLL, "0.05")
     program = str(_BIN / "flower-supernode")
     os.execv(program, [program, *given])
+
+
+def _forks(given: list[str]) -> bool:
+    """Tell whether a SuperNode with these arguments starts clients that can be forked."""
+    apart = "--isolation=process" in given or "process" in given
+    return not apart and not {
+        "-h",
+        "--help",
+        "-V",
+        "--version",
+        fork_client.INSTALLS,
+    } & {*given}
 
 
 def start_fork_server(
@@ -64,12 +76,18 @@ def start_fork_server(
     os.set_inheritable(alive, True)
     with listening:
         descriptors = (listening.fileno(), ended)
-        process = subprocess.Popen(
-            [*server, str(folder), *map(str, descriptors)],
-            pass_fds=descriptors,
-            stdin=subprocess.DEVNULL,
-        )
-    os.close(ended)
+        try:
+            process = subprocess.Popen(
+                [*server, str(folder), *map(str, descriptors)],
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+            )
+        except OSError:
+            os.close(alive)
+            shutil.rmtree(folder)
+            raise
+        finally:
+            os.close(ended)
     return folder, process, alive
 
 
@@ -79,11 +97,11 @@ def _program_and_socket(clientapp: Path) -> tuple[Path, socket.socket]:
     Raises:
         OSError: It can be had in neither place.
     """
+    # It goes first on a PATH, so where nobody else can write, if that can be had.
     try:
-        return _made_in(Path(tempfile.gettempdir()), clientapp)
-    except OSError:
-        # On a hardened machine programs cannot be run from there.
         return _made_in(fedllm_home(), clientapp)
+    except OSError:
+        return _made_in(Path(tempfile.gettempdir()), clientapp)
 
 
 def _made_in(parent: Path, clientapp: Path) -> tuple[Path, socket.socket]:
