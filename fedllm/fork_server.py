@@ -53,8 +53,7 @@ def main() -> None:
     folder, listener, alive = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     show_log()
     # What ends a group of processes is for the SuperNode first, whose end ends this.
-    # Ignored, it would be lost for a child that has just been forked.
-    before = {end: signal.signal(end, _do_nothing) for end in _ENDS}
+    before = {end: signal.signal(end, signal.SIG_IGN) for end in _ENDS}
     argv = None
     with socket.socket(fileno=listener) as listening:
         try:
@@ -67,17 +66,10 @@ def main() -> None:
     if argv is None or clientapp is None:
         # The folder stays first on the SuperNode's PATH: while that lives, nobody else
         # may come to own its name.
-        for end in _ENDS:
-            signal.signal(end, signal.SIG_IGN)
-        os.set_inheritable(alive, True)
         waiter = [sys.executable, "-I", "-S", "-c", _WAITER, str(alive), folder]
         os.execv(sys.executable, waiter)
     sys.argv = [_CLIENTAPP, *argv]
     clientapp()
-
-
-def _do_nothing(*_: object) -> None:
-    """Take a signal."""
 
 
 def _imported() -> Callable[[], None] | None:
@@ -150,7 +142,7 @@ class _Server:
         for end in (self._woken, self._wake):
             os.set_blocking(end, False)
         signal.set_wakeup_fd(self._wake)
-        signal.signal(signal.SIGCHLD, _do_nothing)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
         for source in (self._woken, self._alive, self._listening):
             self._selector.register(source, selectors.EVENT_READ)
         while True:
@@ -197,8 +189,6 @@ class _Server:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
-        # What ends a child that has not yet become one waits until it has.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
         try:
             pid = os.fork()
         except OSError as error:
@@ -206,15 +196,12 @@ class _Server:
             logger.warning("no client was forked: %s", error)
             connection.close()
             return None
-        else:
-            if not pid:
-                self._become(request, streams, connection)
-                return list(request["argv"])
-            self._children[pid] = connection
-            self._selector.register(connection, selectors.EVENT_READ, data=pid)
-            return None
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
+        if not pid:
+            self._become(request, streams, connection)
+            return list(request["argv"])
+        self._children[pid] = connection
+        self._selector.register(connection, selectors.EVENT_READ, data=pid)
+        return None
 
     def _become(
         self, request: dict[str, Any], streams: list[int], connection: socket.socket
@@ -232,8 +219,8 @@ class _Server:
                 numpy.random.seed()
             if torch := sys.modules.get("torch"):
                 torch.default_generator.seed()
-            # Last, and by the child: whoever is not told of it has no client, and
-            # becomes Flower's. If it cannot be told, it has done so already.
+            # Last, and by the child: a program that is not told has no client, and
+            # becomes Flower's. One that cannot be told has done so, or was ended.
             connection.sendall(TAKEN)
             connection.close()
         except BaseException:  # noqa: BLE001
@@ -248,7 +235,6 @@ class _Server:
         for end, handler in self._before.items():
             signal.signal(end, handler)
         self._selector.close()
-        self._listening.close()
         for descriptor in (self._alive, self._woken, self._wake):
             os.close(descriptor)
         for connection in self._children.values():
