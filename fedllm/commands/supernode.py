@@ -44,14 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _forks(given: list[str]) -> bool:
     """Tell whether a SuperNode with these arguments starts clients that can be forked."""
-    apart = "--isolation=process" in given or "process" in given
-    return not apart and not {
-        "-h",
-        "--help",
-        "-V",
-        "--version",
-        fork_client.INSTALLS,
-    } & {*given}
+    says = {"-h", "--help", "-V", "--version"}
+    starts_none = {"--isolation=process", "process"}
+    return not (says | starts_none | {fork_client.INSTALLS}) & {*given}
 
 
 def start_fork_server(
