@@ -133,7 +133,6 @@ def _run(
             # No public rows: the server scores nothing, which with a 3B base takes minutes.
             "data.name": str(folder / "site-0.jsonl"),
             "model.quantization": args.quantization,
-            "wire.encoding": args.encoding,
         }
         if args.model:
             config["model.name"] = args.model
@@ -182,7 +181,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=26)
     parser.add_argument("--model", help="model.name")
     parser.add_argument("--batch-size", type=int, help="train.batch-size")
-    parser.add_argument("--encoding", default="float32", help="wire.encoding")
     parser.add_argument("--quantization", type=int, default=4)
     parser.add_argument(
         "--skip", type=int, default=1, help="first messages of a node left out"

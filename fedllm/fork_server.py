@@ -117,6 +117,7 @@ def _cuda_survives_a_fork() -> bool:
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(_SECONDS_TO_TRY_CUDA)
+            # torch leaves it without types.
             torch.cuda.init()  # type: ignore[no-untyped-call]
             os._exit(0)
         finally:
@@ -223,8 +224,7 @@ class _Server:
             # becomes Flower's. One that cannot be told has done so, or was ended.
             connection.sendall(TAKEN)
             connection.close()
-        except BaseException:  # noqa: BLE001
-            # A child must not go on as a server.
+        except BaseException:  # noqa: BLE001 - a child must not go on as a server
             traceback.print_exc()
             os._exit(1)
 

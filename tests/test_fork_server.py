@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 
 from fedllm import fork_client
 from fedllm.commands import supernode
+from tests.slow.flower_processes import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
 
@@ -130,13 +131,6 @@ def home(tmp_path_factory, monkeypatch) -> Path:
 def node(cold) -> Iterator[Node]:
     with started(cold) as here:
         yield here
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.02)
 
 
 @contextlib.contextmanager

@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -87,6 +88,13 @@ def wait_for_port(port: int, seconds: float = 90) -> None:
             return
         time.sleep(0.2)
     raise AssertionError(f"nothing listens on {port}")
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.1)
 
 
 def end_daemon(flwr_home: Path) -> None:

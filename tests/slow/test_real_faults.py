@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from tests.slow.flower_processes import (
     running,
     typed,
     wait_for_port,
+    wait_until,
 )
 from tests.test_federation import write_rows
 
@@ -131,13 +131,6 @@ class Deployment:
         assert pids, f"no {program}"
         for pid in pids:
             os.kill(pid, sign)
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.3)
 
 
 @pytest.fixture
