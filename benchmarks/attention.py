@@ -23,13 +23,15 @@ import numpy as np
 import torch
 from overhead import _resolved, _say_machine
 
-from fedllm import attention, packing
-from fedllm.adapters import adapter_spec, attach, initial_arrays
+from fedllm.adapters.peft_model import attach, initial_arrays
+from fedllm.adapters.resolve import adapter_spec
 from fedllm.config import fedllm_home
-from fedllm.data import load_rows, partition, tokenize
-from fedllm.evaluation import labelled
-from fedllm.models import load_base, load_config, load_tokenizer, locate
-from fedllm.training import train_adapter, training_seed
+from fedllm.data.partitions import partition
+from fedllm.data.rows import load_rows
+from fedllm.data.tokens import labelled, tokenize
+from fedllm.models import attention, packing
+from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
+from fedllm.training.sft import train_adapter, training_seed
 
 # Which attention, which models are computed without padding, and whether they share.
 SETTINGS: dict[str, tuple[str, tuple[str, ...], bool]] = {

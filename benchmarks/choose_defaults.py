@@ -23,14 +23,17 @@ from typing import Any
 
 import numpy as np
 
-from fedllm.adapters import adapter_spec, attach, initial_arrays, set_trained
+from fedllm.adapters.peft_model import attach, initial_arrays, set_trained
+from fedllm.adapters.resolve import adapter_spec
 from fedllm.config import AdapterConfig, DataConfig, TrainConfig, fedllm_home
-from fedllm.data import load_public, load_rows, partition, tokenize
-from fedllm.evaluation import held_out, labelled
-from fedllm.models import load_base, load_config, load_tokenizer, locate
+from fedllm.data.partitions import partition
+from fedllm.data.rows import load_public, load_rows
+from fedllm.data.tokens import labelled, tokenize
+from fedllm.evaluation.held_out_loss import held_out
+from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
 from fedllm.privacy.accounting import calibrate
-from fedllm.server_optimizer import cosine
-from fedllm.training import train_adapter, training_seed
+from fedllm.strategy.server_optimizer import cosine
+from fedllm.training.sft import train_adapter, training_seed
 
 
 class Bench:

@@ -16,7 +16,7 @@ generator, so that a table can be made again; a run of fedllm never does that.
 `screen` prints the validation loss after round 1 for a grid of steps. `run` appends one
 line for each seed and skips those that the file has, so that it may be stopped and typed
 again. Validation rows (128) choose; the 266 test rows are scored once, at the end.
-`publish` writes what the planner knows, fedllm/frontier.json, and the plot in docs/images
+`publish` writes what the planner knows, fedllm/planning/frontier.json, and the plot in docs/images
 from the results file, which lies beside this script.
 """
 
@@ -33,20 +33,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedllm.adapters import (
-    AdapterSpec,
-    adapter_spec,
-    attach,
-    initial_arrays,
-    set_trained,
-)
+from fedllm.adapters.peft_model import attach, initial_arrays, set_trained
+from fedllm.adapters.resolve import adapter_spec
+from fedllm.adapters.spec import AdapterSpec
 from fedllm.config import AdapterConfig, DataConfig, TrainConfig, fedllm_home
-from fedllm.data import load_public, load_rows, partition, tokenize
-from fedllm.evaluation import answer_losses, collate, held_out, labelled
-from fedllm.models import load_base, load_config, load_tokenizer, locate
+from fedllm.data.partitions import partition
+from fedllm.data.rows import load_public, load_rows
+from fedllm.data.tokens import labelled, tokenize
+from fedllm.evaluation.held_out_loss import held_out
+from fedllm.models.answer_loss import answer_losses, collate
+from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
+from fedllm.planning.frontier import load_frontier
 from fedllm.privacy.accounting import calibrate
-from fedllm.privacy.planning import load_frontier
-from fedllm.server_optimizer import cosine
+from fedllm.strategy.server_optimizer import cosine
 
 Vector = npt.NDArray[np.float64]
 _DELTA = 1e-5
@@ -356,7 +355,7 @@ def federate(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 def check(args: argparse.Namespace) -> None:
     """Compare a shared pass with what fedllm's trainer makes of the same examples."""
-    from fedllm.training import train_adapter
+    from fedllm.training.sft import train_adapter
 
     for kind in ("ffa-lora", "lora-core", "lora", "ia3"):
         args.kind, args.clients = kind, 600
@@ -453,7 +452,7 @@ def publish(args: argparse.Namespace) -> None:
     lines = [f"  {json.dumps(k)}: {json.dumps(v)}," for k, v in head.items()]
     rows = ",\n".join("    " + json.dumps(row) for row in found)
     text = "\n".join(["{", *lines, '  "rows": [', rows, "  ]", "}\n"])
-    (root / "fedllm" / "frontier.json").write_text(text, "utf-8")
+    (root / "fedllm" / "planning" / "frontier.json").write_text(text, "utf-8")
     plot(root / "docs" / "images" / "frontier.svg")
 
 

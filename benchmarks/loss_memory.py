@@ -14,10 +14,10 @@ import sys
 
 import torch
 
-from fedllm import evaluation
+from fedllm.models import answer_loss
 
 HIDDEN, VOCABULARY, POSITIONS = 3200, 32_000, 512
-CHUNKS = {"whole": POSITIONS, "chunked": evaluation._TOKENS_PER_CHUNK}
+CHUNKS = {"whole": POSITIONS, "chunked": answer_loss._TOKENS_PER_CHUNK}
 BOUND = 0.5
 
 
@@ -44,7 +44,7 @@ def main() -> None:
 def _measure(chunk: int) -> None:
     """Print the megabytes that a pass adds, and the norm of the rows' gradient."""
     torch.manual_seed(0)
-    evaluation._TOKENS_PER_CHUNK = chunk
+    answer_loss._TOKENS_PER_CHUNK = chunk
     head = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False, dtype=torch.bfloat16)
     head.requires_grad_(False)
     rows = torch.randn(POSITIONS, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
@@ -54,7 +54,7 @@ def _measure(chunk: int) -> None:
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     before = _peak()
-    evaluation._ChunkedLosses.apply(rows, wanted, head).mean().backward()
+    answer_loss._ChunkedLosses.apply(rows, wanted, head).mean().backward()
     assert rows.grad is not None
     print(_peak() - before, float(rows.grad.float().norm()))
 

@@ -215,7 +215,7 @@ def _write_tokenizer(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from fedllm.config import DataConfig
-    from fedllm.data import load_rows
+    from fedllm.data.rows import load_rows
 
     made = ByteLevelBPETokenizer()
     rows = load_rows(DataConfig(), None)
@@ -271,17 +271,18 @@ def measure_on_gpu(folder: Path, setting: str) -> dict[str, float]:
 
 
 def _load(folder: Path, setting: str, device: str) -> Any:
-    from fedllm.models import load_base
+    from fedllm.models.loading import load_base
 
     location, embeddings = str(folder / "base"), SETTINGS[setting][1]
     return load_base(location, 4, folder / "home", device, embeddings)
 
 
 def _step(folder: Path, base: Any, sparing: dict[str, bool]) -> None:
-    from fedllm.adapters import adapter_spec, attach, initial_arrays
+    from fedllm.adapters.peft_model import attach, initial_arrays
+    from fedllm.adapters.resolve import adapter_spec
     from fedllm.config import AdapterConfig, TrainConfig
-    from fedllm.models import load_config, load_tokenizer
-    from fedllm.training import train_adapter
+    from fedllm.models.loading import load_config, load_tokenizer
+    from fedllm.training.sft import train_adapter
 
     location = str(folder / "base")
     settings = AdapterConfig(kind="lora", target_modules="q_proj,v_proj")
@@ -305,9 +306,10 @@ def tell_losses() -> None:
     from transformers import AutoModelForCausalLM
 
     from fedllm.config import DataConfig, fedllm_home
-    from fedllm.data import load_public, tokenize
-    from fedllm.evaluation import held_out, labelled
-    from fedllm.models import BUILT_IN, load_base, load_tokenizer, locate
+    from fedllm.data.rows import load_public
+    from fedllm.data.tokens import labelled, tokenize
+    from fedllm.evaluation.held_out_loss import held_out
+    from fedllm.models.loading import BUILT_IN, load_base, load_tokenizer, locate
 
     data, location = DataConfig(), locate(BUILT_IN, fedllm_home())
     tokenizer = load_tokenizer(location)

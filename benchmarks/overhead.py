@@ -212,7 +212,7 @@ def naive_seconds(job: Job, clients: int, own: dict[str, Any]) -> float:
     """One warm round of a few clients of the naive app, scaled to the job."""
     config = _resolved(job.run_config)
     from fedllm.config import fedllm_home
-    from fedllm.models import locate
+    from fedllm.models.loading import locate
 
     folder = ROOT / "fedllm" / "datasets" / "wordnet_medical"
     rows = config.data.name
@@ -282,12 +282,14 @@ def bare(
     import numpy as np
     import torch
 
-    from fedllm.adapters import adapter_spec, attach, get_trained, initial_arrays
+    from fedllm.adapters.peft_model import attach, get_trained, initial_arrays
+    from fedllm.adapters.resolve import adapter_spec
     from fedllm.config import fedllm_home
-    from fedllm.data import load_rows, partition, tokenize
-    from fedllm.evaluation import labelled
-    from fedllm.models import load_base, load_config, load_tokenizer, locate
-    from fedllm.training import train_adapter, training_seed
+    from fedllm.data.partitions import partition
+    from fedllm.data.rows import load_rows
+    from fedllm.data.tokens import labelled, tokenize
+    from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
+    from fedllm.training.sft import train_adapter, training_seed
 
     config = _resolved(run_config)
     if config.adapter.kind == "auto" or config.train.optimizer != "sgd":
@@ -357,8 +359,8 @@ def _steps(
     """Take one client's steps by one of the loops; return their seconds."""
     import torch
 
-    from fedllm.adapters import set_trained
-    from fedllm.evaluation import answer_losses, collate
+    from fedllm.adapters.peft_model import set_trained
+    from fedllm.models.answer_loss import answer_losses, collate
 
     set_trained(model, spec, initial)
     model.train()

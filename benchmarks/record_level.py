@@ -28,13 +28,16 @@ from typing import Any
 
 import numpy as np
 
-from fedllm.adapters import adapter_spec, attach, initial_arrays, set_trained
+from fedllm.adapters.peft_model import attach, initial_arrays, set_trained
+from fedllm.adapters.resolve import adapter_spec
 from fedllm.config import AdapterConfig, DataConfig, TrainConfig, fedllm_home
-from fedllm.data import load_public, load_rows, partition, tokenize
-from fedllm.evaluation import held_out, labelled
-from fedllm.models import load_base, load_config, load_tokenizer, locate
-from fedllm.privacy.record_ledger import Plan, make_plan
-from fedllm.record_training import train_privately
+from fedllm.data.partitions import partition
+from fedllm.data.rows import load_public, load_rows
+from fedllm.data.tokens import labelled, tokenize
+from fedllm.evaluation.held_out_loss import held_out
+from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
+from fedllm.privacy.record_ledger import RecordPlan, make_plan
+from fedllm.training.dp_sgd import train_privately
 
 
 class Bench:
@@ -70,7 +73,7 @@ class Bench:
 
 
 def client_round(
-    bench: Bench, args: argparse.Namespace, examples: Any, arrays: Any, plan: Plan
+    bench: Bench, args: argparse.Namespace, examples: Any, arrays: Any, plan: RecordPlan
 ) -> Any:
     config = TrainConfig(
         batch_size=args.micro_batch, optimizer=args.optimizer, learning_rate=args.lr
@@ -89,14 +92,16 @@ def client_round(
     return trained.arrays
 
 
-def plan_of(args: argparse.Namespace, num_records: int) -> Plan:
+def plan_of(args: argparse.Namespace, num_records: int) -> RecordPlan:
     plan = make_plan(
         num_records, args.batch, args.steps, args.rounds, args.epsilon, 0.0, args.delta
     )
     if not args.twin:
         return plan
     # A norm so large that nothing is clipped and noise that is not seen beside it.
-    return Plan(1e-12, plan.sampling_probability, plan.steps, args.batch, args.delta)
+    return RecordPlan(
+        1e-12, plan.sampling_probability, plan.steps, args.batch, args.delta
+    )
 
 
 def gain(args: argparse.Namespace) -> None:
@@ -154,7 +159,7 @@ def overhead(args: argparse.Namespace) -> None:
 
 def one_step(args: argparse.Namespace, way: str) -> tuple[float, float]:
     """Return seconds and peak megabytes of one step on the same `batch` examples."""
-    from fedllm.training import train_adapter
+    from fedllm.training.sft import train_adapter
 
     bench = Bench(args)
     examples = random.Random(0).sample(bench.clients[0], args.batch)
@@ -174,7 +179,7 @@ def one_step(args: argparse.Namespace, way: str) -> tuple[float, float]:
             )
         else:
             # Probability 1: the batch is the examples, as for SFT.
-            plan = Plan(1.0, 1.0, 1, len(rows), 1e-5)
+            plan = RecordPlan(1.0, 1.0, 1, len(rows), 1e-5)
             train_privately(
                 bench.model,
                 bench.spec,

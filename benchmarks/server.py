@@ -24,13 +24,16 @@ import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedllm.adapters import AdapterSpec, initial_arrays, resolve
+from fedllm.adapters.peft_model import initial_arrays
+from fedllm.adapters.resolve import resolve
+from fedllm.adapters.spec import AdapterSpec
 from fedllm.config import RunConfig, parse_run_config
-from fedllm.linear_shapes import linear_shapes
-from fedllm.noise_plan import privacy_settings
+from fedllm.models.layer_shapes import linear_shapes
+from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.ledger import Ledger
-from fedllm.replies import ARRAYS, encoded_record
-from fedllm.strategy import ClientLevelDP, make_strategy
+from fedllm.strategy.build import make_strategy
+from fedllm.strategy.client_level_dp import ClientLevelDP
+from fedllm.wire.messages import ARRAYS, encoded_record
 
 _MODEL = "openlm-research/open_llama_3b_v2"
 _DIFFERENT = 8

@@ -29,7 +29,7 @@ import psutil
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.slow.flower_processes import (  # noqa: E402
+from tests.slow.flower_processes import (
     BIN,
     environment,
     free_port,
@@ -116,7 +116,7 @@ def _run(
         wait_for_port(port)
         for index, (name, node) in enumerate(NODES.items()):
             rows = folder / f"site-{index}.jsonl"
-            source = ROOT / f"fedllm/datasets/wordnet_medical/train-{index}.jsonl"
+            source = ROOT / f"fedllm/data/wordnet_medical/train-{index}.jsonl"
             shutil.copy(source, rows)
             command = [*node, "--insecure", "--superlink", f"127.0.0.1:{port}"]
             command += ["--port", str(free_port())]
@@ -165,7 +165,9 @@ def _shares(port: int) -> list[float]:
         words = node.info["cmdline"] or []
         if f"127.0.0.1:{port}" in words and "--node-config" in words:
             servers = [
-                p for p in node.children() if "fedllm.fork_server" in p.cmdline()
+                p
+                for p in node.children()
+                if "fedllm.deployment.fork_server" in p.cmdline()
             ]
             sizes += [p.memory_full_info().pss / 2**20 for p in servers]
     return sizes

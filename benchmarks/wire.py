@@ -18,12 +18,13 @@ from typing import get_args
 import numpy as np
 from frontier import Bench, Vector, clipped, flatten, tell, unflatten
 
-from fedllm.adapters import initial_arrays, resolve
+from fedllm.adapters.peft_model import initial_arrays
+from fedllm.adapters.resolve import resolve
 from fedllm.config import AdapterConfig, Encoding
-from fedllm.linear_shapes import linear_shapes
+from fedllm.models.layer_shapes import linear_shapes
 from fedllm.privacy.accounting import calibrate
-from fedllm.replies import encoded_record
-from fedllm.wire import pack, unpack
+from fedllm.wire.encoding import pack, unpack
+from fedllm.wire.messages import encoded_record
 
 _ROUNDS = 5
 _CLIENTS = 20

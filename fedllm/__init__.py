@@ -3,5 +3,5 @@
 import logging
 
 # PEFT imports bitsandbytes before we do, which then misses, aloud, a kernel for a
-# packing that fedllm.models switches off.
+# packing that fedllm.models.loading switches off.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

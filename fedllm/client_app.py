@@ -5,7 +5,7 @@ import os
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedllm.client import reply_to
+from fedllm.client.message_handler import reply_to
 from fedllm.logs import show_log
 
 # Flower imports this module before it starts Ray, whose node may take more than its

@@ -38,9 +38,7 @@ _SECTION = ConfigDict(
 )
 
 AdapterKind = Literal["ffa-lora", "lora-core", "lora", "ia3", "vera", "auto"]
-
 Encoding = Literal["float32", "float16", "int8"]
-
 Text = Annotated[str, Strict()]
 Name = Annotated[str, Strict(), Field(min_length=1)]
 Flag = Annotated[bool, Strict()]
@@ -48,6 +46,7 @@ Count = Annotated[int, Strict(), Field(ge=0)]
 Positive = Annotated[int, Strict(), Field(ge=1)]
 Amount = Annotated[float, Strict(), Field(ge=0)]
 PositiveAmount = Annotated[float, Strict(), Field(gt=0)]
+
 # Far outside, products with C lose digits, and a clipped norm could pass it.
 Norm = Annotated[float, Strict(), Field(ge=1e-9, le=1e9)]
 Share = Annotated[float, Strict(), Field(ge=0, le=1)]
@@ -460,3 +459,17 @@ def _leftovers_without_privacy(privacy: PrivacyConfig) -> list[str]:
             "privacy.max-epsilon is set; leave those at 0.0"
         ]
     return []
+
+
+def expected_cohort(config: StrategyConfig, population_size: int) -> float:
+    """Return n, what a round's sum is divided by: the expected number under `poisson`."""
+    if config.sampling == "poisson":
+        return config.fraction_train * population_size
+    return num_sampled(config, population_size)
+
+
+def num_sampled(config: StrategyConfig, population_size: int) -> int:
+    """Return how many clients a round asks under `all` and `fixed`, at least 1."""
+    if config.sampling == "all":
+        return population_size
+    return max(1, round(config.fraction_train * population_size))

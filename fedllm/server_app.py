@@ -16,7 +16,7 @@ def main(grid: Grid, context: Context) -> None:
     show_log()
     try:
         config = parse_run_config(context.run_config)
-        from fedllm.federation import Federation
+        from fedllm.server.federation import Federation
 
         Federation(config, grid, context.run_id).run()
     except FedllmError as error:

@@ -12,12 +12,12 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedllm.config import Encoding
-from fedllm.replies import ADAPTER_KIND, ARRAYS, CONFIG, encoded_record
+from fedllm.wire.messages import ADAPTER_KIND, ARRAYS, CONFIG, encoded_record
 
 RUN_ID = 7
 
 
-def be_a_task() -> None:
+def set_task_identity() -> None:
     """Give this process the identity that Flower's Message wants (private API)."""
     TaskIdentity.task_id = 1
     TaskIdentity.run_id = RUN_ID
@@ -28,7 +28,7 @@ def instruction(
     content: RecordDict | None = None, message_type: str = "train", node_id: int = 7
 ) -> Message:
     """Return a message from the server to a node."""
-    be_a_task()
+    set_task_identity()
     return Message(RecordDict() if content is None else content, node_id, message_type)
 
 

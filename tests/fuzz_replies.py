@@ -25,11 +25,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, MetricRecord, Reco
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.extra import numpy as hnp
 
-from fedllm.auditing.bench import Bench, Setup, norm_of
+from fedllm.auditing.harness import Bench, Setup, norm_of
 from fedllm.auditing.hostile_replies import Content, hostile_replies, packed_replies
 from fedllm.config import Encoding, WireConfig, parse_run_config
-from fedllm.noise_plan import privacy_settings
-from fedllm.replies import ARRAYS, ERROR, METRICS, encoded_record
+from fedllm.planning.noise import privacy_settings
+from fedllm.wire.messages import ARRAYS, ERROR, METRICS, encoded_record
 
 CLIP = 0.5
 SIZE = 64

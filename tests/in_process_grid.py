@@ -6,7 +6,7 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 
-from tests.flower_messages import RUN_ID, be_a_task
+from tests.flower_messages import RUN_ID, set_task_identity
 
 
 class InProcessGrid(Grid):
@@ -26,7 +26,7 @@ class InProcessGrid(Grid):
         client: Callable[[Message, Context], Message | None],
         order: Callable[[list[int]], list[int]] = list,
     ) -> None:
-        be_a_task()
+        set_task_identity()
         self.contexts = {
             100 + index: Context(RUN_ID, 100 + index, node, RecordDict(), run_config)
             for index, node in enumerate(node_configs)

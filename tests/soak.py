@@ -29,9 +29,9 @@ from typing import Any
 
 import pytest
 
-from fedllm.checkpoint import CHECKPOINT_FILE
+from fedllm.evaluation.public_rows import PublicRows
 from fedllm.privacy.ledger import Ledger
-from fedllm.public_rows import PublicRows
+from fedllm.runs.checkpoint import CHECKPOINT_FILE
 from tests.conftest import save_llama
 from tests.test_federation import NO_PRIVACY, write_rows
 from tests.test_resume import federation, kept, resumed
@@ -186,7 +186,7 @@ def make_soak(folder: Path, seed: int, patch: pytest.MonkeyPatch) -> Soak:
 
     patch.setattr(PublicRows, "validation_loss", loss)
     patch.setattr(PublicRows, "test_loss", lambda self, arrays: None)
-    patch.setattr("fedllm.watching.write_report", lambda folder: None)
+    patch.setattr("fedllm.reporting.monitor.write_report", lambda folder: None)
     patch.setenv("FEDLLM_HOME", str(folder / "home"))
     model = folder / "model"
     model.mkdir()

@@ -5,8 +5,8 @@ import weakref
 import pytest
 import torch
 
-from fedllm import activations
-from fedllm.activations import compressed_activations
+from fedllm.training import activation_compression
+from fedllm.training.activation_compression import compressed_activations
 
 
 class Chain(torch.nn.Module):
@@ -59,9 +59,9 @@ def test_each_activation_is_compressed_once_and_let_go_of_and_no_weight(monkeypa
     torch.manual_seed(0)
     model, x = Chain(4), torch.randn(100, 64)
     compressed = []
-    real = activations.quantize_blockwise
+    real = activation_compression.quantize_blockwise
     monkeypatch.setattr(
-        activations,
+        activation_compression,
         "quantize_blockwise",
         lambda t, **kw: compressed.append(tuple(t.shape)) or real(t, **kw),
     )

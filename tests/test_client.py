@@ -12,13 +12,17 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedllm import client, evaluation, training
-from fedllm.adapters import adapter_spec, initial_arrays
-from fedllm.client import check_floors, partition_of, reply_to
+from fedllm.adapters.peft_model import initial_arrays
+from fedllm.adapters.resolve import adapter_spec
+from fedllm.client import cache, message_handler
+from fedllm.client.message_handler import reply_to
+from fedllm.client.node_config import check_node_limits, partition_of
 from fedllm.config import RunConfig, parse_run_config
 from fedllm.errors import ConfigError, DataError, FedllmError, ModelError
-from fedllm.models import load_config
-from fedllm.replies import (
+from fedllm.evaluation import held_out_loss
+from fedllm.models.loading import load_config
+from fedllm.training import sft
+from fedllm.wire.messages import (
     ARRAYS,
     CONFIG,
     ERROR,
@@ -208,7 +212,7 @@ def test_a_nodes_floor_makes_more_noise_and_no_run_config_passes_it(answer):
 
 
 def test_nothing_is_trained_once_the_budget_is_spent(answer, monkeypatch):
-    from fedllm import record_training
+    from fedllm.training import dp_sgd
 
     spend = {**RECORD, "privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 0.5}
     node = {**NODE, **FLOORS, "max-epsilon": 0.1}
@@ -216,7 +220,7 @@ def test_nothing_is_trained_once_the_budget_is_spent(answer, monkeypatch):
     def train(*args: Any) -> None:
         raise AssertionError("trained")
 
-    monkeypatch.setattr(record_training, "train_privately", train)
+    monkeypatch.setattr(dp_sgd, "train_privately", train)
 
     assert code_of(answer(spend, node)) == "budget-spent"
 
@@ -263,7 +267,7 @@ def test_a_node_that_demands_another_unit_refuses(floor, unit):
     config = parse_run_config({"privacy.unit": unit, **promise})
 
     with pytest.raises(ConfigError, match=f"demands '{floor}'"):
-        check_floors({"privacy-unit": floor}, config)
+        check_node_limits({"privacy-unit": floor}, config)
 
 
 @pytest.mark.parametrize("unit", ["client", "record"])
@@ -271,43 +275,44 @@ def test_a_limit_cannot_be_passed_by_way_of_a_large_delta(unit):
     config = parse_run_config({"privacy.unit": unit, "privacy.delta": 0.9})
 
     with pytest.raises(ConfigError, match="max-epsilon is meant at 1e-05 or less"):
-        check_floors({"privacy-unit": unit, "max-epsilon": 8.0}, config)
-    check_floors({"privacy-unit": unit}, config)
-    check_floors({"privacy-unit": unit, "max-epsilon": 8.0, "delta": 0.95}, config)
+        check_node_limits({"privacy-unit": unit, "max-epsilon": 8.0}, config)
+    check_node_limits({"privacy-unit": unit}, config)
+    check_node_limits({"privacy-unit": unit, "max-epsilon": 8.0, "delta": 0.95}, config)
 
 
 @pytest.mark.parametrize("key", ["max_epsilon", "privacy.unit", "epsilon", "Delta"])
 def test_a_floor_by_another_name_is_refused_and_not_passed_over(key):
     with pytest.raises(ConfigError, match=f"node config: {key}: is no floor"):
-        check_floors({key: "client"}, RunConfig())
-    check_floors({"site-name": "north", "num-partitions": 2}, RunConfig())
+        check_node_limits({key: "client"}, RunConfig())
+    check_node_limits({"site-name": "north", "num-partitions": 2}, RunConfig())
 
 
 def test_a_limit_without_a_unit_is_one_of_client_level():
     config = parse_run_config({"privacy.unit": "record"})
 
     with pytest.raises(ConfigError, match="its privacy-unit is not set"):
-        check_floors({"max-epsilon": 8.0}, config)
+        check_node_limits({"max-epsilon": 8.0}, config)
     with pytest.raises(ConfigError, match="privacy.delta"):
-        check_floors({"privacy-unit": "record", "delta": 1e-6}, config)
+        check_node_limits({"privacy-unit": "record", "delta": 1e-6}, config)
 
 
 def test_the_base_is_loaded_and_the_partition_tokenised_once(answer, monkeypatch):
-    from fedllm import data, models
+    from fedllm.data import tokens
+    from fedllm.models import loading
 
     answer()
 
     def again(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("again")
 
-    monkeypatch.setattr(models, "load_base", again)
-    monkeypatch.setattr(data, "tokenize", again)
+    monkeypatch.setattr(loading, "load_base", again)
+    monkeypatch.setattr(tokens, "tokenize", again)
     assert ARRAYS in answer().content
 
 
 IMPORTS = """
 import gc, sys
-from fedllm.client import import_libraries
+from fedllm.client.message_handler import import_libraries
 collections = []
 gc.callbacks.append(lambda *_: collections.append(_))
 import_libraries(quantized=True, per_example=sys.argv[1] == "record")
@@ -315,7 +320,7 @@ gc.callbacks.clear()
 import torch
 print(len(collections), gc.isenabled(), gc.get_freeze_count() > 100_000)
 print("torch._inductor.compile_fx" in sys.modules, torch.compile.__module__)
-print(*("fedllm.training" in sys.modules, "peft" in sys.modules))
+print(*("fedllm.training.sft" in sys.modules, "peft" in sys.modules))
 """
 
 
@@ -341,7 +346,7 @@ def test_another_adapter_takes_the_place_of_the_resident_one(answer, run_config)
     reply = answer({"adapter.kind": "lora-core"}, message=train_instruction(fresh))
 
     assert set(values(reply, fresh)) == set(fresh)
-    assert len(client._resident) == 1
+    assert len(cache._resident) == 1
 
 
 @pytest.mark.parametrize("kind", ["ia3", "vera", "lora-core"])
@@ -397,7 +402,7 @@ def test_under_dp_every_error_becomes_a_code_and_its_text_stays_here(
     def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(client, "_train", fail)
+    monkeypatch.setattr(message_handler, "_train", fail)
     with caplog.at_level(logging.DEBUG):
         reply = answer()
 
@@ -416,7 +421,7 @@ def test_without_dp_the_text_is_shown(answer, home, monkeypatch, error, code):
     def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(client, "_train", fail)
+    monkeypatch.setattr(message_handler, "_train", fail)
     reply = answer(WITHOUT_DP)
 
     assert code_of(reply) == code
@@ -428,7 +433,7 @@ def test_running_out_of_memory_on_a_cpu_is_told_by_its_code(answer, monkeypatch)
     def fail(*args: Any) -> None:
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(client, "_train", fail)
+    monkeypatch.setattr(message_handler, "_train", fail)
 
     assert code_of(answer()) == "out-of-memory"
 
@@ -591,7 +596,7 @@ def test_without_dp_a_client_evaluates_on_rows_that_it_does_not_train_on(
     answer, arrays, monkeypatch
 ):
     seen = {}
-    score, train = evaluation.held_out, training.train_adapter
+    score, train = held_out_loss.held_out, sft.train_adapter
 
     def scored(model, examples, pad):
         seen["scored"] = [tuple(e["input_ids"]) for e in examples]
@@ -601,8 +606,8 @@ def test_without_dp_a_client_evaluates_on_rows_that_it_does_not_train_on(
         seen["trained"] = [tuple(e["input_ids"]) for e in examples]
         return train(model, spec, tokenizer, examples, *rest)
 
-    monkeypatch.setattr(evaluation, "held_out", scored)
-    monkeypatch.setattr(training, "train_adapter", trained)
+    monkeypatch.setattr(held_out_loss, "held_out", scored)
+    monkeypatch.setattr(sft, "train_adapter", trained)
     reply = answer(EVALUATE, message_type="evaluate")
     assert values(answer(EVALUATE), arrays)
 
@@ -673,14 +678,14 @@ def test_no_run_can_loosen_a_nodes_floors(node, run, refused):
     config = parse_run_config(run)
 
     if refused is None:
-        check_floors(node, config)
+        check_node_limits(node, config)
     else:
         with pytest.raises(ConfigError, match=f"{refused}.*this node demands"):
-            check_floors(node, config)
+            check_node_limits(node, config)
 
 
 def test_a_node_without_floors_takes_any_run():
-    check_floors({}, RunConfig())
+    check_node_limits({}, RunConfig())
 
 
 def test_an_error_reply_without_text_holds_the_code_alone():

@@ -17,18 +17,13 @@ from typing import Any
 import pytest
 
 from fedllm.config import DataConfig
-from fedllm.data import (
-    chat_prompt,
-    load_public,
-    load_rows,
-    own_rows,
-    partition,
-    to_prompt_completion,
-    tokenize,
-)
-from fedllm.data_files import read_rows
+from fedllm.data.partitions import partition
+from fedllm.data.prompts import chat_prompt, to_prompt_completion
+from fedllm.data.readers import read_rows
+from fedllm.data.rows import load_public, load_rows, own_rows
+from fedllm.data.tokens import tokenize
 from fedllm.errors import ConfigError, DataError
-from fedllm.evaluation import load_questions
+from fedllm.evaluation.multiple_choice import load_questions
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "fedllm" / "datasets" / "wordnet_medical"

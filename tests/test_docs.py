@@ -12,8 +12,8 @@ import pytest
 from flwr.common.config import parse_config_args
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
+from fedllm.commands.options import typed_config
 from fedllm.config import parse_run_config
-from fedllm.typed_config import typed_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]

@@ -12,21 +12,17 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from fedllm import evaluation
-from fedllm.adapters import adapter_spec, attach, set_trained
+from fedllm.adapters.peft_model import attach, set_trained
+from fedllm.adapters.resolve import adapter_spec
 from fedllm.config import AdapterConfig
 from fedllm.errors import DataError
-from fedllm.evaluation import (
-    HeldOut,
-    answer_losses,
-    collate,
-    generate,
-    generate_together,
-    held_out,
-    load_questions,
-    multiple_choice,
-)
-from fedllm.models import load_tokenizer
+from fedllm.evaluation import generation, held_out_loss
+from fedllm.evaluation.generation import generate, generate_together
+from fedllm.evaluation.held_out_loss import HeldOut, held_out
+from fedllm.evaluation.multiple_choice import _wilson, load_questions, multiple_choice
+from fedllm.models import answer_loss
+from fedllm.models.answer_loss import answer_losses, collate
+from fedllm.models.loading import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +108,7 @@ def test_how_examples_are_batched_and_ordered_does_not_matter(model, monkeypatch
     examples = make_examples()
     together = held_out(model, examples, 0)
 
-    monkeypatch.setattr(evaluation, "_TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr(held_out_loss, "_TOKENS_PER_BATCH", 1)
     alone = held_out(model, examples[::-1], 0)
 
     assert alone.loss == pytest.approx(together.loss, rel=1e-5)
@@ -124,7 +120,7 @@ def test_a_batch_never_holds_more_tokens_than_allowed_but_for_one_long_example(m
         {"input_ids": [5] * n, "labels": [5] * n} for n in (700, 700, 700, 3000)
     ]
 
-    sizes = [len(batch) for batch in evaluation._batches(examples)]
+    sizes = [len(batch) for batch in held_out_loss._batches(examples)]
 
     assert sizes == [2, 1, 1]
 
@@ -166,7 +162,7 @@ def test_answer_losses_have_the_gradient_of_the_full_loss(model):
 def test_a_frozen_head_sees_a_chunk_at_a_time_and_the_gradient_stays(
     model, monkeypatch
 ):
-    monkeypatch.setattr(evaluation, "_TOKENS_PER_CHUNK", 3)
+    monkeypatch.setattr(answer_loss, "_TOKENS_PER_CHUNK", 3)
     inputs = collate(make_examples(4), 0)
     head = model.get_output_embeddings()
     whole = answer_losses(model, **inputs)
@@ -321,7 +317,7 @@ def test_the_interval_is_wilsons(case):
     right, n = case
     wanted = binomtest(right, n).proportion_ci(confidence_level=0.95, method="wilson")
 
-    low, high = evaluation._wilson(right, n)
+    low, high = _wilson(right, n)
 
     assert low == pytest.approx(wanted.low, abs=1e-6)
     assert high == pytest.approx(wanted.high, abs=1e-6)
@@ -470,8 +466,8 @@ def test_generating_leaves_no_thread_behind(model, tokenizer):
 
 
 def test_every_token_that_ends_an_answer_is_known(model, tokenizer, monkeypatch):
-    assert evaluation._ends(model, tokenizer) == [2]
+    assert generation._ends(model, tokenizer) == [2]
     monkeypatch.setattr(model.generation_config, "eos_token_id", [7, 9])
-    assert evaluation._ends(model, tokenizer) == [2, 7, 9]
+    assert generation._ends(model, tokenizer) == [2, 7, 9]
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
-    assert evaluation._ends(model, tokenizer) == [2]
+    assert generation._ends(model, tokenizer) == [2]

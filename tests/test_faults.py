@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from fedllm import durable
+from fedllm import atomic_files
 from fedllm.errors import FedllmError
-from fedllm.gathering import renewed
 from fedllm.privacy.accounting import gaussian_epsilon
+from fedllm.server.population import replace_departed
 from tests.test_federation import NO_PRIVACY, lines_of, settings
 from tests.test_resume import federation, kept, learner, quick, read, resumed
 
@@ -73,10 +73,10 @@ def test_a_node_that_comes_back_with_another_id_takes_part_again(quick):
 
 
 def test_a_population_keeps_its_places_and_its_size():
-    assert renewed([3, 1, 2], [1, 2, 3]) == [3, 1, 2]
-    assert renewed([3, 1, 2], [9, 2, 3]) == [3, 9, 2]
-    assert renewed([3, 1, 2], [2, 3]) == [3, 1, 2]
-    assert renewed([3, 1, 2], [7, 8, 9, 10]) == [7, 8, 9]
+    assert replace_departed([3, 1, 2], [1, 2, 3]) == [3, 1, 2]
+    assert replace_departed([3, 1, 2], [9, 2, 3]) == [3, 9, 2]
+    assert replace_departed([3, 1, 2], [2, 3]) == [3, 1, 2]
+    assert replace_departed([3, 1, 2], [7, 8, 9, 10]) == [7, 8, 9]
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -98,7 +98,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_later(
                     raise OSError(errno.ENOSPC, "No space left on device")
                 real(descriptor)
 
-            patch.setattr(durable.os, "fsync", fsync)
+            patch.setattr(atomic_files.os, "fsync", fsync)
             with pytest.raises(FedllmError, match="(?i)no space left"):
                 run.run()
         resumed().run()

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedllm import client
-from fedllm.adapter_choice import Choice
+from fedllm.client import cache, message_handler
 from fedllm.config import flat, parse_run_config
 from fedllm.errors import AdapterError, FederationError, PrivacyError
-from fedllm.federation import Federation
-from fedllm.replies import ARRAYS, METRICS, array_record, error_content
+from fedllm.planning.adapter_choice import Choice
+from fedllm.server.federation import Federation
+from fedllm.wire.messages import ARRAYS, METRICS, array_record, error_content
 from tests.flower_messages import RUN_ID
 from tests.in_process_grid import InProcessGrid
 
@@ -36,7 +36,7 @@ def write_rows(path: Path, count: int, start: int = 0) -> str:
 @pytest.fixture
 def settings(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
-    client._resident.clear()
+    cache._resident.clear()
     return {
         "model.name": str(tiny_llama),
         "model.quantization": 0,
@@ -60,7 +60,7 @@ def partitions(count):
     return [{"partition-id": i, "num-partitions": count} for i in range(count)]
 
 
-def start(settings, answer=client.reply_to, nodes=None, order=list):
+def start(settings, answer=message_handler.reply_to, nodes=None, order=list):
     run_config = {**flat(parse_run_config({})), **settings}
     nodes = partitions(3) if nodes is None else nodes
     grid = InProcessGrid(nodes, run_config, answer, order)
@@ -193,7 +193,7 @@ def test_one_client_twice_and_one_round_is_the_trainers_own_adapter(settings, tm
     federation.run()
 
     message = grid.sent[0]
-    reply = client.reply_to(message, next(iter(grid.contexts.values())))
+    reply = message_handler.reply_to(message, next(iter(grid.contexts.values())))
     sent = {k: v.numpy() for k, v in reply.content.array_records[ARRAYS].items()}
 
     for name, value in federation.arrays.items():
@@ -241,7 +241,7 @@ def test_nothing_of_a_clients_rows_reaches_the_server(settings, caplog, tmp_path
     assert len(files) > 8
     assert all(MARKER.encode() not in p.read_bytes() for p in files)
     assert MARKER not in caplog.text
-    reply = client.reply_to(grid.sent[0], next(iter(grid.contexts.values())))
+    reply = message_handler.reply_to(grid.sent[0], next(iter(grid.contexts.values())))
     assert set(reply.content) == {ARRAYS}
 
 
@@ -251,7 +251,7 @@ def test_a_server_without_public_rows_never_loads_the_base(settings, monkeypatch
 
     server = {**settings, "data.public-validation": "", "data.public-test": ""}
     federation, _ = start(server, answer=lambda m, c: None if False else _echo(m))
-    monkeypatch.setattr("fedllm.models.load_base", refuse)
+    monkeypatch.setattr("fedllm.models.loading.load_base", refuse)
     result = federation.run()
 
     assert result["test_loss_before"] is None
@@ -270,7 +270,7 @@ def test_a_silent_client_does_not_stop_the_round(settings, caplog):
     def answer(message, context):
         if message.metadata.dst_node_id == 101:
             return None
-        return client.reply_to(message, context)
+        return message_handler.reply_to(message, context)
 
     impatient = {**settings, "strategy.round-timeout": 1.0, "num-server-rounds": 1}
     federation, _ = start(impatient, answer)
@@ -295,7 +295,7 @@ def test_a_hostile_reply_does_not_stop_the_round(settings, content):
     def answer(message, context):
         if message.metadata.dst_node_id == 100:
             return Message(content, reply_to=message)
-        return client.reply_to(message, context)
+        return message_handler.reply_to(message, context)
 
     federation, _ = start({**settings, "num-server-rounds": 1}, answer)
     federation.run()
@@ -310,7 +310,7 @@ def test_under_dp_a_malformed_reply_sends_nobody_to_the_clients_log(settings, ca
     def answer(message, context):
         if message.metadata.dst_node_id == 100:
             return Message(RecordDict(), reply_to=message)
-        return client.reply_to(message, context)
+        return message_handler.reply_to(message, context)
 
     federation, _ = start({**settings, "num-server-rounds": 1}, answer)
     federation.run()
@@ -323,7 +323,7 @@ def test_a_reply_that_cannot_be_inflated_counts_as_zero(settings):
     def answer(message, context):
         if message.metadata.dst_node_id == 100:
             raise ValueError("not a record")
-        return client.reply_to(message, context)
+        return message_handler.reply_to(message, context)
 
     federation, _ = start({**settings, "num-server-rounds": 1}, answer)
     federation.run()
@@ -467,7 +467,7 @@ def test_clients_evaluate_on_their_held_out_rows_without_dp(settings, caplog):
     told = {}
 
     def answer(message, context):
-        reply = client.reply_to(message, context)
+        reply = message_handler.reply_to(message, context)
         if message.metadata.message_type.startswith("evaluate"):
             node = message.metadata.dst_node_id
             told[node] = dict(reply.content.metric_records[METRICS])
@@ -507,7 +507,7 @@ def test_clients_evaluate_on_their_held_out_rows_without_dp(settings, caplog):
 )
 def test_a_hostile_evaluation_takes_only_itself_away(settings, hostile):
     def answer(message, context):
-        reply = client.reply_to(message, context)
+        reply = message_handler.reply_to(message, context)
         if not message.metadata.message_type.startswith("evaluate"):
             return reply
         if message.metadata.dst_node_id != 100:
@@ -536,7 +536,7 @@ def test_a_hostile_evaluation_takes_only_itself_away(settings, hostile):
 def test_a_client_weighs_no_more_than_the_examples_it_was_asked_to_score(settings):
     def answer(message, context):
         if not message.metadata.message_type.startswith("evaluate"):
-            return client.reply_to(message, context)
+            return message_handler.reply_to(message, context)
         liar = message.metadata.dst_node_id == 100
         count, loss = (2**31, 900.0) if liar else (4, 2.0)
         metrics = MetricRecord({"num-examples": count, "eval-loss": loss})
@@ -591,7 +591,7 @@ def test_auto_is_resolved_before_round_1_said_and_the_same_on_every_client(
         assert population_size == 3
         return Choice("lora-core", "because of a test")
 
-    monkeypatch.setattr("fedllm.federation.choose_adapter", choose)
+    monkeypatch.setattr("fedllm.server.federation.choose_adapter", choose)
     quiet = EVALUATE
     with caplog.at_level(logging.INFO):
         federation, grid = start({**settings, "adapter.kind": "auto", **quiet})
@@ -623,7 +623,7 @@ def test_a_wrong_adapter_is_refused_before_anybody_is_waited_for(settings, monke
     def wait(*args):
         raise AssertionError("waited")
 
-    monkeypatch.setattr("fedllm.federation.wait_for_clients", wait)
+    monkeypatch.setattr("fedllm.server.federation.wait_for_clients", wait)
     with pytest.raises(AdapterError, match="adapter.target-modules"):
         start({**settings, "adapter.target-modules": "nonsense"})
 
@@ -695,7 +695,7 @@ def test_a_record_level_run_stops_where_every_client_has_spent_its_budget(
     def answer(message, context):
         # Each takes part in one round of a plan for one.
         context.run_config = {**context.run_config, "num-server-rounds": 1}
-        return client.reply_to(message, context)
+        return message_handler.reply_to(message, context)
 
     federation, _ = start(told, answer)
     federation.run()

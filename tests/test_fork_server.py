@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
-from fedllm import fork_client
-from fedllm.commands import supernode
+from fedllm.commands import supernode as supernode_command
+from fedllm.deployment import fork_client, supernode
 from tests.slow.flower_processes import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
@@ -352,7 +352,7 @@ def becomes(monkeypatch, tmp_path) -> list[list[str]]:
     """What the command becomes, in place of becoming it."""
     calls: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda _, words: calls.append(words))
-    monkeypatch.setattr(supernode, "_BIN", tmp_path)
+    monkeypatch.setattr(supernode_command, "_BIN", tmp_path)
     for name in ("PATH", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.delenv("FLWR_SUPEREXEC_TASK_POLL_INTERVAL")
@@ -369,7 +369,7 @@ def test_the_command_becomes_a_supernode_that_finds_the_program_first(
         lambda clientapp, _: asked.append(clientapp) or (tmp_path / "here", None, -1),
     )
     before = os.environ["PATH"]
-    supernode.main(["--insecure", "--port", "9094"])
+    supernode_command.main(["--insecure", "--port", "9094"])
 
     assert becomes == [
         [str(tmp_path / "flower-supernode"), "--insecure", "--port", "9094"]
@@ -382,10 +382,12 @@ def test_the_command_becomes_a_supernode_that_finds_the_program_first(
 BECOMES = """
 import sys
 from pathlib import Path
-from fedllm.commands import supernode
-supernode._BIN = Path(sys.argv[1])
-supernode._SERVER = (sys.executable, "-P", "-c", sys.argv[2])
-supernode.main(["6"])
+from fedllm.commands.supernode import main
+from fedllm.commands import supernode as command
+from fedllm.deployment import supernode
+command._BIN = Path(sys.argv[1])
+supernode.FORK_SERVER_COMMAND = (sys.executable, "-P", "-c", sys.argv[2])
+main(["6"])
 """
 
 
@@ -420,7 +422,7 @@ def test_the_command_starts_no_server_that_nobody_could_use(
 ):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(supernode, "start_fork_server", None)
-    supernode.main(arguments)
+    supernode_command.main(arguments)
 
     assert len(becomes) == 1
 
@@ -446,7 +448,7 @@ def test_a_node_whose_clients_cannot_be_forked_says_so_and_starts(
     monkeypatch.setattr(tempfile, "tempdir", str(nowhere))
     monkeypatch.setenv("FEDLLM_HOME", str(nowhere))
     before = os.environ["PATH"]
-    supernode.main([])
+    supernode_command.main([])
 
     assert len(becomes) == 1
     assert os.environ["PATH"] == before

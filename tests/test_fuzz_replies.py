@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedllm.auditing import bench
+from fedllm.auditing import harness
 from fedllm.privacy.mechanism import Checked
 from tests.fuzz_replies import fuzz
 
@@ -23,7 +23,7 @@ def test_the_fuzzer_finds_a_clip_that_is_off(monkeypatch):
             return checked
         return Checked(checked.update * (1 + 1e-6))
 
-    clipped_update = bench.make_strategy.__globals__["clipped_update"]
-    monkeypatch.setattr("fedllm.strategy.clipped_update", loose)
+    clipped_update = harness.make_strategy.__globals__["clipped_update"]
+    monkeypatch.setattr("fedllm.strategy.fedavg.clipped_update", loose)
     with pytest.raises(AssertionError, match="C by"):
         fuzz("float32", 200, start=11)

@@ -6,8 +6,8 @@ import time
 import pytest
 from flwr.app import Message, RecordDict
 
-from fedllm import gathering
-from fedllm.gathering import Gathering
+from fedllm.server import population, reply_stream
+from fedllm.server.reply_stream import ReplyStream
 from tests.flower_messages import instruction, reply
 
 
@@ -16,8 +16,8 @@ class SlowGrid:
 
     def __init__(self, count, monkeypatch):
         self.now, self.count = 100.0, count
-        monkeypatch.setattr(gathering.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(gathering.time, "sleep", self._sleep)
+        monkeypatch.setattr(reply_stream.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(reply_stream.time, "sleep", self._sleep)
 
     def _sleep(self, seconds):
         self.now += seconds
@@ -32,7 +32,9 @@ class SlowGrid:
 
 def progress(count, may_count, monkeypatch, caplog, timeout=1e4):
     caplog.set_level(logging.INFO)
-    waiting = Gathering(SlowGrid(count, monkeypatch), [instruction()] * count, timeout)
+    waiting = ReplyStream(
+        SlowGrid(count, monkeypatch), [instruction()] * count, timeout
+    )
     waiting.describe(2, 5, may_count)
     answered = len(list(waiting))
     return answered, caplog.messages
@@ -112,18 +114,18 @@ class RealGrid(InMemoryGrid):
 
 @pytest.mark.parametrize(("kind", "most"), [(InMemoryGrid, 64), (RealGrid, 200)])
 def test_a_simulation_stores_few_messages_at_a_time(kind, most, monkeypatch):
-    monkeypatch.setattr(gathering, "_STORED_IN_SIMULATION", 64)
+    monkeypatch.setattr(reply_stream, "_STORED_IN_SIMULATION", 64)
     grid = kind()
     asked = [instruction(node_id=5 + i) for i in range(200)]
 
-    came = list(Gathering(grid, asked, 60.0))
+    came = list(ReplyStream(grid, asked, 60.0))
 
     assert [one.metadata.src_node_id for one in came] == [5 + i for i in range(200)]
     assert grid.most == most
 
 
 def test_nodes_that_are_gone_do_not_keep_the_others_waiting(monkeypatch):
-    monkeypatch.setattr(gathering, "_STORED_IN_SIMULATION", 2)
+    monkeypatch.setattr(reply_stream, "_STORED_IN_SIMULATION", 2)
     grid = InMemoryGrid()
     push = grid.push_messages
     grid.push_messages = lambda messages: [
@@ -131,7 +133,7 @@ def test_nodes_that_are_gone_do_not_keep_the_others_waiting(monkeypatch):
     ]
 
     started = time.monotonic()
-    came = list(Gathering(grid, [instruction(node_id=5 + i) for i in range(6)], 60.0))
+    came = list(ReplyStream(grid, [instruction(node_id=5 + i) for i in range(6)], 60.0))
 
     assert [one.metadata.src_node_id for one in came] == [9, 10]
     assert time.monotonic() - started < 30.0
@@ -148,7 +150,7 @@ def test_who_replied_is_who_was_asked_whatever_a_reply_says_of_itself():
     forged = reply(RecordDict(), node_id=5)
     honest = Message(RecordDict(), reply_to=asked[0])
 
-    came = list(Gathering(OneGrid([honest, forged]), asked, 1.0))
+    came = list(ReplyStream(OneGrid([honest, forged]), asked, 1.0))
 
     assert [message.metadata.src_node_id for message in came] == [5, 6]
 
@@ -158,7 +160,7 @@ def test_a_reply_that_cannot_be_inflated_is_an_error_of_its_node(error):
     asked = [instruction(node_id=5), instruction(node_id=6)]
     replies = [error, Message(RecordDict(), reply_to=asked[1])]
 
-    broken, honest = Gathering(OneGrid(replies), asked, 1.0)
+    broken, honest = ReplyStream(OneGrid(replies), asked, 1.0)
 
     assert broken.metadata.src_node_id == 5 and honest.has_content()
     assert type(error).__name__ in broken.error.reason
@@ -168,7 +170,7 @@ def test_a_reply_with_neither_content_nor_error_is_an_error_too():
     empty = reply(RecordDict())
     empty.__dict__["_content"] = None
 
-    (came,) = Gathering(OneGrid([empty]), [instruction()], 1.0)
+    (came,) = ReplyStream(OneGrid([empty]), [instruction()], 1.0)
 
     assert came.has_error()
 
@@ -185,12 +187,12 @@ class StallingGrid(OneGrid):
 def test_a_reply_that_is_never_fetched_whole_holds_up_neither_others_nor_the_round(
     monkeypatch,
 ):
-    monkeypatch.setattr(gathering, "_PATIENCE", 0.2)
+    monkeypatch.setattr(population, "CLOCK_MARGIN_PLACEHOLDER", 0.2)
     asked = [instruction(node_id=5), instruction(node_id=6)]
     grid = StallingGrid([None, Message(RecordDict(), reply_to=asked[1])])
     began = time.monotonic()
 
-    came = list(Gathering(grid, asked, 1.0))
+    came = list(ReplyStream(grid, asked, 1.0))
 
     assert [message.metadata.src_node_id for message in came] == [6]
     assert time.monotonic() - began < 10

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, Qwen3Config
 
-from fedllm.adapters import _linear_shapes
+from fedllm.adapters.resolve import _linear_shapes
 from fedllm.errors import ModelError
-from fedllm.linear_shapes import KNOWN, linear_shapes
+from fedllm.models.layer_shapes import KNOWN, linear_shapes
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fedllm import mapped_weights
-from fedllm.mapped_weights import given_back_by_layer, mapped_ranges
-from fedllm.models import load_base
+from fedllm.models.loading import load_base
+from fedllm.training import mapped_weights
+from fedllm.training.mapped_weights import mapped_ranges, release_mapped_pages
 
 LAYERS = 3
 
@@ -66,7 +66,7 @@ def step(model):
 
 def test_a_step_holds_one_layer_and_gives_the_same_gradient(model, folder):
     wanted, whole = step(model)
-    with given_back_by_layer(model):
+    with release_mapped_pages(model):
         got, sizes = step(model)
     assert torch.equal(got, wanted)
     # Forwards, and again on the way back.
@@ -77,7 +77,7 @@ def test_a_step_holds_one_layer_and_gives_the_same_gradient(model, folder):
 
 
 def test_afterwards_nothing_is_given_back(model):
-    with given_back_by_layer(model):
+    with release_mapped_pages(model):
         pass
     step(model)
     assert in_memory(mapped_ranges(model)) > 0
@@ -87,7 +87,7 @@ def test_afterwards_nothing_is_given_back(model):
 def test_a_weight_that_was_written_keeps_what_was_written(model):
     weight = model.model.layers[1].mlp.up_proj.weight
     weight.data[0] = 7.0
-    with given_back_by_layer(model):
+    with release_mapped_pages(model):
         step(model)
     assert (weight[0] == 7.0).all()
 
@@ -99,7 +99,7 @@ def test_on_a_system_that_does_not_tell_nothing_is_done(model, monkeypatch, name
         mapped_weights, "_lines", lambda asked: [] if asked == name else lines(asked)
     )
     wanted, whole = step(model)
-    with given_back_by_layer(model):
+    with release_mapped_pages(model):
         got, sizes = step(model)
     assert torch.equal(got, wanted)
     assert min(sizes) == whole[-1]
@@ -108,5 +108,5 @@ def test_on_a_system_that_does_not_tell_nothing_is_done(model, monkeypatch, name
 def test_what_is_not_mapped_is_left_alone(model):
     copied = AutoModelForCausalLM.from_config(model.config)
     assert mapped_ranges(copied) == []
-    with given_back_by_layer(copied):
+    with release_mapped_pages(copied):
         assert not any(module._forward_pre_hooks for module in copied.modules())

@@ -3,8 +3,8 @@
 import pytest
 
 from fedllm.config import parse_run_config
-from fedllm.memory_need import memory_need
-from fedllm.models import load_base, load_config
+from fedllm.models.loading import load_base, load_config
+from fedllm.planning.memory import memory_need
 
 
 def total_bytes(model):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from fedllm import builtin_model, embeddings, models
 from fedllm.errors import ModelError
-from fedllm.models import load_base, load_config, load_tokenizer, locate
+from fedllm.models import builtin, loading, quantized_embeddings
+from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 
@@ -82,9 +82,9 @@ def test_a_local_folder_is_found_by_its_absolute_path(
 
 
 def test_the_built_in_model_is_found_in_the_home_folder(tmp_path: Path) -> None:
-    (tmp_path / "models" / models.BUILT_IN).mkdir(parents=True)
+    (tmp_path / "models" / loading.BUILT_IN).mkdir(parents=True)
 
-    assert locate(models.BUILT_IN, tmp_path) == str(
+    assert locate(loading.BUILT_IN, tmp_path) == str(
         tmp_path / "models/smollm2-135m-instruct"
     )
 
@@ -198,7 +198,7 @@ def test_the_base_is_frozen_and_carries_the_name_of_the_model(
         assert not model.training
         assert model.config.use_cache is False
         assert model.name_or_path == model.config._name_or_path == str(tiny_llama)
-        assert model.dtype == models.compute_dtype("cpu")
+        assert model.dtype == loading.compute_dtype("cpu")
 
 
 @pytest.mark.parametrize("quantization", [4, 8])
@@ -208,7 +208,7 @@ def test_a_second_load_takes_the_quantised_weights_from_disk(
     quantization: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, "fedllm.models")
+    caplog.set_level(logging.INFO, "fedllm.models.loading")
     first = load_base(str(tiny_llama), quantization, tmp_path, "cpu")
     said = len(caplog.records)
 
@@ -282,7 +282,7 @@ def test_gradients_through_four_bits_are_those_through_the_dequantised_copy(
     gradient: Any,
     dtype: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(models, "compute_dtype", lambda device: dtype)
+    monkeypatch.setattr(loading, "compute_dtype", lambda device: dtype)
     quantised: Any = load_base(str(tiny_llama), 4, tmp_path, "cpu")
     plain = load_base(str(tiny_llama), 0, tmp_path, "cpu")
     reference = gradient(_dequantised(quantised, plain))
@@ -314,7 +314,7 @@ def test_gradients_through_eight_bits_are_close_also_after_a_generation(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(models, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(loading, "compute_dtype", lambda device: torch.bfloat16)
     quantised: Any = load_base(str(tiny_llama), 8, tmp_path, "cpu")
     reference = _gradient(load_base(str(tiny_llama), 0, tmp_path, "cpu"))
     before = _gradient(quantised)
@@ -335,7 +335,7 @@ def test_four_bits_are_nf4_with_double_quantisation(
     assert (state.quant_type, state.nested) == ("nf4", True)
     config = model.config.quantization_config
     assert isinstance(config, BitsAndBytesConfig)
-    assert config.bnb_4bit_compute_dtype == models.compute_dtype("cpu")
+    assert config.bnb_4bit_compute_dtype == loading.compute_dtype("cpu")
 
 
 def test_a_machine_without_a_backend_is_said_before_anything_loads(
@@ -344,7 +344,7 @@ def test_a_machine_without_a_backend_is_said_before_anything_loads(
     import bitsandbytes
 
     monkeypatch.setattr(bitsandbytes, "supported_torch_devices", {"cuda"})
-    monkeypatch.setattr(models, "_load", None)
+    monkeypatch.setattr(loading, "_load", None)
 
     with pytest.raises(ModelError, match=r"no backend for cpu.*model.quantization=0"):
         load_base(str(tiny_llama), 4, tmp_path, "cpu")
@@ -357,7 +357,7 @@ def test_a_machine_without_the_native_library_is_told_before_anything_loads(
 
     absent = cextension.ErrorHandlerMockBNBNativeLibrary("absent")
     monkeypatch.setattr(cextension, "lib", absent)
-    monkeypatch.setattr(models, "_load", None)
+    monkeypatch.setattr(loading, "_load", None)
 
     with pytest.raises(ModelError, match=r"no library.*model\.quantization=0"):
         load_base(str(tiny_llama), 8, tmp_path, "cpu")
@@ -394,7 +394,7 @@ def test_cpus_compute_in_bfloat16_only_where_they_multiply_it(
         ({}, torch.float32),
     ]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda f=features: f)
-        assert models.compute_dtype("cpu") == dtype
+        assert loading.compute_dtype("cpu") == dtype
 
 
 def test_what_is_loaded_from_bfloat16_files_gives_the_logits_that_were_saved(
@@ -411,7 +411,7 @@ def test_what_is_loaded_from_bfloat16_files_gives_the_logits_that_were_saved(
 
 
 def test_the_built_in_name_is_the_one_that_is_fetched() -> None:
-    assert models.BUILT_IN == builtin_model.NAME == "smollm2-135m-instruct"
+    assert loading.BUILT_IN == builtin.NAME == "smollm2-135m-instruct"
 
 
 @pytest.mark.parametrize("quantization", [0, 4])
@@ -424,7 +424,7 @@ def test_embeddings_in_nf4_look_up_what_nf4_keeps(
     table = plain.get_input_embeddings().weight
     expected = dequantize_4bit(*quantize_4bit(table, quant_type="nf4"))
     # Parts that do not divide the vocabulary.
-    monkeypatch.setattr(embeddings, "_ROWS_PER_PART", 100)
+    monkeypatch.setattr(quantized_embeddings, "_ROWS_PER_PART", 100)
 
     small = load_base(
         str(tiny_llama), quantization, tmp_path, "cpu", quantize_embeddings=True
@@ -446,7 +446,7 @@ def test_a_quantised_output_head_scores_and_gives_gradients_as_8_bit_keep_it(
     tiny_llama: Path, tmp_path: Path, quantization: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Parts that do not divide the vocabulary.
-    monkeypatch.setattr(embeddings, "_TOKENS_PER_PART", 100)
+    monkeypatch.setattr(quantized_embeddings, "_TOKENS_PER_PART", 100)
     plain = load_base(str(tiny_llama), quantization, tmp_path, "cpu")
     matrix = plain.get_output_embeddings().weight
     expected = torch.cat([_in_8_bit(rows) for rows in torch.split(matrix, 100)])
@@ -470,11 +470,11 @@ def test_a_quantised_output_head_scores_and_gives_gradients_as_8_bit_keep_it(
 def test_a_quantised_output_head_expands_one_part_at_a_time_and_keeps_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(embeddings, "_TOKENS_PER_PART", 10)
-    head = embeddings.HeadInParts(torch.nn.Linear(64, 100, bias=False))
+    monkeypatch.setattr(quantized_embeddings, "_TOKENS_PER_PART", 10)
+    head = quantized_embeddings.HeadInParts(torch.nn.Linear(64, 100, bias=False))
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
-    expand = embeddings._Rows.whole
+    expand = quantized_embeddings._Rows.whole
 
     def whole(rows: Any) -> torch.Tensor:
         nonlocal most
@@ -483,7 +483,7 @@ def test_a_quantised_output_head_expands_one_part_at_a_time_and_keeps_none(
         most = max(most, sum(ref() is not None for ref in alive))
         return made
 
-    monkeypatch.setattr(embeddings._Rows, "whole", whole)
+    monkeypatch.setattr(quantized_embeddings._Rows, "whole", whole)
     head(torch.randn(2, 64, requires_grad=True)).sum().backward()
 
     assert len(alive) == 20
@@ -493,7 +493,7 @@ def test_a_quantised_output_head_expands_one_part_at_a_time_and_keeps_none(
 def test_a_quantised_output_head_keeps_its_bias() -> None:
     head = torch.nn.Linear(64, 250)
 
-    narrow = embeddings.HeadInParts(head)
+    narrow = quantized_embeddings.HeadInParts(head)
 
     assert torch.equal(narrow(torch.zeros(2, 64)), head.bias.expand(2, -1))
 
@@ -514,7 +514,7 @@ def test_weights_quantised_in_parts_are_those_quantised_whole(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = load_base(str(tiny_llama), 4, tmp_path / "whole", "cpu").state_dict()
-    monkeypatch.setattr(embeddings, "_ROWS_PER_PART", 16)
+    monkeypatch.setattr(quantized_embeddings, "_ROWS_PER_PART", 16)
 
     parts = load_base(str(tiny_llama), 4, tmp_path / "parts", "cpu").state_dict()
 

@@ -3,7 +3,7 @@
 import pytest
 
 from fedllm.config import parse_run_config
-from fedllm.noise_plan import privacy_settings
+from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.accounting import epsilons
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.errors import DataError
-from fedllm.open_answers import (
+from fedllm.evaluation.open_answers import (
     load_open_questions,
     off_topic_rows,
     rouge_l,

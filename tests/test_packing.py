@@ -2,9 +2,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedllm import packing
-from fedllm.attention import use_fast_gradients
-from fedllm.packing import hidden_states
+from fedllm.models import packing
+from fedllm.models.attention import use_fast_gradients
+from fedllm.models.packing import hidden_states
 
 
 def small(model_type, **more):

@@ -10,13 +10,14 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from fedllm import models
-from fedllm.adapters import adapter_spec, attach, initial_arrays, set_trained
+from fedllm.adapters.peft_model import attach, initial_arrays, set_trained
+from fedllm.adapters.resolve import adapter_spec
 from fedllm.config import AdapterConfig, DataConfig
-from fedllm.data import tokenize
-from fedllm.evaluation import answer_losses, collate, labelled
-from fedllm.models import load_base, load_config, load_tokenizer
-from fedllm.per_example import PerExample
+from fedllm.data.tokens import labelled, tokenize
+from fedllm.models import loading
+from fedllm.models.answer_loss import answer_losses, collate
+from fedllm.models.loading import load_base, load_config, load_tokenizer
+from fedllm.training.per_example_gradients import PerExample
 from tests.conftest import SENTENCES
 
 KINDS = ["ffa-lora", "lora-core", "lora"]
@@ -46,7 +47,7 @@ def make_model(tiny_chat_llama: Path, tmp_path: Path) -> Make:
         base: Any
         if quantization:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(models, "compute_dtype", lambda device: dtype)
+                patch.setattr(loading, "compute_dtype", lambda device: dtype)
                 base = load_base(folder, quantization, tmp_path, "cpu")
         else:
             base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)

@@ -12,20 +12,20 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from fedllm import record_training
-from fedllm.adapters import adapter_spec, attach, initial_arrays
+from fedllm.adapters.peft_model import attach, initial_arrays
+from fedllm.adapters.resolve import adapter_spec
 from fedllm.config import AdapterConfig, DataConfig, TrainConfig
-from fedllm.data import tokenize
-from fedllm.evaluation import labelled
-from fedllm.models import load_base, load_config, load_tokenizer
-from fedllm.per_example import PerExample
-from fedllm.privacy.record_ledger import Plan
-from fedllm.record_training import clipped_sum, train_privately
+from fedllm.data.tokens import labelled, tokenize
+from fedllm.models.loading import load_base, load_config, load_tokenizer
+from fedllm.privacy.record_ledger import RecordPlan
+from fedllm.training import dp_sgd
+from fedllm.training.dp_sgd import clipped_sum, train_privately
+from fedllm.training.per_example_gradients import PerExample
 from tests.conftest import SENTENCES
 
 PLAIN = TrainConfig(batch_size=4, learning_rate=1.0)
 # Everyone is in the batch, and the noise is not seen.
-QUIET = Plan(1e-9, 1.0, 1, 10, 1e-5)
+QUIET = RecordPlan(1e-9, 1.0, 1, 10, 1e-5)
 
 Run = Callable[..., dict[str, Any]]
 
@@ -61,7 +61,7 @@ def start(spec: Any) -> dict[str, Any]:
 def moved(
     client: tuple[Any, Any],
     examples: list[dict[str, Any]],
-    plan: Plan = QUIET,
+    plan: RecordPlan = QUIET,
     config: TrainConfig = PLAIN,
     norm: float = 100.0,
 ) -> Any:
@@ -79,7 +79,7 @@ def moved(
 
 def gradients(client: tuple[Any, Any], examples: list[dict[str, Any]]) -> Any:
     """Return (examples, d) gradients at the start, in the order of the arrays."""
-    from fedllm.adapters import set_trained
+    from fedllm.adapters.peft_model import set_trained
 
     model, spec = client
     set_trained(model, spec, start(spec))
@@ -139,7 +139,7 @@ def no_gradients(self: Any, examples: Any, micro_batch_size: int) -> Any:
 def test_the_noise_of_a_step_has_the_promised_scale(client, examples, monkeypatch):
     """Through the real path: gradients of zero, one step, what the adapter moved by."""
     monkeypatch.setattr(PerExample, "gradients", no_gradients)
-    plan = Plan(1.5, 0.5, 1, 8, 1e-5)
+    plan = RecordPlan(1.5, 0.5, 1, 8, 1e-5)
     wanted = 1.5 * 2.0 / 8
 
     values = np.concatenate([moved(client, examples, plan, norm=2.0) for _ in range(4)])
@@ -153,7 +153,7 @@ def test_the_noise_of_a_step_has_the_promised_scale(client, examples, monkeypatc
 
 def test_steps_add_their_noise_and_no_draw_is_repeated(client, examples, monkeypatch):
     monkeypatch.setattr(PerExample, "gradients", no_gradients)
-    plan = Plan(1.0, 0.5, 1, 8, 1e-5)
+    plan = RecordPlan(1.0, 0.5, 1, 8, 1e-5)
     torch.manual_seed(0)
     one = moved(client, examples, plan)
     torch.manual_seed(0)
@@ -165,7 +165,7 @@ def test_steps_add_their_noise_and_no_draw_is_repeated(client, examples, monkeyp
 
 
 def test_an_empty_batch_is_a_step_of_noise(client, examples):
-    plan = Plan(1.0, 1e-12, 1, 8, 1e-5)
+    plan = RecordPlan(1.0, 1e-12, 1, 8, 1e-5)
 
     got = moved(client, examples, plan, norm=0.5)
 
@@ -173,7 +173,7 @@ def test_an_empty_batch_is_a_step_of_noise(client, examples):
 
 
 def test_the_divisor_is_the_expected_batch_never_the_drawn_one(client, examples):
-    got = moved(client, examples, Plan(1e-9, 1.0, 1, 40, 1e-5))
+    got = moved(client, examples, RecordPlan(1e-9, 1.0, 1, 40, 1e-5))
 
     np.testing.assert_allclose(got, moved(client, examples) / 4, atol=1e-6)
 
@@ -188,7 +188,7 @@ def test_batches_are_poisson(client, examples, monkeypatch):
 
     monkeypatch.setattr(PerExample, "gradients", count)
 
-    moved(client, examples, Plan(1.0, 0.3, 2000, 3, 1e-5))
+    moved(client, examples, RecordPlan(1.0, 0.3, 2000, 3, 1e-5))
 
     # Binomial(10, 0.3): mean 3, variance 2.1; a fixed size would have none.
     assert np.mean(sizes) == pytest.approx(3, abs=4 * math.sqrt(2.1 / 2000))
@@ -236,7 +236,7 @@ def test_optimiser_warmup_decay_and_pull_come_after_the_noise():
     parameter = torch.nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3))
     twin = torch.nn.Parameter(parameter.detach().clone())
     reference = twin.detach().clone()
-    update = record_training._Update([parameter], config, 0.01)
+    update = dp_sgd._Update([parameter], config, 0.01)
     optimizer = torch.optim.AdamW([twin], lr=0.01, weight_decay=0.1)
 
     for step, gradient in enumerate(noised):

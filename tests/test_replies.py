@@ -16,7 +16,7 @@ from flwr.app import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.replies import (
+from fedllm.wire.messages import (
     ARRAYS,
     CLIENT_PHASES,
     ERROR,

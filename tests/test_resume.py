@@ -13,14 +13,16 @@ import pytest
 import safetensors.numpy
 from flwr.app import Message, MetricRecord, RecordDict
 
-from fedllm import client, durable, run_directory
-from fedllm.checkpoint import CHECKPOINT_FILE
+from fedllm import atomic_files
+from fedllm.client import cache, message_handler
 from fedllm.config import flat, parse_run_config
 from fedllm.errors import ConfigError, FederationError, PrivacyError
-from fedllm.federation import Federation
+from fedllm.evaluation.public_rows import PublicRows
 from fedllm.privacy.accounting import gaussian_epsilon
-from fedllm.public_rows import PublicRows
-from fedllm.replies import ARRAYS, METRICS, array_record, error_content
+from fedllm.runs import directory
+from fedllm.runs.checkpoint import CHECKPOINT_FILE
+from fedllm.server.federation import Federation
+from fedllm.wire.messages import ARRAYS, METRICS, array_record, error_content
 from tests.in_process_grid import InProcessGrid
 from tests.test_federation import NO_PRIVACY, lines_of, partitions, settings
 
@@ -65,7 +67,7 @@ def quick(settings, monkeypatch):
     monkeypatch.setattr(PublicRows, "validation_loss", loss)
     monkeypatch.setattr(PublicRows, "test_loss", lambda self, arrays: None)
     # The page is drawn from the other files, and a run that lacks it has lost nothing.
-    monkeypatch.setattr("fedllm.watching.write_report", lambda folder: None)
+    monkeypatch.setattr("fedllm.reporting.monitor.write_report", lambda folder: None)
     return {
         **settings,
         "num-server-rounds": ROUNDS,
@@ -125,13 +127,13 @@ class Crashes:
         self.count = 0
         self.k = k
         for owner, name in (
-            (durable, "write_synced"),
-            (durable, "sync_folder"),
+            (atomic_files, "write_synced"),
+            (atomic_files, "sync_folder"),
             (Path, "replace"),
-            (run_directory, "save_adapter"),
-            (run_directory.shutil, "rmtree"),
-            (run_directory.shutil, "copytree"),
-            (run_directory.os, "fsync"),
+            (directory, "save_adapter"),
+            (directory.shutil, "rmtree"),
+            (directory.shutil, "copytree"),
+            (directory.os, "fsync"),
             (Path, "write_text"),
         ):
             patch.setattr(owner, name, self.counted(name, getattr(owner, name)))
@@ -271,13 +273,13 @@ def test_real_clients_take_a_resumed_run_s_settings_from_the_server(settings):
         **{"train.local-steps": 3, "train.learning-rate": 2.0},
         **{"num-server-rounds": 3, "strategy.server-optimizer": "momentum"},
     }
-    whole = federation(given, client.reply_to)
+    whole = federation(given, message_handler.reply_to)
     whole.run()
     expected = kept(whole.directory.path)
 
-    cut = cut_in_round(given, 2, answer=client.reply_to)
-    client._resident.clear()
-    resumed(answer=client.reply_to, first_node=500).run()
+    cut = cut_in_round(given, 2, answer=message_handler.reply_to)
+    cache._resident.clear()
+    resumed(answer=message_handler.reply_to, first_node=500).run()
 
     assert kept(cut.directory.path) == expected
     assert lines_of(cut)[3]["clients_rejected"] == 0
@@ -286,9 +288,9 @@ def test_real_clients_take_a_resumed_run_s_settings_from_the_server(settings):
 def test_record_level_clients_go_on_with_the_plan_and_the_ledger_of_the_run(settings):
     given = {**settings, "privacy.unit": "record", "train.batch-size": 2}
     given["num-server-rounds"] = 3
-    cut = cut_in_round(given, 3, answer=client.reply_to)
+    cut = cut_in_round(given, 3, answer=message_handler.reply_to)
     before = read(cut, "privacy.json")
-    resumed(answer=client.reply_to, first_node=500).run()
+    resumed(answer=message_handler.reply_to, first_node=500).run()
 
     told = read(cut, "privacy.json")
     assert before["releases"] == [1, 2]

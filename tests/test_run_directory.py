@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedllm import adapter_files, run_directory
-from fedllm.adapter_files import read_origin
-from fedllm.adapters import AdapterSpec, initial_arrays
+from fedllm.adapters import files
+from fedllm.adapters.files import read_origin
+from fedllm.adapters.peft_model import initial_arrays
+from fedllm.adapters.spec import AdapterSpec
 from fedllm.errors import FederationError, FedllmError
-from fedllm.run_directory import METRICS_FILE, RunDirectory, read_json
+from fedllm.runs import directory
+from fedllm.runs.directory import METRICS_FILE, RunDirectory, read_json
 
 SPEC = AdapterSpec(
     kind="ffa-lora",
@@ -84,7 +86,7 @@ def test_a_metrics_line_is_added_a_round(folder):
 
 def test_a_json_file_is_there_whole_or_as_it_was(folder, monkeypatch):
     folder.write_json("x.json", {"a": 1})
-    monkeypatch.setattr(run_directory.os, "fsync", full_disk)
+    monkeypatch.setattr(directory.os, "fsync", full_disk)
 
     with pytest.raises(FederationError):
         folder.write_json("x.json", {"a": 2, "b": "long" * 1000})
@@ -94,9 +96,9 @@ def test_a_json_file_is_there_whole_or_as_it_was(folder, monkeypatch):
 
 def test_json_is_synced_before_it_takes_the_name(folder, monkeypatch):
     seen = []
-    sync = run_directory.os.fsync
+    sync = directory.os.fsync
     monkeypatch.setattr(
-        run_directory.os,
+        directory.os,
         "fsync",
         lambda fd: (seen.append((folder.path / "x.json").exists()), sync(fd)),
     )
@@ -115,9 +117,9 @@ def test_a_full_disk_is_one_line_that_names_the_way_out(folder, tmp_path, monkey
         "copy": lambda: folder.copy_adapter(1, "peft_final"),
         "create": lambda: RunDirectory.create(tmp_path, 18),
     }
-    monkeypatch.setattr(run_directory.os, "fsync", full_disk)
-    monkeypatch.setattr(run_directory, "save_adapter", full_disk)
-    monkeypatch.setattr(run_directory.shutil, "copytree", full_disk)
+    monkeypatch.setattr(directory.os, "fsync", full_disk)
+    monkeypatch.setattr(directory, "save_adapter", full_disk)
+    monkeypatch.setattr(directory.shutil, "copytree", full_disk)
     monkeypatch.setattr(Path, "mkdir", full_disk)
 
     for attempt in attempts.values():
@@ -162,7 +164,7 @@ def test_a_crash_in_the_middle_leaves_no_half_round(folder, monkeypatch):
     def crash(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapter_files, "peft_config", crash)
+    monkeypatch.setattr(files, "peft_config", crash)
     with pytest.raises(KeyboardInterrupt):
         save_round(folder, 1)
     assert not (folder.path / "peft_1").exists()

@@ -14,17 +14,19 @@ from flwr.serverapp.strategy import FedAvg
 from fedllm.config import parse_run_config
 from fedllm.errors import PrivacyError
 from fedllm.privacy.ledger import Ledger, PrivacySettings
-from fedllm.replies import (
+from fedllm.strategy.build import make_strategy
+from fedllm.strategy.client_level_dp import ClientLevelDP
+from fedllm.strategy.fedavg import AdapterFedAvg
+from fedllm.strategy.server_optimizer import ServerOptimizer, cosine
+from fedllm.wire.encoding import PACKED
+from fedllm.wire.messages import (
     ARRAYS,
     METRICS,
     array_record,
     encoded_record,
     read_global,
 )
-from fedllm.server_optimizer import ServerOptimizer, cosine
-from fedllm.strategy import AdapterFedAvg, ClientLevelDP, make_strategy
-from fedllm.wire import PACKED
-from tests.flower_messages import be_a_task
+from tests.flower_messages import set_task_identity
 
 C = 0.5
 SHAPES = {"b": (3, 2), "a": (4,)}
@@ -68,7 +70,7 @@ def open_ledger(tmp_path, noise_multiplier, n=4, **changes):
 
 
 def ask(strategy, server_round=1):
-    be_a_task()
+    set_task_identity()
     record = array_record(strategy_of(strategy).reference)
     return list(strategy.configure_train(server_round, record, ConfigRecord(), None))
 
@@ -366,7 +368,7 @@ def test_a_round_that_would_pass_max_epsilon_is_not_asked_for(tmp_path):
 
 
 def test_under_dp_the_text_of_a_failure_is_not_kept(tmp_path):
-    from fedllm.replies import error_content
+    from fedllm.wire.messages import error_content
 
     strategy = noiseless(tmp_path)
     message = ask(strategy)[0]

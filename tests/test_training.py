@@ -14,21 +14,17 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_callback import DefaultFlowCallback
 from trl import SFTConfig, SFTTrainer
 
-from fedllm import models, training
-from fedllm.adapters import (
-    AdapterSpec,
-    adapter_spec,
-    attach,
-    get_trained,
-    initial_arrays,
-    set_trained,
-)
+from fedllm.adapters.peft_model import attach, get_trained, initial_arrays, set_trained
+from fedllm.adapters.resolve import adapter_spec
+from fedllm.adapters.spec import AdapterSpec
 from fedllm.config import AdapterConfig, DataConfig, TrainConfig
-from fedllm.data import tokenize
+from fedllm.data.tokens import labelled, tokenize
 from fedllm.errors import AdapterError
-from fedllm.evaluation import labelled
-from fedllm.models import load_base, load_config, load_tokenizer
-from fedllm.training import Trained, train_adapter, training_seed
+from fedllm.models import loading
+from fedllm.models.loading import load_base, load_config, load_tokenizer
+from fedllm.training import sft
+from fedllm.training.result import Trained
+from fedllm.training.sft import train_adapter, training_seed
 from tests.conftest import SENTENCES
 
 KINDS = ["ffa-lora", "lora-core", "lora", "ia3", "vera"]
@@ -225,7 +221,7 @@ def quantised(
 
     def make(device: str = "cpu", **adapter: Any) -> Client:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(models, "compute_dtype", lambda device: torch.float32)
+            patch.setattr(loading, "compute_dtype", lambda device: torch.float32)
             base = load_base(str(tiny_chat_llama), 4, home, device)
         return make_client(base=base, **adapter)
 
@@ -261,15 +257,15 @@ def test_a_client_that_sees_several_gpus_takes_one_batch_a_step(tmp_path, monkey
             super().__post_init__()
             self._n_gpu = 4
 
-    monkeypatch.setattr(training, "SFTConfig", Several)
-    settings = training._sft_config(PLAIN, 0.5, 1, str(tmp_path), "cpu")
+    monkeypatch.setattr(sft, "SFTConfig", Several)
+    settings = sft._sft_config(PLAIN, 0.5, 1, str(tmp_path), "cpu")
 
     assert settings.train_batch_size == PLAIN.batch_size
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_model_is_trained_where_it_lies(tmp_path, device):
-    settings = training._sft_config(PLAIN, 0.5, 1, str(tmp_path), device)
+    settings = sft._sft_config(PLAIN, 0.5, 1, str(tmp_path), device)
 
     assert settings.use_cpu == (device == "cpu")
 
@@ -336,7 +332,7 @@ def test_a_training_that_fails_leaves_the_forward_as_it_was(make_client, monkeyp
     def fail(*args: Any, **kwargs: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(training, "answer_losses", fail)
+    monkeypatch.setattr(sft, "answer_losses", fail)
     with pytest.raises(MemoryError):
         client.train()
     assert "forward" not in client.model.get_base_model().__dict__
@@ -546,7 +542,7 @@ def test_nothing_is_left_on_disk_and_nothing_is_reported(client, tmp_path, monke
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     callbacks = []
-    train = training.AdapterTrainer.train
+    train = sft.AdapterTrainer.train
 
     def spy(trainer: Any) -> Any:
         callbacks.extend(trainer.callback_handler.callbacks)
@@ -555,13 +551,13 @@ def test_nothing_is_left_on_disk_and_nothing_is_reported(client, tmp_path, monke
     def connect(*args: Any) -> None:
         raise AssertionError("a connection")
 
-    monkeypatch.setattr(training.AdapterTrainer, "train", spy)
+    monkeypatch.setattr(sft.AdapterTrainer, "train", spy)
     monkeypatch.setattr(socket.socket, "connect", connect)
 
     client.train()
 
     kinds = {type(callback) for callback in callbacks}
-    assert kinds == {DefaultFlowCallback, training._Deadline}
+    assert kinds == {DefaultFlowCallback, sft._Deadline}
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["tmp", "work"]
 
 

@@ -5,11 +5,11 @@ import logging
 
 import pytest
 
-from fedllm import watching
 from fedllm.errors import ConfigError, FederationError
-from fedllm.reporting.state import read_state
+from fedllm.reporting import monitor
+from fedllm.reporting.monitor import RunMonitor
 from fedllm.reporting.trackers import numbers
-from fedllm.watching import RunWatch
+from fedllm.runs.state import read_state
 from tests.test_federation import NO_PRIVACY, lines_of, settings, start  # noqa: F401
 
 
@@ -67,10 +67,10 @@ def test_the_page_is_there_after_each_round_and_its_time_is_saving(quick, monkey
         clock[0] += 3.0
 
     clock = [0.0]
-    monkeypatch.setattr(watching, "write_report", write)
-    monkeypatch.setattr(watching.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(monitor, "write_report", write)
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: clock[0])
     federation, _ = start({**quick, **NO_PRIVACY, "num-server-rounds": 3})
-    monkeypatch.setattr(watching, "_LARGEST_SHARE", float("inf"))
+    monkeypatch.setattr(monitor, "_LARGEST_SHARE", float("inf"))
     federation.run()
 
     # After round 0, after each of 3 rounds, and at the end.
@@ -87,9 +87,9 @@ def test_drawing_takes_no_large_share_of_a_run_of_quick_rounds(tmp_path, monkeyp
         written.append(clock[0])
         clock[0] += 1.0
 
-    monkeypatch.setattr(watching, "write_report", write)
-    monkeypatch.setattr(watching.time, "monotonic", lambda: clock[0])
-    watch = RunWatch(tmp_path, "none")
+    monkeypatch.setattr(monitor, "write_report", write)
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: clock[0])
+    watch = RunMonitor(tmp_path, "none")
     for server_round in range(200):
         watch.note({"server_round": server_round})
         clock[0] += 1.0
@@ -107,11 +107,11 @@ def test_what_cannot_be_drawn_answered_or_tracked_does_not_end_a_run(
     def refuse(*args, **kwargs):
         raise ValueError("no\nink")
 
-    monkeypatch.setattr("fedllm.report.page", refuse)
-    monkeypatch.setattr("fedllm.public_rows.PublicRows.answers", refuse)
+    monkeypatch.setattr("fedllm.reporting.report.page", refuse)
+    monkeypatch.setattr("fedllm.evaluation.public_rows.PublicRows.answers", refuse)
     tracker = Recorder(OSError("no network"))
-    monkeypatch.setattr(watching, "make_tracker", lambda name, folder: tracker)
-    monkeypatch.setattr(watching, "_LARGEST_SHARE", float("inf"))
+    monkeypatch.setattr(monitor, "make_tracker", lambda name, folder: tracker)
+    monkeypatch.setattr(monitor, "_LARGEST_SHARE", float("inf"))
     federation, _ = start({**quick, **NO_PRIVACY})
     result = federation.run()
 
@@ -127,7 +127,7 @@ def test_a_tracker_gets_the_numbers_of_metrics_jsonl_and_nothing_else(
     quick, monkeypatch
 ):
     tracker = Recorder()
-    monkeypatch.setattr(watching, "make_tracker", lambda name, folder: tracker)
+    monkeypatch.setattr(monitor, "make_tracker", lambda name, folder: tracker)
     coins = {**quick, "strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
     federation, _ = start(coins)
     federation.run()
@@ -141,9 +141,9 @@ def test_trackers_cannot_stamp_the_rounds_of_secret_cohorts(quick, monkeypatch):
     found = {}
     for sampling in ("poisson", "fixed"):
         tracker, tracked = Recorder(), []
-        monkeypatch.setattr(watching, "make_tracker", lambda *_, to=tracker: to)
+        monkeypatch.setattr(monitor, "make_tracker", lambda *_, to=tracker: to)
         monkeypatch.setattr(
-            watching,
+            monitor,
             "write_report",
             lambda _, of=tracker, to=tracked: to.append(len(of.seen)),
         )

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedllm.wire import BLOCK, pack, packed_size, unpack
+from fedllm.wire.encoding import BLOCK, pack, packed_size, unpack
 
 SHAPES = {"b": (5, 100), "a": (300,), "c": ()}
 ENCODINGS = ("float32", "float16", "int8")

@@ -9,15 +9,26 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedllm.auditing.bench import Finding, MakeStrategy, NotAsPromisedError, Setup
-from fedllm.auditing.chance_checks import fresh_noise, noise_scale, order, secret_coins
-from fedllm.auditing.exact_checks import denominator, ledger, sensitivity, weights
-from fedllm.auditing.rehearsal import Findings, rehearse
+from fedllm.auditing.canary_clients import Findings, run_canaries
+from fedllm.auditing.deterministic_checks import (
+    denominator,
+    ledger,
+    sensitivity,
+    weights,
+)
+from fedllm.auditing.harness import Finding, MakeStrategy, NotAsPromisedError, Setup
+from fedllm.auditing.statistical_checks import (
+    fresh_noise,
+    noise_scale,
+    order,
+    secret_coins,
+)
 from fedllm.config import RunConfig
 from fedllm.errors import PrivacyError
-from fedllm.privacy.accounting import epsilons, plain
+from fedllm.privacy.accounting import epsilons
 from fedllm.privacy.ledger import PrivacySettings
-from fedllm.strategy import make_strategy
+from fedllm.privacy.wording import plain
+from fedllm.strategy.build import make_strategy
 
 _MOST_REHEARSED = 10
 # Above its expectation by so many standard deviations, an estimate is no chance.
@@ -151,7 +162,7 @@ class Auditor:
     def _canaries(self, num_rounds: int, honest: bool) -> Findings:
         clients = self._num_clients + self._num_canaries
         with self._setup.bench(self._setup.dimension, clients) as bench:
-            return rehearse(bench, self._num_canaries, num_rounds, honest)
+            return run_canaries(bench, self._num_canaries, num_rounds, honest)
 
     def _judged(self, found: Findings) -> Finding:
         """Hold what the canaries say against the ledger."""

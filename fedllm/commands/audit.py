@@ -12,22 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.auditing.auditor import MEANING, Audit, Auditor, Check
+from fedllm.auditing.run_folder import require_unit, settings_of_run_folder
+from fedllm.commands.options import typed_config
 from fedllm.config import RunConfig, fedllm_home, parse_run_config
 from fedllm.errors import FedllmError, PrivacyError
-from fedllm.noise_plan import privacy_settings
-from fedllm.privacy.accounting import plain
-from fedllm.privacy.ledger import Ledger, PrivacySettings
-from fedllm.report import write_report
-from fedllm.reporting.record import AUDIT_FILE
-from fedllm.run_directory import (
-    CONFIG_FILE,
-    METRICS_FILE,
-    PRIVACY_FILE,
-    RunDirectory,
-    read_json,
-    read_metrics,
-)
-from fedllm.typed_config import typed_config
+from fedllm.planning.noise import privacy_settings
+from fedllm.privacy.ledger import PrivacySettings
+from fedllm.privacy.wording import plain
+from fedllm.reporting.report import write_report
+from fedllm.runs.directory import CONFIG_FILE, RunDirectory, read_json
+from fedllm.runs.record import AUDIT_FILE
 
 LATEST = "latest"
 
@@ -53,12 +47,12 @@ def _run(args: argparse.Namespace) -> bool:
     if (config := _record_level(args, folder)) is not None:
         return _run_records(args, config, folder)
     if folder is not None:
-        config, settings, check = _of_run(folder)
+        config, settings, check = settings_of_run_folder(folder)
         first.append(check)
         num_clients = settings.population_size if args.clients is None else args.clients
     else:
         config = parse_run_config(typed_config(args.run_config or ()))
-        _require_unit(config.privacy.unit, "these settings")
+        require_unit(config.privacy.unit, "these settings")
         connected = config.strategy.num_clients or 20
         num_clients = connected if args.clients is None else args.clients
         # d enters R only, and no epsilon.
@@ -102,7 +96,7 @@ def _run_records(
     args: argparse.Namespace, config: RunConfig, folder: Path | None
 ) -> bool:
     """Plant canaries in the records of one client, and say what a guesser sees."""
-    from fedllm.auditing.records import audit_first_client
+    from fedllm.auditing.canary_records import audit_first_client
 
     num_canaries = 200 if args.canaries is None else args.canaries
     if num_canaries < 1:
@@ -131,85 +125,6 @@ def _run_records(
         _say(f"written: {folder / AUDIT_FILE}")
     _say("PASS" if found.passed else "FAIL")
     return found.passed
-
-
-def _of_run(folder: Path) -> tuple[RunConfig, PrivacySettings, Check]:
-    """Read what a run promised, and hold its files against each other.
-
-    Raises:
-        FedllmError: The folder, its ledger or its config is missing, damaged or edited.
-    """
-    path = folder / PRIVACY_FILE
-    if not path.is_file():
-        raise PrivacyError(f"{folder}: has no {PRIVACY_FILE}: not a run folder")
-    _require_unit(read_json(path).get("unit"), str(folder))
-    ledger = Ledger.load(path)
-    run_config = read_json(folder / CONFIG_FILE).get("run_config")
-    if not isinstance(run_config, dict):
-        raise PrivacyError(f"{folder / CONFIG_FILE}: is damaged: it has no run_config")
-    config = parse_run_config(run_config)
-    _require_same(ledger, config, path)
-    told = [
-        line["server_round"]
-        for line in read_metrics(folder / METRICS_FILE)
-        if line["server_round"] > 0
-    ]
-    forgotten = sorted(set(told) - set(ledger.releases))
-    check = Check(
-        "ledger of the run",
-        not forgotten,
-        f"{len(ledger.releases)} rounds in the ledger, {len(told)} in {METRICS_FILE}"
-        + (f": it forgets {forgotten}" if forgotten else "")
-        + f"; epsilon {plain(ledger.epsilons().zero_out)} zero-out",
-    )
-    return config, ledger.settings, check
-
-
-def _require_same(ledger: Ledger, config: RunConfig, path: Path) -> None:
-    """Refuse a ledger whose promise is not that of the run's config.
-
-    Raises:
-        PrivacyError: Names what differs.
-    """
-    settings = ledger.settings
-    given = replace(
-        config.privacy,
-        noise_multiplier=settings.noise_multiplier,
-        target_epsilon=0.0,
-    )
-    size, d = settings.population_size, settings.num_trainable
-    promised = privacy_settings(replace(config, privacy=given), size, d)
-    noise = config.privacy.noise_multiplier or settings.noise_multiplier
-    promised = replace(
-        promised,
-        target_epsilon=config.privacy.target_epsilon,
-        noise_multiplier=noise,
-    )
-    try:
-        ledger.check_same(promised)
-    except PrivacyError as error:
-        raise PrivacyError(
-            f"{path}: is not the ledger of {CONFIG_FILE} beside it: {error}"
-        ) from None
-    planned = ledger.epsilon_after(settings.planned_rounds).zero_out
-    if settings.target_epsilon > 0 and planned > settings.target_epsilon * (1 + 1e-6):
-        raise PrivacyError(
-            f"{path}: the ledger was edited: its noise multiplier "
-            f"{settings.noise_multiplier:g} spends {plain(planned)} in "
-            f"{settings.planned_rounds} rounds, above target_epsilon "
-            f"{settings.target_epsilon:g}"
-        )
-
-
-def _require_unit(unit: object, what: str) -> None:
-    if unit == "none":
-        raise PrivacyError(
-            f"nothing to audit: {what} promise no privacy (privacy.unit='none')"
-        )
-    if unit != "client":
-        raise PrivacyError(
-            f"privacy.unit: must be 'client' or 'record' (got {unit!r} in {what})"
-        )
 
 
 def _run_folder(name: str) -> Path:

@@ -17,20 +17,19 @@ import logging
 import re
 import sys
 import time
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedllm.commands.compare_report import BUDGET, write_comparison
+from fedllm.atomic_files import write_atomic
+from fedllm.commands.options import read_config
 from fedllm.config import RunConfig, fedllm_home, flat, parse_run_config
-from fedllm.durable import replace_whole
 from fedllm.errors import ConfigError, FederationError, FedllmError
+from fedllm.reporting.comparison import BUDGET, write_comparison
 
 ARMS = ("base", "federated", "federated-dp", "centralised", "alone")
-
 _SERVER = 100
 """Node id of the first client."""
 
@@ -73,7 +72,7 @@ def _run(args: argparse.Namespace) -> None:
         path = _result(out, seed, arm)
         path.parent.mkdir(exist_ok=True)
         row = {"arm": arm, "seed": seed, **bench.measure(arm, path.parent)}
-        replace_whole(path, (json.dumps(row, indent=2) + "\n").encode())
+        write_atomic(path, (json.dumps(row, indent=2) + "\n").encode())
         left = (time.monotonic() - began) / (done + 1) * (len(todo) - done - 1)
         sys.stdout.write(
             f"seed {seed}, {arm}: test loss {row['test_loss']:.3f}; "
@@ -105,30 +104,6 @@ def _asked(args: argparse.Namespace, names: list[str]) -> list[str]:
     return [name for name in names if re.sub(r"-\d+$", "", name) in args.arms]
 
 
-def read_config(path: Path) -> RunConfig:
-    """Read a run config as `flwr run --run-config FILE` does.
-
-    Raises:
-        ConfigError: The file cannot be read, or holds what no run would take.
-    """
-    try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--run-config: {path}: {error}") from None
-    mapping: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            mapping |= {f"{key}.{inner}": v for inner, v in value.items()}
-        else:
-            mapping[key] = value
-    config = parse_run_config(mapping)
-    if config.privacy.unit == "record":
-        raise ConfigError(
-            "privacy.unit: compare knows 'client' and 'none' (got 'record')"
-        )
-    return config
-
-
 def without_privacy(config: RunConfig) -> RunConfig:
     """Return the twin of a config that promises nothing and differs in nothing else."""
     mapping = {k: v for k, v in flat(config).items() if not k.startswith("privacy.")}
@@ -143,7 +118,7 @@ def centralised(config: RunConfig, num_clients: int) -> RunConfig:
 
     Under `train.local-epochs` that is so of itself where all clients are asked.
     """
-    from fedllm.noise_plan import num_sampled
+    from fedllm.config import num_sampled
 
     config = without_privacy(config)
     sampled = num_sampled(config.strategy, num_clients)
@@ -171,15 +146,15 @@ class Bench:
     def __init__(
         self, config: RunConfig, num_clients: int, benchmark: str | None
     ) -> None:
-        from fedllm.adapter_choice import choose_adapter, with_choice
-        from fedllm.adapters import initial_arrays
-        from fedllm.auditing.bench import be_a_task
-        from fedllm.client import _load
-        from fedllm.evaluation import load_questions
-        from fedllm.models import locate
-        from fedllm.public_rows import PublicRows
+        from fedllm.adapters.peft_model import initial_arrays
+        from fedllm.client.cache import _load
+        from fedllm.evaluation.multiple_choice import load_questions
+        from fedllm.evaluation.public_rows import PublicRows
+        from fedllm.models.loading import locate
+        from fedllm.planning.adapter_choice import choose_adapter, with_choice
+        from fedllm.wire.task_identity import set_task_identity
 
-        be_a_task()
+        set_task_identity()
         if config.adapter.kind == "auto":
             config = with_choice(config, choose_adapter(config, num_clients))
         self.config = config
@@ -227,10 +202,10 @@ class Bench:
         """Run rounds over partitions, each (id, number of partitions)."""
         from flwr.app import ConfigRecord
 
-        from fedllm.noise_plan import privacy_settings
+        from fedllm.planning.noise import privacy_settings
         from fedllm.privacy.ledger import Ledger
-        from fedllm.replies import ADAPTER_KIND, array_record, read_global
-        from fedllm.strategy import make_strategy
+        from fedllm.strategy.build import make_strategy
+        from fedllm.wire.messages import ADAPTER_KIND, array_record, read_global
 
         began = time.monotonic()
         ledger = None
@@ -288,7 +263,7 @@ class Bench:
         """Let clients answer one at a time, through the ClientApp's own function."""
         from flwr.app import Context, RecordDict
 
-        from fedllm.client import reply_to
+        from fedllm.client.message_handler import reply_to
 
         for message in messages:
             node_id = message.metadata.dst_node_id
@@ -302,9 +277,9 @@ class Bench:
         self, arrays: Any, best_round: int, losses: list[Any], began: float
     ) -> dict[str, Any]:
         """Score the chosen adapter on test rows and questions; the only time."""
-        from fedllm.adapters import set_trained
-        from fedllm.data import chat_prompt
-        from fedllm.evaluation import multiple_choice
+        from fedllm.adapters.peft_model import set_trained
+        from fedllm.data.prompts import chat_prompt
+        from fedllm.evaluation.multiple_choice import multiple_choice
 
         seconds = time.monotonic() - began
         score = self._public.test_loss(arrays)
@@ -357,7 +332,7 @@ def _keep_setting(path: Path, setting: dict[str, Any]) -> None:
         raise ConfigError(
             f"--out: {path.parent} holds a comparison of other settings: name another"
         )
-    replace_whole(path, text.encode())
+    write_atomic(path, text.encode())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,18 +16,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fedllm.asking import Asker, Turn, find_subject
-from fedllm.commands.evaluate import positive_int, temperature
-from fedllm.commands.runs import all_runs, epsilon_words
+from fedllm.commands.options import positive_int, temperature
 from fedllm.config import fedllm_home
 from fedllm.errors import AdapterError, ConfigError, FedllmError
-from fedllm.reporting.record import read_run
-from fedllm.reporting.verdict import caution, verdict
+from fedllm.evaluation.inference import ChatModel, Turn, find_model
+from fedllm.reporting.sentences import caution, verdict
+from fedllm.runs.listing import adapter_names, first_choice, run_choices
+from fedllm.runs.record import read_run
 
 logger = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"
 _NAMES = ("base", "tuned")
+
 _CSS = """
 .gradio-container { max-width: 68rem !important; margin: 0 auto !important; }
 .statement { border-left: .3rem solid #0072b2; padding: .1rem 0 .1rem 1rem; }
@@ -75,46 +76,6 @@ def _require_runs(home: Path) -> None:
         )
 
 
-def run_choices(home: Path) -> list[tuple[str, str]]:
-    """Return the runs that have an adapter, newest first: (label, folder name)."""
-    runs = home / "runs"
-    return [
-        (_label(summary), summary["name"])
-        for summary in all_runs(runs)
-        if adapter_names(runs / summary["name"])
-    ]
-
-
-def _label(summary: Mapping[str, Any]) -> str:
-    """Name a run for a person."""
-    when = summary["time"] or summary["name"]
-    if summary["state"] == "damaged":
-        return f"{when}, damaged"
-    model = str(summary["model"]).rsplit("/", 1)[-1]
-    spent = epsilon_words(summary["unit"], summary["epsilon"])
-    return f"{when}, {model}, epsilon {spent}, {summary['state']}"
-
-
-def adapter_names(folder: Path) -> list[str]:
-    """Return a run's adapters: what it ended with, its best, then the latest rounds."""
-    found = {path.name for path in folder.glob("peft_*") if path.is_dir()}
-    numbers = {name.removeprefix("peft_") for name in found}
-    rounds = sorted((int(n) for n in numbers if n.isdecimal()), reverse=True)
-    ordered = ["peft_final", "peft_best", *(f"peft_{number}" for number in rounds)]
-    return [name for name in ordered if name in found]
-
-
-def first_choice(folder: Path) -> str | None:
-    """Return the adapter that a run recommends, else the first of its list."""
-    names = adapter_names(folder)
-    with contextlib.suppress(FedllmError):
-        result = read_run(folder).result or {}
-        recommended = Path(str(result.get("recommended"))).name
-        if recommended in names:
-            return recommended
-    return names[0] if names else None
-
-
 def about(folder: Path) -> str:
     """Return, as HTML, what a run promises, what it was worth, what answers are worth.
 
@@ -149,7 +110,7 @@ class Resident:
     def __init__(self, args: argparse.Namespace, home: Path) -> None:
         self._args = args
         self._home = home
-        self._asker: Asker | None = None
+        self._asker: ChatModel | None = None
 
     def answers(
         self, folder: Path, question: str, turns: Mapping[str, list[Turn]]
@@ -175,16 +136,16 @@ class Resident:
                     said[name] += piece
                     yield dict(said)
 
-    def _load(self, folder: Path) -> Asker:
+    def _load(self, folder: Path) -> ChatModel:
         """Return the model with an adapter; a running run may have written it anew."""
-        subject = find_subject(str(folder), self._home)
+        subject = find_model(str(folder), self._home)
         if self._args.quantization is not None:
             subject.quantization = self._args.quantization
         if self._asker is None or self._asker.subject != subject:
             self._asker = None
             # PEFT's modules know each other, so that only a collection frees the old.
             gc.collect()
-            self._asker = Asker(subject)
+            self._asker = ChatModel(subject)
         return self._asker
 
 

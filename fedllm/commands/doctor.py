@@ -12,10 +12,10 @@ import os
 import sys
 from dataclasses import asdict
 
+from fedllm.commands.options import typed_config
 from fedllm.config import parse_run_config
+from fedllm.deployment.preflight import Check, checks
 from fedllm.errors import FedllmError
-from fedllm.preflight import Check, checks
-from fedllm.typed_config import typed_config
 
 
 def main(arguments: list[str] | None = None) -> None:

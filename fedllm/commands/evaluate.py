@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedllm.asking import Asker, Turn, find_subject
+from fedllm.commands.options import positive_int, temperature
 from fedllm.config import DataConfig, RunConfig, fedllm_home
 from fedllm.errors import DataError, FedllmError
-from fedllm.reporting.verdict import NOT_ADVICE
+from fedllm.evaluation.inference import ChatModel, Turn, find_model
+from fedllm.reporting.sentences import NOT_ADVICE
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,14 +40,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    subject = find_subject(args.peft_path, fedllm_home())
+    subject = find_model(args.peft_path, fedllm_home())
     if args.quantization is not None:
         subject.quantization = args.quantization
     if args.float32:
         subject.quantization, subject.in_float32 = 0, True
     report: dict[str, Any] = {"answers_for": subject.described}
     _say(args, subject.described)
-    asker = Asker(subject)
+    asker = ChatModel(subject)
     if args.held_out:
         report["held_out"] = _held_out(args, asker)
     if args.benchmark:
@@ -66,14 +67,14 @@ def _run(args: argparse.Namespace) -> None:
         _interact(args, asker)
 
 
-def _names(args: argparse.Namespace, asker: Asker) -> list[tuple[str, bool]]:
+def _names(args: argparse.Namespace, asker: ChatModel) -> list[tuple[str, bool]]:
     """Return which models are asked: (name, with the adapter)."""
     return asker.both() if args.base else asker.both()[-1:]
 
 
 def _answer(
     args: argparse.Namespace,
-    asker: Asker,
+    asker: ChatModel,
     question: str,
     histories: Mapping[str, Sequence[Turn]] | None = None,
 ) -> dict[str, str]:
@@ -98,10 +99,10 @@ def _answer(
     return answers
 
 
-def _held_out(args: argparse.Namespace, asker: Asker) -> dict[str, Any]:
+def _held_out(args: argparse.Namespace, asker: ChatModel) -> dict[str, Any]:
     """Measure loss and perplexity on the run's public test rows."""
-    from fedllm.data import load_public, tokenize
-    from fedllm.evaluation import labelled
+    from fedllm.data.rows import load_public
+    from fedllm.data.tokens import labelled, tokenize
 
     config = asker.subject.config
     data = config.data if config else DataConfig()
@@ -115,13 +116,12 @@ def _held_out(args: argparse.Namespace, asker: Asker) -> dict[str, Any]:
     return _losses(args, asker, examples, "test rows", _names(args, asker))
 
 
-def _off_topic(args: argparse.Namespace, asker: Asker) -> dict[str, Any]:
+def _off_topic(args: argparse.Namespace, asker: ChatModel) -> dict[str, Any]:
     """Measure the loss of base and tuned model on general knowledge: forgetting shows."""
     from datasets import Dataset
 
-    from fedllm.data import tokenize
-    from fedllm.evaluation import labelled
-    from fedllm.open_answers import off_topic_rows
+    from fedllm.data.tokens import labelled, tokenize
+    from fedllm.evaluation.open_answers import off_topic_rows
 
     data = DataConfig(prompt_column="question", response_column="answer")
     length = RunConfig().train.max_length
@@ -132,7 +132,7 @@ def _off_topic(args: argparse.Namespace, asker: Asker) -> dict[str, Any]:
 
 def _losses(
     args: argparse.Namespace,
-    asker: Asker,
+    asker: ChatModel,
     examples: Sequence[Mapping[str, Any]],
     what: str,
     names: Sequence[tuple[str, bool]],
@@ -146,7 +146,7 @@ def _losses(
         what: What the rows are, in a sentence.
         names: Which models: (name, with the adapter).
     """
-    from fedllm.evaluation import held_out
+    from fedllm.evaluation.held_out_loss import held_out
 
     scores = {}
     for name, tuned in names:
@@ -166,9 +166,11 @@ def _losses(
     return scores
 
 
-def _benchmark(args: argparse.Namespace, asker: Asker, path: Path) -> dict[str, Any]:
+def _benchmark(
+    args: argparse.Namespace, asker: ChatModel, path: Path
+) -> dict[str, Any]:
     """Score multiple choice."""
-    from fedllm.evaluation import load_questions, multiple_choice
+    from fedllm.evaluation.multiple_choice import load_questions, multiple_choice
 
     questions = load_questions(path)
     scores = {}
@@ -194,9 +196,9 @@ def _benchmark(args: argparse.Namespace, asker: Asker, path: Path) -> dict[str, 
     return scores
 
 
-def _open(args: argparse.Namespace, asker: Asker, path: Path) -> dict[str, Any]:
+def _open(args: argparse.Namespace, asker: ChatModel, path: Path) -> dict[str, Any]:
     """Let the models answer open questions, and hold that against the references."""
-    from fedllm.open_answers import load_open_questions, score_answers
+    from fedllm.evaluation.open_answers import load_open_questions, score_answers
 
     rows = load_open_questions(path)
     scores = {}
@@ -213,7 +215,7 @@ def _open(args: argparse.Namespace, asker: Asker, path: Path) -> dict[str, Any]:
     return scores
 
 
-def _interact(args: argparse.Namespace, asker: Asker) -> None:
+def _interact(args: argparse.Namespace, asker: ChatModel) -> None:
     """Answer questions until the input ends; each model remembers its own answers."""
     _say(args, f"{NOT_ADVICE} An empty line ends, /new forgets what was said.")
     histories: dict[str, list[Turn]] = {}
@@ -236,22 +238,6 @@ def _say(args: argparse.Namespace, text: str, end: str = "\n") -> None:
     if not args.json:
         sys.stdout.write(text + end)
         sys.stdout.flush()
-
-
-def positive_int(text: str) -> int:
-    """Read a whole number of at least 1; argparse shows the error."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1 (got {text})")
-    return value
-
-
-def temperature(text: str) -> float:
-    """Read a finite number of at least 0; argparse shows the error."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be finite and at least 0 (got {text})")
-    return value
 
 
 def _parser() -> argparse.ArgumentParser:

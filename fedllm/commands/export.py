@@ -43,8 +43,8 @@ def export(adapter: Path, out: Path, bits: int = 0) -> None:
         ModelError: The base cannot be loaded, or not quantised on this machine.
         FedllmError: A file of the adapter's run is damaged.
     """
-    from fedllm.adapter_files import load_adapter, read_base_name
-    from fedllm.models import load_base, load_quantised, load_tokenizer
+    from fedllm.adapters.files import load_adapter, read_base_name
+    from fedllm.models.loading import load_base, load_quantised, load_tokenizer
 
     if out.exists():
         raise AdapterError(f"--out: {out} exists already: name a new folder")
@@ -70,8 +70,8 @@ def export(adapter: Path, out: Path, bits: int = 0) -> None:
 def _card(run: Path) -> str | None:
     """Return the merged model's card; None for an adapter that no run of ours made."""
     from fedllm.reporting.card import card
-    from fedllm.reporting.record import read_run
-    from fedllm.run_directory import CONFIG_FILE
+    from fedllm.runs.directory import CONFIG_FILE
+    from fedllm.runs.record import read_run
 
     return card(read_run(run), merged=True) if (run / CONFIG_FILE).is_file() else None
 

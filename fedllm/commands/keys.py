@@ -13,7 +13,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from fedllm.deployment_keys import (
+from fedllm.deployment.keys import (
     SUPERLINK_NAME,
     VALID_DAYS,
     add_node_key,

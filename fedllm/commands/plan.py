@@ -14,41 +14,23 @@ import argparse
 import json
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedllm.adapter_choice import choose_adapter, with_choice
-from fedllm.adapters import resolve
+from fedllm.commands.options import typed_config
 from fedllm.config import RunConfig, parse_run_config
 from fedllm.errors import ConfigError, FedllmError
-from fedllm.linear_shapes import linear_shapes
-from fedllm.noise_plan import privacy_settings
-from fedllm.privacy.accounting import (
-    Epsilons,
-    calibrate,
-    epsilons,
-    plain,
-    strength,
-)
+from fedllm.planning.adapter_choice import choose_adapter, with_choice
+from fedllm.planning.frontier import load_frontier
+from fedllm.planning.noise import privacy_settings
+from fedllm.planning.plan import make_plan_report, num_trainable_of
+from fedllm.planning.record_noise import record_plan
+from fedllm.privacy.accounting import calibrate, noise_to_signal
 from fedllm.privacy.ledger import Ledger, PrivacySettings
-from fedllm.privacy.planning import (
-    Expected,
-    expected,
-    load_frontier,
-    noise_level,
-    noise_to_signal,
-    step_by_rule,
-)
-from fedllm.record_promise import record_plan, record_plan_lines
-from fedllm.typed_config import typed_config
+from fedllm.privacy.wording import plain, strength
 
 _DEFAULT_CLIENTS = 20
 _EPSILONS = (1.0, 2.0, 4.0, 8.0)
-_WORTH_SAYING = 0.02
-# What adapter.target-modules "auto" means for models of Llama's kind.
-_LORA_MODULES = (("q_proj", "v_proj"), ())
-_IA3_MODULES = (("k_proj", "v_proj", "down_proj"), ("down_proj",))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,9 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
             config = with_choice(config, chosen)
         if args.trainable is not None and args.trainable < 1:
             raise ConfigError(f"--trainable: must be at least 1 (got {args.trainable})")
-        d = args.trainable or _num_trainable(config)
+        d = args.trainable or num_trainable_of(config)
         settings = privacy_settings(config, clients, d)
-        plan = _plan(config, settings)
+        plan = make_plan_report(config, settings)
         plan["auto"] = chosen.reason if chosen is not None else None
         if args.plot:
             plan["plot"] = str(_plotted(config, settings, Path(args.plot)))
@@ -114,35 +96,6 @@ def _config(args: argparse.Namespace) -> RunConfig:
     return config
 
 
-def _num_trainable(config: RunConfig) -> int:
-    """Return d without loading the model."""
-    shapes = linear_shapes(config.model.name)
-    defaults = _IA3_MODULES if config.adapter.kind == "ia3" else _LORA_MODULES
-    return resolve(config.adapter, shapes, (), defaults, config.seed).num_trainable
-
-
-def _plan(config: RunConfig, settings: PrivacySettings) -> dict[str, Any]:
-    """Return everything that is known beforehand, for --json and for the lines."""
-    spent = _spent(settings, settings.planned_rounds)
-    return {
-        "num_clients": settings.population_size,
-        "num_sampled_clients": settings.num_sampled_clients,
-        "sampling": settings.sampling,
-        "num_rounds": settings.planned_rounds,
-        "num_trainable": settings.num_trainable,
-        "noise_multiplier": settings.noise_multiplier,
-        "epsilon": spent.zero_out,
-        "epsilon_replace_one": spent.replace_one,
-        "delta": settings.delta,
-        "accountant": spent.accountant,
-        "strength": strength(spent.zero_out),
-        "noise_to_signal": _ratio(settings),
-        "server_learning_rate_by_rule": _step(config, settings),
-        "expected": _expected_dict(_expect(config.adapter.kind, settings)),
-        "better": _better(config, settings),
-    }
-
-
 def _record_plan(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Return the plan of one client with record-level privacy.
 
@@ -158,104 +111,6 @@ def _record_plan(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     if args.probe or args.plot:
         raise ConfigError("--probe and --plot are for privacy.unit='client'")
     return record_plan(config, args.records)
-
-
-def _spent(settings: PrivacySettings, rounds: int) -> Epsilons:
-    """Return what a number of rounds spends."""
-    return epsilons(
-        settings.noise_multiplier,
-        rounds,
-        settings.delta,
-        settings.sampling,
-        settings.num_sampled_clients / settings.population_size,
-    )
-
-
-def _ratio(settings: PrivacySettings) -> float:
-    """Return R."""
-    return noise_to_signal(
-        settings.noise_multiplier, settings.num_trainable, settings.num_sampled_clients
-    )
-
-
-def _step(config: RunConfig, settings: PrivacySettings) -> float | None:
-    """Return the server learning rate that the rule gives; for `ffa-lora` only."""
-    if config.adapter.kind != "ffa-lora":
-        return None
-    level = noise_level(
-        settings.noise_multiplier,
-        settings.planned_rounds,
-        settings.num_sampled_clients,
-    )
-    return round(step_by_rule(level) * 0.6 / settings.clipping_norm, 3)
-
-
-def _expect(kind: str, settings: PrivacySettings) -> Expected | None:
-    """Return what the frontier says of these settings."""
-    level = noise_level(
-        settings.noise_multiplier,
-        settings.planned_rounds,
-        settings.num_sampled_clients,
-    )
-    return expected(kind, level, load_frontier())
-
-
-def _expected_dict(found: Expected | None) -> dict[str, Any] | None:
-    """Return an expectation for --json."""
-    if found is None:
-        return None
-    return {
-        "test_loss": round(found.loss, 3),
-        "test_loss_low": round(found.low, 3),
-        "test_loss_high": round(found.high, 3),
-        "share_of_gain_without_privacy": round(found.share, 3),
-        "inside_what_was_measured": found.inside,
-        "nearest_clients": found.nearest.clients,
-        "nearest_epsilon": found.nearest.epsilon,
-        "nearest_rounds": found.nearest.rounds,
-    }
-
-
-def _better(config: RunConfig, settings: PrivacySettings) -> list[dict[str, Any]]:
-    """Return changes of one setting each that the frontier expects to lower the loss."""
-    now = _expect(config.adapter.kind, settings)
-    changes: list[tuple[str, str, PrivacySettings]] = []
-    for factor in (2, 5):
-        clients = settings.population_size * factor
-        more = replace(
-            settings,
-            population_size=clients,
-            num_sampled_clients=settings.num_sampled_clients * factor,
-        )
-        changes.append((f"{clients} clients", config.adapter.kind, more))
-    for epsilon in (2.0, 4.0, 8.0):
-        if epsilon > _spent(settings, settings.planned_rounds).zero_out * 1.01:
-            weaker = replace(settings, noise_multiplier=_calibrated(settings, epsilon))
-            changes.append((f"epsilon {epsilon:g}", config.adapter.kind, weaker))
-    for kind in load_frontier().kinds:
-        if kind != config.adapter.kind:
-            changes.append((f"adapter.kind={kind}", kind, settings))
-    out = []
-    for what, kind, changed in changes:
-        then = _expect(kind, changed)
-        # Measured with less noise, another kind would look better than it is.
-        if then is not None and kind != config.adapter.kind and then.optimistic:
-            continue
-        if then is None or (now is not None and then.loss > now.loss - _WORTH_SAYING):
-            continue
-        out.append({"change": what, "test_loss": round(then.loss, 3)})
-    return sorted(out, key=lambda row: float(str(row["test_loss"])))
-
-
-def _calibrated(settings: PrivacySettings, epsilon: float) -> float:
-    """Return the noise multiplier for another epsilon."""
-    return calibrate(
-        epsilon,
-        settings.planned_rounds,
-        settings.delta,
-        settings.sampling,
-        settings.num_sampled_clients / settings.population_size,
-    )
 
 
 def _lines(
@@ -350,7 +205,7 @@ def _plotted(config: RunConfig, settings: PrivacySettings, path: Path) -> Path:
     Raises:
         ConfigError: The file cannot be written, or is of no known kind.
     """
-    from fedllm.plan_plot import draw
+    from fedllm.planning.plot import draw
 
     rounds, delta = settings.planned_rounds, settings.delta
     try:
@@ -366,11 +221,13 @@ def _probe(config: RunConfig, settings: PrivacySettings) -> dict[str, float]:
     Raises:
         ConfigError: There are no public validation rows to score it on.
     """
-    from fedllm.adapters import adapter_spec, initial_arrays
+    from fedllm.adapters.peft_model import initial_arrays
+    from fedllm.adapters.resolve import adapter_spec
     from fedllm.config import fedllm_home
-    from fedllm.models import load_config, locate
-    from fedllm.public_rows import PublicRows
-    from fedllm.strategy import ClientLevelDP, make_strategy
+    from fedllm.evaluation.public_rows import PublicRows
+    from fedllm.models.loading import load_config, locate
+    from fedllm.strategy.build import make_strategy
+    from fedllm.strategy.client_level_dp import ClientLevelDP
 
     home = fedllm_home()
     location = locate(config.model.name, home)
@@ -427,3 +284,18 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     main()
+
+
+def record_plan_lines(config: RunConfig, plan: dict[str, Any]) -> list[str]:
+    """Return what a person reads of a client's plan."""
+    z, batch = plan["noise_multiplier"], plan["expected_batch_size"]
+    return [
+        f"a client of {plan['num_records']:,} records: batches of about {batch} by "
+        f"secret coins, {plan['steps_per_round']} steps in each of "
+        f"{plan['num_rounds']} rounds",
+        f"noise multiplier {z:.4g} <-> epsilon {plain(plan['epsilon'])} for adding or "
+        f"removing one record, at delta {plan['delta']:.3g} (pld): protection is "
+        f"{strength(plan['epsilon'])}",
+        f"a step's mean gradient has noise of {z / batch:.3g} times "
+        f"privacy.max-grad-norm {config.privacy.max_grad_norm:g} in each trained value",
+    ]

@@ -8,17 +8,15 @@ python -m fedllm.commands.runs 2026-11-23_05-39-35_12018571944861707352 --json
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from fedllm.config import fedllm_home
 from fedllm.errors import FedllmError
 from fedllm.privacy.wording import plain
-from fedllm.report import write_report
-from fedllm.reporting.record import RunRecord, read_run
-
-_LATEST = "latest"
+from fedllm.reporting.report import write_report
+from fedllm.runs.listing import LATEST, all_runs, epsilon_words, find_run, run_summary
+from fedllm.runs.record import RunRecord, read_run
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,68 +29,12 @@ def main(arguments: list[str] | None = None) -> None:
             found = listed = all_runs(runs)
             lines = _list_lines(runs, listed)
         else:
-            found, lines = _one(_find(runs, args.name))
+            found, lines = _one(find_run(runs, args.name))
     except FedllmError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     if args.json:
         lines = [json.dumps(found, indent=2)]
     sys.stdout.write("\n".join(lines) + "\n")
-
-
-def all_runs(runs: Path) -> list[dict[str, Any]]:
-    """Return a summary of each run, newest first."""
-    folders = [p for p in runs.glob("*") if p.is_dir() and not p.is_symlink()]
-    shown = [p for p in folders if not p.name.startswith(".")]
-    # A name begins with its time.
-    return [_summary(p) for p in sorted(shown, key=lambda p: p.name, reverse=True)]
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    """Return what is said of a run in one line; a damaged one says why it is."""
-    summary: dict[str, Any] = {"name": folder.name, "time": _time(folder.name)}
-    try:
-        return summary | _facts(read_run(folder))
-    except FedllmError as error:
-        why = str(error)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        why = f"{folder}: is damaged: {type(error).__name__}: {error}"
-    return summary | {"state": "damaged", "reason": why}
-
-
-def _facts(run: RunRecord) -> dict[str, Any]:
-    """Return the facts of a run that could be read."""
-    before, after = _losses(run)
-    epsilon = run.privacy.get("epsilon")
-    return {
-        "model": run.settings.get("model.name"),
-        "num_clients": run.config.get("num_clients"),
-        "rounds_done": run.rounds_done,
-        "rounds_planned": run.rounds_planned,
-        "loss_before": None if before is None else float(before),
-        "loss_after": None if after is None else float(after),
-        "unit": run.privacy.get("unit"),
-        "epsilon": None if epsilon is None else float(epsilon),
-        "state": run.state,
-        "reason": run.reason,
-    }
-
-
-def _losses(run: RunRecord) -> tuple[float | None, float | None]:
-    """Return test losses, or validation losses while there are no test losses."""
-    if run.result is not None and run.result["test_loss_before"] is not None:
-        return run.result["test_loss_before"], run.result["test_loss_after"]
-    losses = [line["validation_loss"] for line in run.rounds]
-    known = [loss for loss in losses if loss is not None]
-    return (known[0], known[-1]) if known else (None, None)
-
-
-def _time(name: str) -> str | None:
-    """Return when a run began, from its name: local time."""
-    try:
-        when = time.strptime(name[:19], "%Y-%m-%d_%H-%M-%S")
-    except ValueError:
-        return None
-    return time.strftime("%Y-%m-%d %H:%M", when)
 
 
 def _list_lines(runs: Path, found: list[dict[str, Any]]) -> list[str]:
@@ -126,32 +68,13 @@ def _row(summary: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def epsilon_words(unit: str | None, epsilon: float | None) -> str:
-    """Say what was spent; a run without privacy has no epsilon."""
-    return "none" if unit == "none" else "-" if unit is None else plain(epsilon)
-
-
-def _find(runs: Path, name: str) -> Path:
-    """Return the folder of a run: its name, its path, or `latest`.
-
-    Raises:
-        FedllmError: There is none.
-    """
-    for folder in (runs / name, Path(name).expanduser()):
-        if folder.is_dir():
-            return folder.resolve()
-    raise FedllmError(
-        f"{name}: there is no such run in {runs}; without a name all are listed"
-    )
-
-
 def _one(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Return a run, for programs and for a person.
 
     Raises:
         FedllmError: It is damaged.
     """
-    summary = _summary(folder)
+    summary = run_summary(folder)
     if summary["state"] == "damaged":
         raise FedllmError(summary["reason"])
     run = read_run(folder)
@@ -204,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", nargs="?", help=f"a run, or `{_LATEST}`")
+    parser.add_argument("name", nargs="?", help=f"a run, or `{LATEST}`")
     parser.add_argument("--json", action="store_true", help="one object, for programs")
     return parser
 

@@ -7,26 +7,26 @@ packages of this environment, and ends with status 1 where the run failed.
 """
 
 import argparse
-import contextlib
-import json
 import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from urllib.request import urlopen
 
 import psutil
 
-from fedllm.builtin_model import NAME as BUILT_IN
-from fedllm.commands.evaluate import positive_int
-
-_START_SECONDS = 120.0
+from fedllm.commands.options import positive_int
+from fedllm.deployment.superlink import (
+    free_port,
+    program_path,
+    run_status,
+    stop_superlink,
+    wait_until_up,
+)
+from fedllm.models.builtin import NAME as BUILT_IN
 
 # What a client on the built-in model takes at most, with rows as long as ours.
 _CLIENT_BYTES = 2 * 2**30
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _simulate(app: Path, args: argparse.Namespace, home: Path) -> int:
     """Start the SuperLink, run, stop the SuperLink; return the exit status."""
-    port = _free_port()
+    port = free_port()
     (home / "config.toml").write_text(
         '[superlink]\ndefault = "private"\n\n[superlink.private]\n'
         f'address = "127.0.0.1:{port}"\ninsecure = true\n',
@@ -73,7 +73,7 @@ def _simulate(app: Path, args: argparse.Namespace, home: Path) -> int:
     }
     log = home / "superlink.log"
     command = [
-        _program("flower-superlink"),
+        program_path("flower-superlink"),
         "--insecure",
         "--simulation",
         "--host",
@@ -81,21 +81,21 @@ def _simulate(app: Path, args: argparse.Namespace, home: Path) -> int:
         "--port",
         str(port),
         "--control-api-address",
-        f"127.0.0.1:{_free_port()}",
+        f"127.0.0.1:{free_port()}",
     ]
     with log.open("w", encoding="utf-8") as output:
         superlink = subprocess.Popen(
             command, env=env, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        if not _wait_until_up(superlink, port):
+        if not wait_until_up(superlink, port):
             sys.stderr.write(log.read_text("utf-8")[-4000:])
             sys.stderr.write(
                 "error: Flower's SuperLink did not start; its log is above\n"
             )
             return 1
         bundled = _without_environments(app, home / "app")
-        run = [_program("flwr"), "run", str(bundled), "private", "--stream"]
+        run = [program_path("flwr"), "run", str(bundled), "private", "--stream"]
         cpus = args.client_cpus or _fitting_cpus(app, args)
         federation = f"num-supernodes={args.num_supernodes}"
         federation += f" client-resources-num-cpus={cpus}"
@@ -103,11 +103,11 @@ def _simulate(app: Path, args: argparse.Namespace, home: Path) -> int:
         for value in args.run_config or []:
             run += ["--run-config", value]
         status = subprocess.run(run, env=env, check=False).returncode
-        return status or _run_status(env)
+        return status or run_status(env)
     except KeyboardInterrupt:
         return 130
     finally:
-        _stop(superlink)
+        stop_superlink(superlink)
 
 
 def _without_environments(app: Path, folder: Path) -> Path:
@@ -161,65 +161,9 @@ def _fitting_cpus(app: Path, args: argparse.Namespace) -> int:
     return math.ceil(cores / max(1, min(cores, clients, room)))
 
 
-def _run_status(env: dict[str, str]) -> int:
-    """Return 0 if the run completed, else 1: `flwr run --stream` does not tell."""
-    command = [_program("flwr"), "list", "private", "--format", "json"]
-    listed = subprocess.run(
-        command, env=env, capture_output=True, text=True, check=False
-    )
-    try:
-        runs = json.loads(listed.stdout)["runs"]
-        return 0 if all("completed" in str(run["status"]) for run in runs) else 1
-    except (ValueError, KeyError, TypeError):
-        sys.stderr.write(f"error: cannot tell how the run ended: {listed.stdout}\n")
-        return 1
-
-
-def _wait_until_up(superlink: "subprocess.Popen[bytes]", port: int) -> bool:
-    """Wait for the SuperLink's health answer."""
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and superlink.poll() is None:
-        try:
-            with urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                return True
-        except OSError:
-            time.sleep(0.2)
-    return False
-
-
-def _stop(superlink: "subprocess.Popen[bytes]") -> None:
-    """End the SuperLink and all that it started, which is in sessions of its own."""
-    try:
-        root = psutil.Process(superlink.pid)
-        started = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for end in (psutil.Process.terminate, psutil.Process.kill):
-        for process in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                end(process)
-        _, started = psutil.wait_procs(started, timeout=20)
-
-
 def _interrupt(*_: object) -> None:
     """Let a request to end be what Ctrl-C is, so that nothing is left running."""
     raise KeyboardInterrupt
-
-
-def _free_port() -> int:
-    """Return a port on loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _program(name: str) -> str:
-    """Return a program of this environment, activated or not."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        sys.exit(f"{name}: not installed here: pip install -e .")
-    return found
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,18 +15,20 @@ from typing import Any, Literal
 from scipy.optimize import brentq
 from scipy.special import erfcx, log_ndtr
 
-from fedllm.privacy.wording import plain as plain
+# docs/api.md lists it here, beside the epsilons that it names.
 from fedllm.privacy.wording import strength as strength
 
 Sampling = Literal["all", "fixed", "poisson"]
 Relation = Literal["REPLACE_SPECIAL", "ADD_OR_REMOVE_ONE"]
 """Zero-out and add-or-remove, by dp-accounting's names."""
+
 Event = tuple[float, float, int]
 """Poisson-subsampled Gaussians: noise multiplier, sampling probability, how many."""
 
 # Below this noise multiplier dp-accounting's PLD takes seconds, then never returns: its
 # grid grows with the square of 1/z.
 _SMALLEST_PLD_NOISE = 0.25
+
 # Its grid grows with the rounds too: 3.5e7 points (z = 0.25, 100 rounds) took 14 s and
 # 0.9 GB, ten times as many 36 s and 2.6 GB.
 _MOST_PLD_POINTS = 5e7
@@ -281,3 +283,14 @@ def _event(z: float, q: float, releases: int) -> Any:
 
     sampled = dp.PoissonSampledDpEvent(q, dp.GaussianDpEvent(z))
     return dp.SelfComposedDpEvent(sampled, releases)
+
+
+def noise_to_signal(
+    noise_multiplier: float, num_trainable: int, num_sampled_clients: float
+) -> float:
+    """Return R = z * sqrt(d) / n: the norm of the averaged noise over the clip norm.
+
+    R alone is no verdict: a language model bore R = 22, since noise in many dimensions
+    falls mostly where the loss is flat. The noise probe is the verdict.
+    """
+    return noise_multiplier * math.sqrt(num_trainable) / num_sampled_clients

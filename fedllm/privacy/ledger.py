@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fedllm.durable import replace_whole
+from fedllm.atomic_files import write_atomic
 from fedllm.errors import PrivacyError
-from fedllm.privacy.accounting import Epsilons, Sampling, epsilons, plain, strength
-from fedllm.privacy.planning import noise_to_signal
+from fedllm.privacy.accounting import Epsilons, Sampling, epsilons, noise_to_signal
+from fedllm.privacy.wording import plain, strength
 
 _NOT_COVERED = [
     "the server, which sees each client's update before it is clipped",
@@ -292,7 +292,7 @@ class Ledger:
         """Write the file so that it is there whole, and survives a power cut."""
         text = json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"
         try:
-            replace_whole(self._path, text.encode())
+            write_atomic(self._path, text.encode())
         except OSError as error:
             raise PrivacyError(
                 f"{self._path}: cannot be written: {error.strerror}; nothing is released"

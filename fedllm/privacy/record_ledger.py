@@ -18,15 +18,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from fedllm.durable import replace_whole, sync_folder, write_synced
+from fedllm.atomic_files import sync_folder, write_atomic, write_synced
 from fedllm.errors import BudgetError, PrivacyError
-from fedllm.privacy.accounting import (
-    Event,
-    calibrate,
-    default_delta,
-    plain,
-    record_epsilon,
-)
+from fedllm.privacy.accounting import Event, calibrate, default_delta, record_epsilon
+from fedllm.privacy.wording import plain
 
 _KEY_FILE = "key"
 _LEDGER_FILE = "ledger.json"
@@ -37,7 +32,7 @@ Histories = dict[str, tuple[Event, ...]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecordPlan:
     """What a client does in every round of one run, fixed in its first one.
 
     Attributes:
@@ -68,7 +63,7 @@ def make_plan(
     target_epsilon: float,
     noise_multiplier: float,
     delta: float,
-) -> Plan:
+) -> RecordPlan:
     """Fix a client's noise for all rounds that it may take part in.
 
     Args:
@@ -87,7 +82,7 @@ def make_plan(
         noise_multiplier = calibrate(
             target_epsilon, releases, delta, "poisson", probability, "ADD_OR_REMOVE_ONE"
         )
-    return Plan(noise_multiplier, probability, steps, expected_batch_size, delta)
+    return RecordPlan(noise_multiplier, probability, steps, expected_batch_size, delta)
 
 
 def row_digest(row: Mapping[str, Any]) -> bytes:
@@ -146,7 +141,7 @@ class RecordLedger:
                 "nothing may be released"
             ) from None
 
-    def plan(self, run: str) -> Plan | None:
+    def plan(self, run: str) -> RecordPlan | None:
         """Return the plan of a run that this client already takes part in.
 
         Args:
@@ -154,14 +149,14 @@ class RecordLedger:
         """
         with self._locked() as content:
             known = content["plans"].get(run)
-        return None if known is None else Plan(**known)
+        return None if known is None else RecordPlan(**known)
 
-    def remember_plan(self, run: str, plan: Plan) -> Plan:
+    def remember_plan(self, run: str, plan: RecordPlan) -> RecordPlan:
         """Keep a run's plan, unless there is one; return the one that holds."""
         with self._locked() as content:
             known = content["plans"].get(run)
             if known is not None:
-                return Plan(**known)
+                return RecordPlan(**known)
             content["plans"][run] = asdict(plan)
             self._write(content)
         return plan
@@ -302,7 +297,7 @@ class RecordLedger:
     def _write(self, content: Mapping[str, Any]) -> None:
         """Write the ledger so that it is there whole, and survives a power cut."""
         try:
-            replace_whole(self._path, self._sealed(content), _OWNER_ONLY)
+            write_atomic(self._path, self._sealed(content), _OWNER_ONLY)
         except OSError as error:
             raise PrivacyError(
                 f"{self._path}: cannot be written: {error.strerror}; nothing is released"

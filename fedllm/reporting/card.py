@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.reporting.page import kind_and_rank
-from fedllm.reporting.record import RunRecord
-from fedllm.reporting.verdict import NOT_ADVICE, SMALL_MODEL, verdict
+from fedllm.reporting.sentences import NOT_ADVICE, SMALL_MODEL, verdict
+from fedllm.runs.record import RunRecord
 
 # What a local folder or a short name does not tell the hub.
 _HUB_NAMES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}

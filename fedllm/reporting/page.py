@@ -16,9 +16,9 @@ from fedllm.privacy.wording import (
     strength,
 )
 from fedllm.reporting.plots import plots
-from fedllm.reporting.record import RunRecord
+from fedllm.reporting.sentences import caution, verdict
 from fedllm.reporting.style import STYLE
-from fedllm.reporting.verdict import caution, verdict
+from fedllm.runs.record import RunRecord
 
 SECRET = "not said, since cohorts are secret"
 _RELOAD_SECONDS = 15

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from fedllm.reporting.record import RunRecord
+    from fedllm.runs.record import RunRecord
 
 PHASES = ("train", "aggregate", "evaluate", "save")
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from fedllm.auditing.auditor import Auditor
-from fedllm.auditing.bench import Bench, Silence
-from fedllm.auditing.exact_checks import recomputed_epsilon
-from fedllm.auditing.rehearsal import rehearse
+from fedllm.auditing.canary_clients import run_canaries
+from fedllm.auditing.deterministic_checks import recomputed_epsilon
+from fedllm.auditing.harness import Bench, ZeroNoise
 from fedllm.config import parse_run_config
 from fedllm.errors import PrivacyError
-from fedllm.noise_plan import privacy_settings
+from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.accounting import gaussian_epsilon
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.mechanism import (
@@ -21,7 +21,9 @@ from fedllm.privacy.mechanism import (
     checked_update,
     clipped_update,
 )
-from fedllm.strategy import AdapterFedAvg, ClientLevelDP, make_strategy
+from fedllm.strategy.build import make_strategy
+from fedllm.strategy.client_level_dp import ClientLevelDP
+from fedllm.strategy.fedavg import AdapterFedAvg
 
 CLIENTS, CANARIES, DIMENSION = 8, 100, 4000
 
@@ -118,14 +120,14 @@ class NoiseWithoutClientsOnly(Altered):
 
 class NoiseOfTheRound(Altered):
     def noise(self, server_round, size, count):
-        if isinstance(self._generator, Silence):
+        if isinstance(self._generator, ZeroNoise):
             return np.zeros(size)
         return np.random.default_rng(server_round).standard_normal(size)
 
 
 class NoiseOfTheConfig(Altered):
     def noise(self, server_round, size, count):
-        if isinstance(self._generator, Silence):
+        if isinstance(self._generator, ZeroNoise):
             return np.zeros(size)
         if not hasattr(self, "_stream"):
             self._stream = np.random.default_rng(self.strategy.config.seed)
@@ -134,14 +136,14 @@ class NoiseOfTheConfig(Altered):
 
 class NoiseOfTheGlobalGenerator(Altered):
     def noise(self, server_round, size, count):
-        if isinstance(self._generator, Silence):
+        if isinstance(self._generator, ZeroNoise):
             return np.zeros(size)
         return np.random.standard_normal(size)  # noqa: NPY002
 
 
 class NoiseOfPythonsGenerator(Altered):
     def noise(self, server_round, size, count):
-        if isinstance(self._generator, Silence):
+        if isinstance(self._generator, ZeroNoise):
             return np.zeros(size)
         return np.array([random.gauss(0, 1) for _ in range(size)])
 
@@ -176,7 +178,7 @@ class NoiseAfterTheOptimizer(Altered):
             part = noise[start : start + value.size].reshape(value.shape)
             self.strategy.reference[name] = (value + part).astype(np.float32)
             start += value.size
-        from fedllm.replies import array_record
+        from fedllm.wire.messages import array_record
 
         return array_record(self.strategy.reference)
 
@@ -188,7 +190,7 @@ class NoiseTwice(NoiseAfterTheOptimizer):
 
 class PastTheOptimizer(Altered):
     def move(self, server_round, update, stddev):
-        from fedllm.replies import array_record
+        from fedllm.wire.messages import array_record
 
         return array_record(self.strategy.reference)
 
@@ -394,7 +396,7 @@ def test_one_release_gives_about_the_published_figures(tmp_path, z, epsilon, cer
     settings = privacy_settings(config, 1000, 100_000)
     bench = Bench(config, settings, 100_000, 1000, tmp_path)
 
-    found = rehearse(bench, 1000, 1, honest=False)
+    found = run_canaries(bench, 1000, 1, honest=False)
 
     assert found.accounted == gaussian_epsilon(z, 1, 1e-5)
     # mu has a standard deviation of 0.063, and epsilon changes by about 4.6 a unit of mu

@@ -9,15 +9,15 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from fedllm.adapters import adapter_spec, attach
-from fedllm.auditing.records import audit_records, most_certifiable
+from fedllm.adapters.peft_model import attach
+from fedllm.adapters.resolve import adapter_spec
+from fedllm.auditing.canary_records import audit_records, most_certifiable
 from fedllm.config import DataConfig, parse_run_config
-from fedllm.data import tokenize
-from fedllm.evaluation import labelled
-from fedllm.models import load_config, load_tokenizer
-from fedllm.privacy.record_ledger import Plan
-from fedllm.record_budget import client_plan
-from fedllm.record_training import train_privately
+from fedllm.data.tokens import labelled, tokenize
+from fedllm.models.loading import load_config, load_tokenizer
+from fedllm.planning.record_noise import client_plan
+from fedllm.privacy.record_ledger import RecordPlan
+from fedllm.training.dp_sgd import train_privately
 from tests.conftest import SENTENCES
 
 CONFIG = parse_run_config(
@@ -49,7 +49,7 @@ def client(tiny_chat_llama: Path) -> tuple[Any, Any, Any]:
     return attach(base, spec).eval(), spec, examples
 
 
-def audited(client: tuple[Any, Any, Any], trained_with: Plan) -> Any:
+def audited(client: tuple[Any, Any, Any], trained_with: RecordPlan) -> Any:
     """Audit what is promised, where the client trains by another plan."""
     model, spec, examples = client
     promised = client_plan(CONFIG, len(examples) + CANARIES // 2, 1.0)

@@ -6,9 +6,9 @@ import pytest
 
 from fedllm.commands.audit import main
 from fedllm.config import flat, parse_run_config
-from fedllm.noise_plan import privacy_settings
+from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.ledger import Ledger, no_privacy
-from fedllm.run_directory import RunDirectory
+from fedllm.runs.directory import RunDirectory
 
 SMALL = ["--canaries", "50", "--dimension", "1000", "--clients", "5"]
 
@@ -237,11 +237,11 @@ def test_a_truncated_file_is_refused(run, name):
 def test_a_run_of_record_level_is_audited_by_canary_examples(
     monkeypatch, capsys, tmp_path
 ):
-    from fedllm.auditing import records
-    from fedllm.privacy.auditing import CertifiedBound
+    from fedllm.auditing import canary_records
+    from fedllm.privacy.lower_bounds import CertifiedBound
 
     asked = []
-    found = records.RecordFindings(
+    found = canary_records.RecordFindings(
         7.9, CertifiedBound(1.5, 50, 20, 17), 3.1, 50, 486, 5, 0.21, 0.04
     )
 
@@ -249,7 +249,7 @@ def test_a_run_of_record_level_is_audited_by_canary_examples(
         asked.append((config.privacy.unit, num_clients, num_canaries))
         return found
 
-    monkeypatch.setattr(records, "audit_first_client", audit_first_client)
+    monkeypatch.setattr(canary_records, "audit_first_client", audit_first_client)
     (tmp_path / "config.json").write_text(
         json.dumps(
             {"run_config": {"privacy.unit": "record", "strategy.num-clients": 7}}

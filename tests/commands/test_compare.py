@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from fedllm.commands import compare
-from fedllm.commands.compare_report import summarise
+from fedllm.commands import compare, options
+from fedllm.reporting.comparison import summarise
 from tests.test_federation import write_rows
 
 
@@ -85,7 +85,7 @@ def test_only_the_arms_and_clients_that_are_asked_for_are_trained(
 
 
 def test_the_centralised_arm_sees_as_many_examples_as_all_clients(config_file):
-    config = compare.read_config(config_file)
+    config = options.read_config(config_file)
     assert compare.centralised(config, 20).train.local_steps == 20
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedllm.adapters import adapter_spec
+from fedllm.adapters.resolve import adapter_spec
 from fedllm.commands import demo
 from fedllm.config import AdapterConfig
-from fedllm.models import load_config
-from fedllm.run_directory import RunDirectory
+from fedllm.models.loading import load_config
+from fedllm.runs import listing
+from fedllm.runs.directory import RunDirectory
 from tests.reporting.sample_runs import HOSTILE, write_run
 
 NO_PRIVACY = {"privacy__unit": "none", "privacy__target_epsilon": 0.0}
@@ -72,7 +73,7 @@ def failure(capsys, *arguments: str) -> str:
 
 
 def test_runs_with_adapters_are_offered_newest_first(home):
-    labels, names = zip(*demo.run_choices(home), strict=True)
+    labels, names = zip(*listing.run_choices(home), strict=True)
 
     assert names == (NEW, OLD)
     assert labels[0].startswith("2026-03-02 03:04, ")
@@ -83,11 +84,11 @@ def test_runs_with_adapters_are_offered_newest_first(home):
 def test_rounds_are_offered_in_the_order_of_numbers_and_the_recommended_is_chosen(home):
     folder = home / "runs" / NEW
 
-    names = demo.adapter_names(folder)
+    names = listing.adapter_names(folder)
     assert names == ["peft_final", "peft_best", "peft_10", "peft_2"]
-    assert demo.first_choice(folder) == "peft_best"
+    assert listing.first_choice(folder) == "peft_best"
     (folder / "result.json").unlink()
-    assert demo.first_choice(folder) == "peft_final"
+    assert listing.first_choice(folder) == "peft_final"
 
 
 def test_the_runs_own_statement_and_what_it_leaves_out_are_shown(home):
@@ -129,7 +130,7 @@ def test_the_two_models_answer_and_each_round_for_itself(home):
 def test_one_model_is_in_memory_and_stays_there(home, monkeypatch):
     loaded, alive = [], []
 
-    class Fake(demo.Asker):
+    class Fake(demo.ChatModel):
         def __init__(self, subject):
             assert not alive
             self.subject = subject
@@ -145,7 +146,7 @@ def test_one_model_is_in_memory_and_stays_there(home, monkeypatch):
         def answer(self, *asked):
             yield "yes"
 
-    monkeypatch.setattr(demo, "Asker", Fake)
+    monkeypatch.setattr(demo, "ChatModel", Fake)
     resident = demo.Resident(args(), home)
     for name in ("peft_2", "peft_2", "peft_10"):
         last(resident.answers(home / "runs" / NEW / name, "?", no_turns()))
@@ -160,7 +161,7 @@ def test_a_conversation_goes_on_from_what_each_model_said_itself(home, monkeypat
         prompts.append(prompt)
         yield f"word{len(prompts)}"
 
-    monkeypatch.setattr("fedllm.evaluation.generate", echo)
+    monkeypatch.setattr("fedllm.evaluation.generation.generate", echo)
     handlers = demo._Handlers(args(), home)
     turns = handlers.no_turns()
     for question in ("first?", "second?"):

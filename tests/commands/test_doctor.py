@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from fedllm import preflight
 from fedllm.commands import doctor
+from fedllm.deployment import flower_daemon, preflight
 from fedllm.errors import ModelError
 from tests.test_federation import write_rows
 
@@ -19,7 +19,7 @@ def typed(tiny_llama, tmp_path, monkeypatch):
     """A config that this machine can run."""
     monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(preflight, "FLOWER_PORT", free_port())
+    monkeypatch.setattr(flower_daemon, "FLOWER_PORT", free_port())
     rows = write_rows(tmp_path / "rows.jsonl", 4)
     return {
         "model.name": str(tiny_llama),
@@ -113,7 +113,7 @@ def test_a_broken_4_bit_backend_is_found(capsys, typed, monkeypatch):
     def broken(bits, device):
         raise ModelError("bitsandbytes fails: set model.quantization=0")
 
-    monkeypatch.setattr("fedllm.models.try_quantization", broken)
+    monkeypatch.setattr("fedllm.models.quantization.try_quantization", broken)
 
     assert examined(capsys, typed)[0] == 1
     assert examined(capsys, {**typed, "model.quantization": 0})[0] == 0
@@ -122,7 +122,7 @@ def test_a_broken_4_bit_backend_is_found(capsys, typed, monkeypatch):
 def test_quantisation_that_gives_wrong_values_is_refused(monkeypatch):
     from bitsandbytes import functional
 
-    from fedllm.models import try_quantization
+    from fedllm.models.quantization import try_quantization
 
     try_quantization(4, "cpu")
     try_quantization(8, "cpu")
@@ -165,7 +165,7 @@ LISTENS = (
 def test_a_daemon_that_flwr_run_would_join_is_named_with_its_environment(
     capsys, typed, home, level
 ):
-    port = preflight.FLOWER_PORT
+    port = flower_daemon.FLOWER_PORT
     env = {**os.environ, "SECRET_TOKEN": "hush"}
     env |= {} if home is None else {"FEDLLM_HOME": home}
     with subprocess.Popen(

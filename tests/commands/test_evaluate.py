@@ -8,12 +8,13 @@ import torch
 from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from fedllm.adapters import adapter_spec
-from fedllm.asking import Asker, find_subject
-from fedllm.commands.evaluate import NOT_ADVICE, main
+from fedllm.adapters.resolve import adapter_spec
+from fedllm.commands.evaluate import main
 from fedllm.config import flat, parse_run_config
-from fedllm.models import load_config
-from fedllm.run_directory import CONFIG_FILE, RESULT_FILE, RunDirectory
+from fedllm.evaluation.inference import ChatModel, find_model
+from fedllm.models.loading import load_config
+from fedllm.reporting.sentences import NOT_ADVICE
+from fedllm.runs.directory import CONFIG_FILE, RESULT_FILE, RunDirectory
 from tests.conftest import SENTENCES
 
 QUESTION = ["--question", "What is asthma?", "--max-new-tokens", "6"]
@@ -167,11 +168,13 @@ def test_a_benchmark_scores_both_models_against_chance(run, tmp_path, capsys):
 
 
 def test_float32_computes_in_float32_whatever_the_hardware_prefers(run, monkeypatch):
-    monkeypatch.setattr("fedllm.models.compute_dtype", lambda device: torch.bfloat16)
-    subject = find_subject(None, run.path.parent.parent)
+    monkeypatch.setattr(
+        "fedllm.models.loading.compute_dtype", lambda device: torch.bfloat16
+    )
+    subject = find_model(None, run.path.parent.parent)
     subject.quantization, subject.in_float32 = 0, True
 
-    types = {p.dtype for p in Asker(subject).model.parameters()}
+    types = {p.dtype for p in ChatModel(subject).model.parameters()}
 
     assert types == {torch.float32}
 
@@ -205,7 +208,7 @@ def test_each_model_remembers_what_it_said_until_it_is_told_to_forget(
 
     lines = iter(["first?", "second?", "/new", "third?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    monkeypatch.setattr("fedllm.evaluation.generate", echo)
+    monkeypatch.setattr("fedllm.evaluation.generation.generate", echo)
 
     ask(capsys, "--interactive", "--base", "--max-new-tokens", "3")
 
@@ -227,7 +230,7 @@ def test_the_oldest_turns_go_where_the_model_cannot_hold_them_all(
 
     lines = iter(["old " * 800, "new " * 200, "last?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    monkeypatch.setattr("fedllm.evaluation.generate", echo)
+    monkeypatch.setattr("fedllm.evaluation.generation.generate", echo)
 
     ask(capsys, "--interactive", "--max-new-tokens", "500")
 

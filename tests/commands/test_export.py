@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedllm.adapter_files import load_adapter, save_adapter
-from fedllm.adapters import adapter_spec
+from fedllm.adapters.files import load_adapter, save_adapter
+from fedllm.adapters.resolve import adapter_spec
 from fedllm.commands.export import main
 from fedllm.config import parse_run_config
-from fedllm.models import load_base, load_config
+from fedllm.models.loading import load_base, load_config
 from tests.reporting.sample_runs import write_run
 
 

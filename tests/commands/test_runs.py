@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from fedllm.commands import runs
-from fedllm.reporting.state import RunState
+from fedllm.runs.state import RunState
 from tests.reporting.sample_runs import write_run
 
 

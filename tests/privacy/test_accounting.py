@@ -15,8 +15,8 @@ from fedllm.privacy.accounting import (
     default_delta,
     epsilons,
     gaussian_epsilon,
-    strength,
 )
+from fedllm.privacy.wording import strength
 
 RELATION = dp_accounting.NeighboringRelation
 

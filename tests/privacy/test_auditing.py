@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binom
 
 from fedllm.privacy.accounting import gaussian_epsilon
-from fedllm.privacy.auditing import (
+from fedllm.privacy.lower_bounds import (
     SIGNIFICANCE,
     certified_bound,
     equivalent_mu,

@@ -5,17 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from fedllm.privacy.accounting import calibrate, gaussian_epsilon
-from fedllm.privacy.planning import (
+from fedllm.planning.advice import advice
+from fedllm.planning.frontier import (
     Frontier,
     Measured,
-    advice,
     expected,
     load_frontier,
     noise_level,
-    noise_to_signal,
     step_by_rule,
 )
+from fedllm.privacy.accounting import calibrate, gaussian_epsilon, noise_to_signal
 
 
 @pytest.mark.parametrize(

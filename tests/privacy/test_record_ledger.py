@@ -12,7 +12,7 @@ from dp_accounting import pld
 
 from fedllm.errors import BudgetError, PrivacyError
 from fedllm.privacy.accounting import gaussian_epsilon, record_epsilon
-from fedllm.privacy.record_ledger import Plan, RecordLedger, make_plan, row_digest
+from fedllm.privacy.record_ledger import RecordLedger, RecordPlan, make_plan, row_digest
 
 DELTA = 1e-5
 EVENT = (1.0, 0.1, 5)
@@ -98,7 +98,7 @@ def test_rows_are_known_by_all_their_columns_in_any_order():
 
 def test_a_row_of_another_kind_changes_no_other_row(tmp_path):
     from fedllm.config import DataConfig
-    from fedllm.data import load_rows
+    from fedllm.data.rows import load_rows
 
     def digests(*rows: dict) -> list[bytes]:
         path = tmp_path / "rows.jsonl"
@@ -229,12 +229,14 @@ def test_a_plan_keeps_the_target_for_all_rounds_together():
     assert plan.delta == 1e-5
     spent = by_dp_accounting((plan.noise_multiplier, 64 / 486, 12))
     assert 7.8 < spent <= 8.0
-    assert make_plan(486, 64, 3, 4, 0.0, 1.7, 1e-6) == Plan(1.7, 64 / 486, 3, 64, 1e-6)
+    assert make_plan(486, 64, 3, 4, 0.0, 1.7, 1e-6) == RecordPlan(
+        1.7, 64 / 486, 3, 64, 1e-6
+    )
     assert make_plan(100_000, 64, 1, 1, 0.0, 1.0, 0.0).delta == 100_000**-1.1
 
 
 def test_a_run_keeps_its_first_plan(folder):
-    first, second = Plan(1.0, 0.1, 2, 8, 1e-5), Plan(0.5, 0.1, 2, 8, 1e-5)
+    first, second = RecordPlan(1.0, 0.1, 2, 8, 1e-5), RecordPlan(0.5, 0.1, 2, 8, 1e-5)
     ledger = RecordLedger(folder)
 
     assert ledger.plan("run") is None

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.config import flat, parse_run_config
-from fedllm.noise_plan import privacy_settings
+from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.ledger import Ledger, no_privacy
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.report import write_report
-from fedllm.reporting.state import RunState
+from fedllm.reporting.report import write_report
+from fedllm.runs.state import RunState
 from tests.reporting.sample_runs import write_run
 
 pytestmark = pytest.mark.browser

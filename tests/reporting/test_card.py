@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from fedllm.report import write_report
+from fedllm.reporting.report import write_report
 from tests.reporting.sample_runs import write_run
 
 

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from fedllm.privacy.wording import BANDS, percent
-from fedllm.report import write_report
-from fedllm.reporting.state import RunState
+from fedllm.reporting.report import write_report
+from fedllm.runs.state import RunState
 from tests.reporting.sample_runs import HOSTILE, write_run
 
 VOID = {"meta", "link", "br", "path", "use", "rect"}
@@ -173,12 +173,12 @@ def test_a_run_that_failed_before_it_knew_anything_has_a_page_with_the_reason(tm
 
 def test_a_record_level_run_has_a_page(tmp_path):
     from fedllm.config import parse_run_config
-    from fedllm.privacy.record_report import RecordReport
-    from fedllm.record_promise import record_settings
+    from fedllm.planning.record_noise import record_settings
+    from fedllm.privacy.record_claims import RecordClaims
 
     folder = write_run(tmp_path / "run", **NO_PRIVACY)
     config = parse_run_config({"privacy.unit": "record"})
-    report = RecordReport.create(
+    report = RecordClaims.create(
         folder / "privacy.json", record_settings(config, 4, 1000)
     )
     assert "none to speak of" in check(folder)[1]

@@ -5,12 +5,12 @@ import signal
 import subprocess
 import sys
 
-from fedllm.reporting.state import RunState, read_state
+from fedllm.runs.state import RunState, read_state
 
 HOLDS = (
     "import sys, time\n"
     "from pathlib import Path\n"
-    "from fedllm.reporting.state import RunState\n"
+    "from fedllm.runs.state import RunState\n"
     "state = RunState(Path(sys.argv[1]))\n"
     "print('up', flush=True)\n"
     "time.sleep(60)\n"

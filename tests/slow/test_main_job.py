@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedllm.config import fedllm_home
-from fedllm.privacy.accounting import plain
+from fedllm.privacy.wording import plain
 from tests.slow.flower_processes import (
     ROOT,
     environment,
@@ -133,7 +133,7 @@ def test_evaluate_answers_and_measures_what_the_run_recommends(job):
 def test_peft_opens_the_adapter_where_fedllm_is_not_installed(job, tmp_path):
     import torch
 
-    from fedllm.models import compute_dtype
+    from fedllm.models.loading import compute_dtype
 
     run = latest_run(fedllm_home())
     result = json.loads((run / "result.json").read_text())

@@ -20,7 +20,7 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
-from fedllm.client import reply_to
+from fedllm.client.message_handler import reply_to
 
 app = ClientApp()
 SECRET = "what-only-this-node-knows"

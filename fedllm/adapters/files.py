@@ -1,0 +1,174 @@
+"""Adapters on disk: PEFT's own format, safetensors only."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from fedllm.adapters.kinds.ia3 import match_input_dtype
+from fedllm.adapters.peft_model import peft_arrays, peft_config, quiet_peft
+from fedllm.adapters.spec import PREFIX, AdapterSpec
+from fedllm.errors import AdapterError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+_WEIGHTS_FILE = "adapter_model.safetensors"
+_CONFIG_FILE = "adapter_config.json"
+_ORIGIN_FILE = "fedllm.json"
+
+# Last part of a weight's name in PEFT -> the shapes that it may have.
+_SIDES: dict[str, list[tuple[str, ...]]] = {
+    "lora_A": [("r", "in")],
+    "lora_B": [("out", "r")],
+    "ia3_l": [("out", "1"), ("1", "in")],
+    "vera_lambda_b": [("out",)],
+    "vera_lambda_d": [("r",)],
+}
+
+
+def save_adapter(
+    folder: Path,
+    spec: AdapterSpec,
+    trained: Mapping[str, npt.NDArray[Any]],
+    base_name: str,
+    origin: Mapping[str, Any],
+) -> None:
+    """Write an adapter that PEFT alone can open.
+
+    Args:
+        folder: Where to write; made where missing.
+        spec: The adapter.
+        trained: The trained values.
+        base_name: Folder or hub id that PEFT loads the base model from.
+        origin: What `evaluate.py` says about the adapter: model, quantisation, round.
+    """
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        peft_arrays(spec, trained), folder / _WEIGHTS_FILE, metadata={"format": "pt"}
+    )
+    config = peft_config(spec, base_name)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    about = {**origin, "adapter": {**asdict(spec), "modules": len(spec.modules)}}
+    text = json.dumps(about, indent=2)
+    (folder / _ORIGIN_FILE).write_text(text, encoding="utf-8")
+
+
+def read_origin(folder: Path) -> dict[str, Any]:
+    """Return what `save_adapter` noted about an adapter; empty for plain PEFT."""
+    path = folder / _ORIGIN_FILE
+    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+
+
+def read_base_name(folder: Path) -> str:
+    """Return the base model that an adapter folder names.
+
+    Raises:
+        AdapterError: There is no adapter that PEFT could open without pickle.
+    """
+    if not folder.is_dir():
+        raise AdapterError(
+            f"{folder}: no such folder; --peft-path names a peft_<round>, peft_best or "
+            "peft_final folder of a run"
+        )
+    for name in (_CONFIG_FILE, _WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise AdapterError(
+                f"{folder}: not a PEFT adapter in safetensors, since {name} is missing"
+            )
+    try:
+        config = json.loads((folder / _CONFIG_FILE).read_text("utf-8"))
+        base_name = config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(
+            f"{folder / _CONFIG_FILE}: cannot be read: {error}"
+        ) from None
+    if not isinstance(base_name, str) or not base_name:
+        raise AdapterError(
+            f"{folder / _CONFIG_FILE}: names no base model: set base_model_name_or_path"
+        )
+    return base_name
+
+
+def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
+    """Put a saved adapter, ours or plain PEFT's, on a base model for inference.
+
+    Raises:
+        AdapterError: It is missing or damaged, or made for another base model.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError, safe_open
+
+    read_base_name(folder)
+    try:
+        with safe_open(str(folder / _WEIGHTS_FILE), framework="np") as file:
+            shapes = {
+                key: tuple(file.get_slice(key).get_shape())
+                for key in file.keys()  # noqa: SIM118 - not a dict
+            }
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{folder / _WEIGHTS_FILE}: damaged: {error}") from None
+    _check_shapes(base, folder, shapes)
+    try:
+        with quiet_peft():
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        text = str(error).strip().splitlines()
+        raise AdapterError(
+            f"{folder}: PEFT cannot open it on this base model: "
+            f"{type(error).__name__}: {text[0] if text else ''}"
+        ) from None
+    match_input_dtype(model)
+    return model
+
+
+def _check_shapes(
+    base: "PreTrainedModel", folder: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Hold the shapes of saved weights against the base model's layers.
+
+    Raises:
+        AdapterError: Names the first that another base model must have had.
+    """
+    known = 0
+    for key, shape in shapes.items():
+        name = key.removeprefix(PREFIX).removesuffix(".weight")
+        module, _, side = name.rpartition(".")
+        if side not in _SIDES:
+            continue
+        known += 1
+        try:
+            layer: Any = base.get_submodule(module)
+        except AttributeError:
+            raise AdapterError(
+                f"{folder}: made for another base model: it adapts {module}, which "
+                "this one lacks"
+            ) from None
+        inward = getattr(layer, "in_features", None)
+        outward = getattr(layer, "out_features", None)
+        sizes = {"in": inward, "out": outward, "r": None, "1": 1}
+        expected = [[sizes[word] for word in form] for form in _SIDES[side]]
+        if not any(_is_like(shape, form) for form in expected):
+            raise AdapterError(
+                f"{folder}: made for another base model: {key} has shape {shape}, and "
+                f"this one's layer has {inward} inputs and {outward} outputs"
+            )
+    if not known:
+        raise AdapterError(
+            f"{folder / _WEIGHTS_FILE}: holds no LoRA, IA3 or VeRA weights under PEFT's "
+            "names"
+        )
+
+
+def _is_like(shape: tuple[int, ...], form: list[int | None]) -> bool:
+    """Tell whether a shape has a form, where None stands for any size."""
+    return len(shape) == len(form) and all(
+        want in (None, got) for got, want in zip(shape, form, strict=True)
+    )

@@ -1,0 +1,122 @@
+"""One adapter on one base model: resolved, attached, its trained values in and out.
+
+What the kinds are, and how each hangs on a model and lies on disk, is in
+`fedllm.adapters.kinds`. Fixed factors come from the public seed, so they never travel and
+every process makes the same ones.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedllm.adapters.kinds import family_of
+from fedllm.adapters.spec import PREFIX, AdapterSpec, Arrays
+from fedllm.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+
+def initial_arrays(spec: AdapterSpec) -> Arrays:
+    """Return the trained values of an adapter that leaves the base unchanged."""
+    return family_of(spec.kind).initial_arrays(spec)
+
+
+def peft_arrays(spec: AdapterSpec, trained: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+    """Return all that PEFT needs under PEFT's names, fixed factors included."""
+    return family_of(spec.kind).peft_arrays(spec, trained)
+
+
+def peft_config(spec: AdapterSpec, base_name: str | None = None) -> "PeftConfig":
+    """Make PEFT's configuration of this adapter."""
+    return family_of(spec.kind).peft_config(spec, base_name)
+
+
+def attach(base: "PreTrainedModel", spec: AdapterSpec) -> "PeftModel":
+    """Put the adapter, in float32, on a base model; only the trained values need grad.
+
+    Args:
+        base: The (quantised) base model; its linear layers are wrapped in place.
+        spec: The adapter.
+    """
+    from peft import get_peft_model
+
+    with quiet_peft():
+        model = get_peft_model(base, peft_config(spec))
+    model.requires_grad_(False)
+    family_of(spec.kind).freeze_factors(model, spec)
+    for parameter in _trained_parameters(model, spec).values():
+        parameter.requires_grad_(True)
+    set_trained(model, spec, initial_arrays(spec))
+    return model
+
+
+def set_trained(
+    model: "PeftModel", spec: AdapterSpec, arrays: Mapping[str, npt.NDArray[Any]]
+) -> None:
+    """Copy trained values into the model.
+
+    Raises:
+        AdapterError: A name is missing or foreign, or a shape differs.
+    """
+    import torch
+
+    check_arrays(spec, arrays)
+    with torch.no_grad():
+        for name, parameter in _trained_parameters(model, spec).items():
+            parameter.copy_(torch.from_numpy(np.array(arrays[name], np.float32)))
+
+
+def get_trained(model: "PeftModel", spec: AdapterSpec) -> Arrays:
+    """Copy the trained values out of the model."""
+    return {
+        name: parameter.detach().to("cpu").numpy().astype(np.float32, copy=True)
+        for name, parameter in _trained_parameters(model, spec).items()
+    }
+
+
+def check_arrays(spec: AdapterSpec, arrays: Mapping[str, Any]) -> None:
+    """Refuse arrays that are not exactly the trained ones of this adapter.
+
+    Raises:
+        AdapterError: Names the first array that is missing, foreign or misshapen.
+    """
+    shapes = spec.trained_shapes
+    if foreign := sorted(set(arrays) ^ set(shapes)):
+        state = "missing" if foreign[0] in shapes else "not of this adapter"
+        raise AdapterError(f"adapter array {foreign[0]}: {state}")
+    for name, shape in shapes.items():
+        if tuple(np.shape(arrays[name])) != shape:
+            raise AdapterError(
+                f"adapter array {name}: shape must be {shape} "
+                f"(got {tuple(np.shape(arrays[name]))})"
+            )
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """ZeroNoise a warning of transformers that is PEFT's to mend: a renamed attribute."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
+def _trained_parameters(
+    model: "PeftModel", spec: AdapterSpec
+) -> dict[str, "torch.nn.Parameter"]:
+    """Return the model's parameters under the names that travel."""
+    base = model.get_base_model()
+    family = family_of(spec.kind)
+    parameters = {}
+    for module in spec.modules:
+        layer = base.get_submodule(module)
+        start = f"{PREFIX}{module}."
+        for side in spec.trained_tensors(module):
+            parameters[start + side] = family.parameter(layer, side)
+    return parameters

@@ -1,0 +1,198 @@
+"""Canary examples in one client's records: what its DP-SGD lets a membership test see.
+
+The client trains as in a run, by the code of a run, on its own records and on canaries:
+examples of random tokens, each planted or not by a fair coin. Who sees only the adapter
+guesses which were planted from how much their losses fell. How often that is right bounds
+epsilon from below (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedllm.adapters.peft_model import initial_arrays, set_trained
+from fedllm.adapters.spec import AdapterSpec
+from fedllm.config import RunConfig
+from fedllm.evaluation.held_out_loss import held_out
+from fedllm.planning.record_noise import client_plan
+from fedllm.privacy.accounting import record_epsilon
+from fedllm.privacy.lower_bounds import (
+    CertifiedBound,
+    certified_bound,
+    membership_bound,
+)
+from fedllm.privacy.mechanism import SecureGenerator
+from fedllm.privacy.record_ledger import RecordPlan
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_PROMPT_TOKENS = 8
+_ANSWER_TOKENS = 16
+
+Example = Mapping[str, Any]
+Train = Callable[[Sequence[Example], Mapping[str, Any]], Mapping[str, Any]]
+"""One round of one client: examples and the adapter's trained values -> new values."""
+
+
+@dataclass(frozen=True)
+class RecordFindings:
+    """What a membership test found.
+
+    Attributes:
+        accounted: Epsilon by accounting, add-or-remove of one record.
+        certified: Lower bound on epsilon from the guesses.
+        most: What as many canaries could certify at most, were every guess right.
+        num_canaries: Canaries, planted or not.
+        num_records: Records of the client, without canaries.
+        num_rounds: Rounds that the client trained in.
+        fall_planted: Mean fall of the loss of planted canaries, nats per token.
+        fall_others: The same for the others.
+    """
+
+    accounted: float
+    certified: CertifiedBound
+    most: float
+    num_canaries: int
+    num_records: int
+    num_rounds: int
+    fall_planted: float
+    fall_others: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing found contradicts the accounting."""
+        return self.certified.epsilon <= self.accounted
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of audit.json."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def audit_first_client(
+    config: RunConfig, num_clients: int, num_canaries: int
+) -> RecordFindings:
+    """Test the first of a run's virtual clients, on the run's base model and data.
+
+    Args:
+        config: The run config, with `privacy.unit="record"`.
+        num_clients: Clients that share the rows.
+        num_canaries: Canaries, at least 1.
+
+    Raises:
+        FedllmError: Model or data cannot be had, or the client has too few records.
+    """
+    from fedllm.adapters.peft_model import attach
+    from fedllm.adapters.resolve import adapter_spec
+    from fedllm.config import fedllm_home
+    from fedllm.data.partitions import partition
+    from fedllm.data.rows import load_rows
+    from fedllm.data.tokens import labelled, tokenize
+    from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
+    from fedllm.training.dp_sgd import train_privately
+
+    home = fedllm_home()
+    location = locate(config.model.name, home)
+    spec = adapter_spec(config.adapter, load_config(location), config.seed)
+    base = load_base(
+        location,
+        config.model.quantization,
+        home,
+        quantize_embeddings=config.model.quantize_embeddings,
+    )
+    model = attach(base, spec)
+    tokenizer = load_tokenizer(location)
+    rows = partition(config.data, load_rows(config.data), 0, num_clients, config.seed)
+    examples = labelled(tokenize(rows, tokenizer, config.data, config.train.max_length))
+    expected = len(examples) + num_canaries // 2
+    plan = client_plan(config, expected, config.privacy.target_epsilon)
+
+    def train(records: Sequence[Example], arrays: Mapping[str, Any]) -> Any:
+        return train_privately(
+            model,
+            spec,
+            tokenizer.pad_token_id or 0,
+            records,
+            arrays,
+            config.train,
+            config.privacy.max_grad_norm,
+            config.train.learning_rate,
+            plan,
+        ).arrays
+
+    return audit_records(model, spec, examples, config, plan, num_canaries, train)
+
+
+def audit_records(
+    model: "PeftModel",
+    spec: AdapterSpec,
+    examples: Sequence[Example],
+    config: RunConfig,
+    plan: RecordPlan,
+    num_canaries: int,
+    train: Train,
+) -> RecordFindings:
+    """Train one client on its records and planted canaries, and guess which were planted.
+
+    Args:
+        model: The base model with the adapter on it; its trained values are overwritten.
+        spec: The adapter.
+        examples: The client's own tokenised, labelled records.
+        config: Gives the number of rounds.
+        plan: The client's noise and batches, fixed before the coins fell.
+        num_canaries: Canaries, at least 1.
+        train: One round.
+    """
+    generator = SecureGenerator()
+    vocabulary = int(model.get_base_model().config.vocab_size)
+    canaries = [_canary(generator, vocabulary) for _ in range(num_canaries)]
+    planted = generator.bernoulli(0.5, num_canaries)
+    records = [
+        *examples,
+        *(c for c, coin in zip(canaries, planted, strict=True) if coin),
+    ]
+    arrays: Mapping[str, Any] = initial_arrays(spec)
+    before = _losses(model, spec, arrays, canaries)
+    for _ in range(config.num_server_rounds):
+        arrays = train(records, arrays)
+    change = _losses(model, spec, arrays, canaries) - before
+    z, q, steps = plan.event
+    events = [(z, q, steps * config.num_server_rounds)]
+    return RecordFindings(
+        accounted=record_epsilon(events, plan.delta),
+        certified=membership_bound(change[planted], change[~planted], plan.delta),
+        most=most_certifiable(num_canaries, plan.delta),
+        num_canaries=num_canaries,
+        num_records=len(examples),
+        num_rounds=config.num_server_rounds,
+        fall_planted=-float(change[planted].mean()) if planted.any() else 0.0,
+        fall_others=-float(change[~planted].mean()) if not planted.all() else 0.0,
+    )
+
+
+def most_certifiable(num_canaries: int, delta: float) -> float:
+    """Return the bound if every canary were guessed, and every guess right."""
+    return certified_bound(num_canaries, num_canaries, num_canaries, delta).epsilon
+
+
+def _canary(generator: SecureGenerator, vocabulary: int) -> dict[str, list[int]]:
+    """Make an example of random tokens, which no other example helps to predict."""
+    size = _PROMPT_TOKENS + _ANSWER_TOKENS
+    tokens = [
+        generator.sample_without_replacement(vocabulary, 1)[0] for _ in range(size)
+    ]
+    labels = [-100] * _PROMPT_TOKENS + tokens[_PROMPT_TOKENS:]
+    return {"input_ids": tokens, "labels": labels}
+
+
+def _losses(
+    model: "PeftModel",
+    spec: AdapterSpec,
+    arrays: Mapping[str, Any],
+    canaries: Sequence[Example],
+) -> Any:
+    """Return (canaries,) losses, nats per token."""
+    set_trained(model, spec, arrays)
+    return np.array([held_out(model, [canary], 0).loss for canary in canaries])

@@ -1,0 +1,287 @@
+"""The real strategy of a run on a bench, where an auditor sees what goes in and out."""
+
+import contextlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+from fedllm.config import RunConfig, WireConfig, num_sampled
+from fedllm.privacy.ledger import Ledger, PrivacySettings
+from fedllm.privacy.mechanism import SecureGenerator
+from fedllm.strategy.build import make_strategy
+from fedllm.strategy.client_level_dp import ClientLevelDP
+from fedllm.strategy.fedavg import AdapterFedAvg
+from fedllm.strategy.server_optimizer import ServerOptimizer
+from fedllm.wire.messages import ARRAYS, METRICS, array_record, encoded_record
+from fedllm.wire.task_identity import set_task_identity
+
+Vector = npt.NDArray[np.float64]
+Arrays = dict[str, npt.NDArray[np.float32]]
+Contents = Iterable[tuple[int, RecordDict | Error]]
+
+MakeStrategy = Callable[
+    [RunConfig, Arrays, list[int], Ledger | None], AdapterFedAvg | ClientLevelDP
+]
+
+NUM_CLIENTS = 6
+"""Clients of a check that needs no more."""
+
+Finding = tuple[bool, str]
+"""Whether a check passed, and what it found."""
+
+
+class NotAsPromisedError(Exception):
+    """The strategy did something that no release explains: the audit fails."""
+
+
+class ZeroNoise(SecureGenerator):
+    """Noise of zero, so that the sum before the noise can be seen; for audits only."""
+
+    def standard_normal(self, size: int) -> Vector:
+        """Return (size,) zeros."""
+        return np.zeros(size)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is audited.
+
+    Attributes:
+        config: The run config.
+        settings: What the run promises.
+        dimension: d of the toy adapter where noise is measured.
+        make: Makes the strategy.
+    """
+
+    config: RunConfig
+    settings: PrivacySettings
+    dimension: int
+    make: MakeStrategy = make_strategy
+
+    @contextlib.contextmanager
+    def bench(
+        self,
+        dimension: int,
+        num_clients: int = NUM_CLIENTS,
+        silent: bool = False,
+        config: RunConfig | None = None,
+    ) -> "Iterator[Bench]":
+        """Put a fresh strategy, with a ledger of its own, on the bench."""
+        with tempfile.TemporaryDirectory(prefix="fedllm-audit-") as folder:
+            yield Bench(
+                # Replies are made in the plain encoding, unless a check asks for another.
+                config or replace(self.config, wire=WireConfig()),
+                self.settings,
+                dimension,
+                num_clients,
+                Path(folder),
+                self.make,
+                silent,
+            )
+
+
+class Bench:
+    """One strategy of `make_strategy`, with what enters its server optimiser recorded.
+
+    The release of a round is n times what enters the optimiser, with the n that was
+    promised: where the strategy divides by anything else, the release is wrong.
+
+    Args:
+        config: The run config.
+        settings: What the run promises.
+        dimension: d of the toy adapter, at least 8.
+        num_clients: N of the toy federation.
+        folder: Where the ledger is written; one folder a bench.
+        make: Makes the strategy.
+        silent: Switch the noise off.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        settings: PrivacySettings,
+        dimension: int,
+        num_clients: int,
+        folder: Path,
+        make: MakeStrategy = make_strategy,
+        silent: bool = False,
+    ) -> None:
+        set_task_identity()
+        self.settings = bench_settings(config, settings, dimension, num_clients)
+        self.config = config
+        self.population = list(range(1, num_clients + 1))
+        self.start = toy_adapter(dimension, settings.clipping_norm)
+        self._path = folder / "privacy.json"
+        self.ledger = Ledger.create(self._path, self.settings)
+        self.strategy = cast(
+            ClientLevelDP, make(config, dict(self.start), self.population, self.ledger)
+        )
+        if silent:
+            self.strategy._generator = ZeroNoise()
+        self._recorder = _Recorder(self.strategy.strategy.optimizer, self._path)
+        self.strategy.strategy.optimizer = cast(ServerOptimizer, self._recorder)
+        self.records: list[ArrayRecord] = []
+
+    @property
+    def reference(self) -> Arrays:
+        """The global adapter now."""
+        return self.strategy.strategy.reference
+
+    @property
+    def ledger_on_disk(self) -> dict[str, Any]:
+        """The content of privacy.json."""
+        content: dict[str, Any] = json.loads(self._path.read_text("utf-8"))
+        return content
+
+    @property
+    def entered(self) -> list[Vector]:
+        """What entered the server optimiser, by round."""
+        return self._recorder.entered
+
+    @property
+    def rounds_on_disk(self) -> list[int]:
+        """Rounds in the ledger's file when each step of the optimiser was taken."""
+        return self._recorder.rounds_on_disk
+
+    def cohort(self, server_round: int) -> list[int]:
+        """Return the clients whom the strategy asks in a round."""
+        record = array_record(self.reference)
+        messages = self.strategy.configure_train(
+            server_round, record, ConfigRecord(), cast(Grid, None)
+        )
+        return [message.metadata.dst_node_id for message in messages]
+
+    def rounds(self, count: int) -> Iterator[int]:
+        """Yield rounds from 1, at most `count`, until the budget ends."""
+        for server_round in range(1, count + 1):
+            if not self.ledger.may_spend(self.settings.max_epsilon):
+                return
+            yield server_round
+
+    def release(self, server_round: int, contents: Contents) -> Vector:
+        """Aggregate one round and return its release, (d,).
+
+        Args:
+            server_round: From 1.
+            contents: (node id, content) of each reply.
+
+        Raises:
+            NotAsPromisedError: Not exactly one vector entered the server optimiser, or no
+                adapter left.
+        """
+        before = len(self.entered)
+        record, _ = self.strategy.aggregate_train(server_round, _replies(contents))
+        if len(self.entered) != before + 1:
+            raise NotAsPromisedError(
+                f"{len(self.entered) - before} vectors entered the server optimiser "
+                "in one round"
+            )
+        if record is None:
+            raise NotAsPromisedError("a round without usable replies released nothing")
+        self.records.append(record)
+        return self.entered[-1] * self.settings.num_sampled_clients
+
+    def update(self, vector: Vector | npt.NDArray[np.float32]) -> Arrays:
+        """Return the adapter of a client whose update is this, (d,), in float32."""
+        arrays, start = {}, 0
+        for name, value in self.reference.items():
+            part = vector[start : start + value.size].reshape(value.shape)
+            arrays[name] = (value + part).astype(np.float32)
+            start += value.size
+        return arrays
+
+
+def bench_settings(
+    config: RunConfig, settings: PrivacySettings, dimension: int, num_clients: int
+) -> PrivacySettings:
+    """Return a run's promise for another number of clients and trained values.
+
+    Noise multiplier, clipping norm, delta and sampling probability are the run's.
+    """
+    sampled: float = num_sampled(config.strategy, num_clients)
+    if settings.sampling == "poisson":
+        sampled = config.strategy.fraction_train * num_clients
+    return replace(
+        settings,
+        population_size=num_clients,
+        num_sampled_clients=sampled,
+        num_trainable=dimension,
+    )
+
+
+def toy_adapter(dimension: int, clipping_norm: float) -> Arrays:
+    """Return an adapter of two arrays, one of them a matrix, that is not zero."""
+    rows = dimension // 4
+    value = clipping_norm / 4
+    return {
+        "toy.lora_B.weight": np.full((rows, 2), value, np.float32),
+        "toy.lora_A.weight": np.full(dimension - 2 * rows, value, np.float32),
+    }
+
+
+def honest_reply(
+    bench: Bench, norm: float, num_examples: int | None = None
+) -> RecordDict:
+    """Return a reply whose update has `norm` times C, along a direction that all take.
+
+    Args:
+        bench: Whose global adapter the update starts from.
+        norm: In units of C; negative for the opposite direction.
+        num_examples: What the client claims; None: nothing.
+    """
+    size, encoding = bench.settings.num_trainable, bench.config.wire.encoding
+    value = np.float32(norm * bench.settings.clipping_norm / size**0.5)
+    if encoding == "float32":
+        arrays = bench.update(np.full(size, value))
+    else:
+        arrays = {k: np.full_like(v, value) for k, v in bench.reference.items()}
+    record = encoded_record(arrays, encoding, np.random.default_rng(0))
+    content = RecordDict({ARRAYS: record})
+    if num_examples is not None:
+        content[METRICS] = MetricRecord({"num-examples": num_examples})
+    return content
+
+
+def norm_of(vector: Vector) -> float:
+    """Return the L2 norm; infinite where it is not a number, which is worst."""
+    norm = float(np.linalg.norm(vector))
+    return math.inf if math.isnan(norm) else norm
+
+
+def flat_values(arrays: Mapping[str, Any], names: Iterable[str]) -> Vector:
+    """Return arrays as one vector, (d,) float64, in the order of names."""
+    return np.concatenate([np.asarray(arrays[name], float).ravel() for name in names])
+
+
+class _Recorder:
+    """Stands before the server optimiser and notes what enters it."""
+
+    def __init__(self, optimizer: ServerOptimizer, ledger: Path) -> None:
+        self._optimizer = optimizer
+        self._ledger = ledger
+        self.entered: list[Vector] = []
+        self.rounds_on_disk: list[int] = []
+
+    def step(self, update: Vector, learning_rate: float) -> Vector:
+        """Note the update and let the real optimiser make its step."""
+        self.entered.append(np.array(update, np.float64))
+        self.rounds_on_disk.append(
+            len(json.loads(self._ledger.read_text())["releases"])
+        )
+        return self._optimizer.step(update, learning_rate)
+
+
+def _replies(contents: Contents) -> Iterator[Message]:
+    """Wrap contents as Flower would deliver them, one at a time."""
+    for node_id, content in contents:
+        asked = Message(RecordDict(), node_id, "train")
+        yield Message(content, reply_to=asked)

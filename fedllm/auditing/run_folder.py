@@ -1,0 +1,102 @@
+"""What the audit of a finished run takes from its folder."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from fedllm.auditing.auditor import Check
+from fedllm.config import RunConfig, parse_run_config
+from fedllm.errors import PrivacyError
+from fedllm.planning.noise import privacy_settings
+from fedllm.privacy.ledger import Ledger, PrivacySettings
+from fedllm.privacy.wording import plain
+from fedllm.runs.directory import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    PRIVACY_FILE,
+    read_json,
+    read_metrics,
+)
+
+
+def settings_of_run_folder(folder: Path) -> tuple[RunConfig, PrivacySettings, Check]:
+    """Read what a run promised, and hold its files against each other.
+
+    Raises:
+        FedllmError: The folder, its ledger or its config is missing, damaged or edited.
+    """
+    path = folder / PRIVACY_FILE
+    if not path.is_file():
+        raise PrivacyError(f"{folder}: has no {PRIVACY_FILE}: not a run folder")
+    require_unit(read_json(path).get("unit"), str(folder))
+    ledger = Ledger.load(path)
+    run_config = read_json(folder / CONFIG_FILE).get("run_config")
+    if not isinstance(run_config, dict):
+        raise PrivacyError(f"{folder / CONFIG_FILE}: is damaged: it has no run_config")
+    config = parse_run_config(run_config)
+    require_same_run(ledger, config, path)
+    told = [
+        line["server_round"]
+        for line in read_metrics(folder / METRICS_FILE)
+        if line["server_round"] > 0
+    ]
+    forgotten = sorted(set(told) - set(ledger.releases))
+    check = Check(
+        "ledger of the run",
+        not forgotten,
+        f"{len(ledger.releases)} rounds in the ledger, {len(told)} in {METRICS_FILE}"
+        + (f": it forgets {forgotten}" if forgotten else "")
+        + f"; epsilon {plain(ledger.epsilons().zero_out)} zero-out",
+    )
+    return config, ledger.settings, check
+
+
+def require_same_run(ledger: Ledger, config: RunConfig, path: Path) -> None:
+    """Refuse a ledger whose promise is not that of the run's config.
+
+    Raises:
+        PrivacyError: Names what differs.
+    """
+    settings = ledger.settings
+    given = replace(
+        config.privacy,
+        noise_multiplier=settings.noise_multiplier,
+        target_epsilon=0.0,
+    )
+    size, d = settings.population_size, settings.num_trainable
+    promised = privacy_settings(replace(config, privacy=given), size, d)
+    noise = config.privacy.noise_multiplier or settings.noise_multiplier
+    promised = replace(
+        promised,
+        target_epsilon=config.privacy.target_epsilon,
+        noise_multiplier=noise,
+    )
+    try:
+        ledger.check_same(promised)
+    except PrivacyError as error:
+        raise PrivacyError(
+            f"{path}: is not the ledger of {CONFIG_FILE} beside it: {error}"
+        ) from None
+    planned = ledger.epsilon_after(settings.planned_rounds).zero_out
+    if settings.target_epsilon > 0 and planned > settings.target_epsilon * (1 + 1e-6):
+        raise PrivacyError(
+            f"{path}: the ledger was edited: its noise multiplier "
+            f"{settings.noise_multiplier:g} spends {plain(planned)} in "
+            f"{settings.planned_rounds} rounds, above target_epsilon "
+            f"{settings.target_epsilon:g}"
+        )
+
+
+def require_unit(unit: object, what: str) -> None:
+    """Raise if a run or a config makes no client-level claim that could be audited.
+
+    Raises:
+        PrivacyError: Its unit is `none`, or unknown.
+    """
+    if unit == "none":
+        raise PrivacyError(
+            f"nothing to audit: {what} promise no privacy (privacy.unit='none')"
+        )
+    if unit != "client":
+        raise PrivacyError(
+            f"privacy.unit: must be 'client' or 'record' (got {unit!r} in {what})"
+        )

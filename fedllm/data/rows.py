@@ -1,0 +1,208 @@
+"""Rows: where they come from, and which of them a client may train on.
+
+Everything stays in memory: no cache of a client's rows is left on its disk. `datasets`
+takes a second to import and `flwr_datasets` another (it brings matplotlib), so both are
+imported where they are used.
+"""
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from fedllm.config import DataConfig, fedllm_home
+from fedllm.data.prompts import MESSAGES, Row, to_prompt_completion
+from fedllm.data.readers import comma_list, looks_local, one_line, read_rows
+from fedllm.errors import DataError
+from fedllm.privacy.record_ledger import row_digest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+BUILT_IN = "wordnet-medical"
+_SHARDS = Path(__file__).parent / "wordnet_medical"
+
+
+def load_rows(config: DataConfig, path: str | None = None) -> "Dataset":
+    """Load the training rows with all their columns.
+
+    Args:
+        config: Names the data set and its columns.
+        path: A client's own file or folder, instead of `config.name`.
+
+    Raises:
+        DataError: The data is missing, empty or malformed, lacks a column, or the hub
+            cannot be reached.
+    """
+    if path is not None:
+        return _load_local(config, path)
+    if config.name == BUILT_IN:
+        return _load_built_in(config, "train")
+    if looks_local(config.name):
+        return _load_local(config, config.name)
+    return _load_hub(config)
+
+
+def load_public(
+    config: DataConfig, split: Literal["validation", "test"]
+) -> "Dataset | None":
+    """Load the rows declared public: validation chooses, test only reports.
+
+    Args:
+        config: A file that it names wins over the embedded rows.
+        split: Which of the two.
+
+    Returns:
+        The rows, or None where the user declared none.
+
+    Raises:
+        DataError: As `load_rows`.
+    """
+    path = config.public_validation if split == "validation" else config.public_test
+    if path:
+        return _load_local(config, path)
+    return _load_built_in(config, split) if config.name == BUILT_IN else None
+
+
+def own_rows(
+    config: DataConfig, rows: "Dataset", seed: int, held_out: bool
+) -> "Dataset":
+    """Return the rows that a client trains on, or those that it holds out.
+
+    A row's place follows from its content and the seed alone: copies of a row, also at
+    another client, lie on one side, and stay there when a file changes between rounds.
+    The share is therefore an expected one; of a few rows none may be held out.
+
+    Args:
+        config: Says which share is held out.
+        rows: One client's rows.
+        seed: The run's seed.
+        held_out: Which of the two.
+    """
+    if not config.held_out_fraction:
+        return rows.select([]) if held_out else rows
+    limit = config.held_out_fraction * 2**64
+    key = str(seed).encode()
+    chosen = []
+    for index, row in enumerate(rows):
+        digest = hashlib.sha256(key + row_digest(row)).digest()
+        if (int.from_bytes(digest[:8], "big") < limit) == held_out:
+            chosen.append(index)
+    return rows.select(chosen)
+
+
+def _load_built_in(config: DataConfig, split: str) -> "Dataset":
+    rows = _read_built_in(split)
+    _check_columns(config, rows.column_names, BUILT_IN)
+    return rows
+
+
+@lru_cache(maxsize=3)
+def _read_built_in(split: str) -> "Dataset":
+    """Read the embedded shards of a split, once a process."""
+    shards = sorted(_SHARDS.glob(f"{split}*.jsonl"))
+    rows = [row for shard in shards for row in read_rows(shard)]
+    if not rows:
+        raise DataError(f"{_SHARDS}: no {split} rows there: install fedllm again")
+    return _make_dataset(rows, _SHARDS)
+
+
+def _load_local(config: DataConfig, name: str) -> "Dataset":
+    """Load a file or a folder, and check each row."""
+    path = Path(name).expanduser().absolute()
+    rows = read_rows(path)
+    _check_columns(config, list(dict.fromkeys(n for row in rows for n in row)), path)
+    for number, row in enumerate(rows, start=1):
+        try:
+            to_prompt_completion(config, row)
+        except DataError as error:
+            raise DataError(f"{path}: row {number}: {error}") from None
+    return _make_dataset(rows, path)
+
+
+def _load_hub(config: DataConfig) -> "Dataset":
+    """Load a split of a hub data set.
+
+    The hub's client caches what it downloads where it always does (HF_HOME); what
+    `datasets` makes of it lies under our own folder.
+    """
+    import datasets
+
+    name, split = config.name, config.split
+    try:
+        with _quiet_hub():
+            rows = datasets.load_dataset(
+                name, split=split, cache_dir=str(fedllm_home() / "datasets")
+            )
+    except datasets.exceptions.DatasetNotFoundError:
+        raise DataError(
+            f"data.name: {name!r} is no file or folder here, and the hub has no such "
+            "data set, or not for you (hf auth login)"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"data.name: {name!r} is no file or folder here, and the hub is out of "
+            "reach: name a local .jsonl, .json, .csv or .parquet file, or "
+            f"{BUILT_IN!r} ({one_line(error)})"
+        ) from None
+    except (ValueError, RuntimeError) as error:
+        raise DataError(f"data.name: {name!r} ({split}): {one_line(error)}") from None
+    source = f"{name} ({split})"
+    _check_columns(config, rows.column_names, source)
+    if len(rows) == 0:
+        raise DataError(f"{source}: holds no rows")
+    return rows
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the hub client's bars and its lines about retries off the screen.
+
+    There is a bar for each file and step, from each client; what fails is said once, by
+    our own error.
+    """
+    import datasets
+
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    bars = datasets.are_progress_bars_disabled()
+    hub.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _make_dataset(rows: list[Row], source: Path) -> "Dataset":
+    """Return rows as a data set; a column that a row lacks is None there."""
+    from datasets import Dataset
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    try:
+        return Dataset.from_dict({name: [r.get(name) for r in rows] for name in names})
+    except (NotImplementedError, OverflowError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{source}: a column mixes kinds of values: {one_line(error)}"
+        ) from None
+
+
+def _check_columns(config: DataConfig, names: list[str], source: object) -> None:
+    """Check that the questions and answers are there."""
+    if MESSAGES in names:
+        return
+    wanted = {
+        "data.prompt-column": config.prompt_column,
+        "data.response-column": config.response_column,
+    }
+    for key, column in wanted.items():
+        if column not in names:
+            raise DataError(
+                f"{source}: there is no column {column!r} ({key}); the columns are "
+                f"{comma_list(names)}"
+            )

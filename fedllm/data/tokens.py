@@ -1,0 +1,110 @@
+"""Rows to token ids, with labels on the answer alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedllm.config import DataConfig
+from fedllm.data.prompts import (
+    Row,
+    common_prefix_length,
+    encode,
+    to_prompt_completion,
+    training_texts,
+)
+from fedllm.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Rows as tokens, and what was lost on the way."""
+
+    dataset: "Dataset"
+    """Columns `input_ids` and `completion_mask` (1 in the answer, else 0): lists of the
+    same length, at most max_length, with at least one 1."""
+    num_truncated: int
+    """Rows of `dataset` whose end the length limit cut."""
+    num_without_answer: int
+    """Rows left out: the question or the answer is missing or blank, or the length
+    limit cut the whole answer."""
+
+    @property
+    def num_examples(self) -> int:
+        """Rows of `dataset`."""
+        return len(self.dataset)
+
+
+def tokenize(
+    rows: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    config: DataConfig,
+    max_length: int,
+) -> Tokenized:
+    """Turn rows into tokens as TRL's SFTTrainer does, and mark the answer.
+
+    With a chat template: the conversation as the template renders it, where the answer
+    begins at the first token that differs from the prompt rendered alone (TRL 1.16,
+    `SFTTrainer._prepare_dataset`). Without one: an Alpaca-style text, with the end
+    token after the answer. What is longer than max_length loses its end.
+
+    Args:
+        rows: Rows with the columns that config names, or with `messages`.
+        tokenizer: The base model's tokenizer.
+        config: Names the columns.
+        max_length: Longest example in tokens.
+
+    Raises:
+        DataError: A row has not the right form, or the chat template refuses it.
+    """
+    from datasets import Dataset
+
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
+    num_truncated = num_without_answer = 0
+    texts: list[str] = []
+    for number, row in enumerate(_each(rows), start=1):
+        try:
+            conversation = to_prompt_completion(config, row)
+            if conversation is None:
+                num_without_answer += 1
+                continue
+            texts += training_texts(tokenizer, *conversation)
+        except DataError as error:
+            raise DataError(f"row {number}: {error}") from None
+    encoded = iter(encode(tokenizer, texts))
+    for prompt_ids, ids in zip(encoded, encoded, strict=True):
+        start = common_prefix_length(prompt_ids, ids)
+        if start >= min(len(ids), max_length):
+            num_without_answer += 1
+            continue
+        num_truncated += len(ids) > max_length
+        mask = [0] * start + [1] * (len(ids) - start)
+        columns["input_ids"].append(ids[:max_length])
+        columns["completion_mask"].append(mask[:max_length])
+    return Tokenized(Dataset.from_dict(columns), num_truncated, num_without_answer)
+
+
+def _each(rows: "Dataset") -> Iterator[Row]:
+    """Yield rows one by one, read by the thousand: `datasets` takes long for a single one."""
+    for columns in rows.iter(batch_size=1000):
+        for cells in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, cells, strict=True))
+
+
+def labelled(tokenized: Any) -> list[dict[str, list[int]]]:
+    """Return tokenised rows with labels: the token id in the answer, else -100."""
+    return [
+        {
+            "input_ids": list(row["input_ids"]),
+            "labels": [
+                token if answer else -100
+                for token, answer in zip(
+                    row["input_ids"], row["completion_mask"], strict=True
+                )
+            ],
+        }
+        for row in tokenized.dataset
+    ]

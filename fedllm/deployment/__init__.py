@@ -1,0 +1,1 @@
+"""Where a run runs: SuperLink, SuperNode, keys, checks."""

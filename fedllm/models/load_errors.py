@@ -1,0 +1,102 @@
+"""What transformers, torch and the hub raise and print while loading, in one line."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedllm.atomic_files import is_disk_full
+from fedllm.errors import ModelError
+
+
+@contextmanager
+def loading_errors(location: str) -> Iterator[None]:
+    """Turn whatever stops the loading of a model into one line with its remedy.
+
+    Args:
+        location: A folder or a hub id.
+
+    Raises:
+        ModelError: Instead of any other exception.
+    """
+    from torch import OutOfMemoryError
+
+    try:
+        # The hub's client tells of each retry; our error tells what came of them.
+        with errors_only("huggingface_hub.utils._http"):
+            yield
+    except (MemoryError, OutOfMemoryError) as error:
+        raise ModelError(
+            f"{location} does not fit into memory: set model.quantization=4, or name a"
+            " smaller model"
+        ) from error
+    except Exception as error:
+        raise ModelError(_explanation(location, error)) from error
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Hide the bars of loading local files: seconds long, and they break our lines."""
+    from transformers.utils import logging as library
+
+    shown = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            library.enable_progress_bar()
+
+
+@contextmanager
+def errors_only(name: str) -> Iterator[None]:
+    """Keep the logger `name` from telling less than errors."""
+    noisy = logging.getLogger(name)
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        noisy.setLevel(level)
+
+
+def _explanation(location: str, error: Exception) -> str:
+    from huggingface_hub import errors as hub
+
+    chain: list[BaseException] = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if "trust_remote_code" in str(error):
+        return (
+            f"{location} brings code of its own, which is not run here: name a model"
+            " that transformers knows"
+        )
+    if any(is_disk_full(link) for link in chain):
+        return f"no space left for {location}: free some, or move HF_HOME"
+    if Path(location).is_dir():
+        return f"{location} cannot be loaded: {first_line}"
+    if any(isinstance(link, hub.GatedRepoError) for link in chain):
+        return (
+            f"{location} asks for its licence to be accepted: do so on its page, then"
+            " run `hf auth login` here"
+        )
+    if any(isinstance(link, hub.RepositoryNotFoundError) for link in chain):
+        return (
+            f"the hub has no model {location} (or not for you): look at the spelling of"
+            " model.name, and run `hf auth login` for a private one"
+        )
+    if any(_is_out_of_reach(link) for link in chain):
+        return (
+            f"the model hub is out of reach and {location} is not in its cache here:"
+            " connect, or set model.name to a local folder or to smollm2-135m-instruct"
+        )
+    return f"{location} cannot be loaded from the hub: {first_line}"
+
+
+def _is_out_of_reach(error: BaseException) -> bool:
+    import httpx
+    from huggingface_hub import errors as hub
+
+    kinds = (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled)
+    return isinstance(error, (*kinds, httpx.TransportError, ConnectionError))

@@ -1,0 +1,347 @@
+"""Finding, quantising and caching the base model: the only importer of bitsandbytes."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedllm.atomic_files import create_once, is_disk_full
+from fedllm.errors import ModelError
+from fedllm.models import builtin
+from fedllm.models.load_errors import loading_errors, no_progress_bars
+from fedllm.models.quantization import (
+    is_no_cast,
+    keep_gradients_right,
+    require_bitsandbytes,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+BUILT_IN = builtin.NAME
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def locate(name: str, home: Path) -> str:
+    """Return where the base model lies, fetching the built-in one on first use.
+
+    Args:
+        name: "smollm2-135m-instruct", a local folder, or a hub id.
+        home: The program's folder.
+
+    Returns:
+        An absolute folder, or the hub id.
+
+    Raises:
+        ModelError: The folder does not exist or holds no model, the name is no hub id
+            either, or the built-in model cannot be fetched.
+    """
+    if name == BUILT_IN:
+        return str(builtin.fetch(home).resolve())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{folder.resolve()} holds no model: it has no config.json;"
+                " model.name wants a folder that transformers' save_pretrained made"
+            )
+        return str(folder.resolve())
+    if name.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(name):
+        raise ModelError(
+            f"{name} is not a folder on this machine; model.name takes {BUILT_IN},"
+            " a folder, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    return name
+
+
+def load_config(location: str) -> "PretrainedConfig":
+    """Return the model's configuration, without its weights.
+
+    Raises:
+        ModelError: It cannot be read or reached, is no causal language model, needs
+            code of its own, or is quantised already.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    )
+
+    with loading_errors(location):
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"{location} is a {config.model_type} model, which does not generate text;"
+            " model.name wants a causal language model"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{location} is quantised already: name the model that it was made from,"
+            " and let model.quantization (0, 4 or 8) do it"
+        )
+    return config
+
+
+def fingerprint(location: str) -> str:
+    """Return what tells a base model from any other, without reading all of it.
+
+    Of a folder: name, size and last megabyte of each file of weights, and the
+    configuration. Of a hub id: the commit.
+    """
+    folder = Path(location)
+    if not folder.is_dir():
+        return f"{location} {_commit(load_config(location))}"
+    digest = hashlib.sha256()
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    for path in [*sorted(weights), folder / "config.json"]:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(f"{path.name} {size} ".encode() + file.read())
+    return f"{folder.name} {digest.hexdigest()[:16]}"
+
+
+def load_tokenizer(location: str) -> "PreTrainedTokenizerBase":
+    """Return the model's tokenizer, with a padding token and padding on the right.
+
+    Where it has no padding token, the end of text serves: padding is to be told apart
+    by the attention mask, never by its id.
+
+    Raises:
+        ModelError: It cannot be read or reached, or names no end of text.
+    """
+    from transformers import AutoTokenizer
+
+    with loading_errors(location):
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            location, trust_remote_code=False, padding_side="right"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {location} names no end of text (eos_token), without"
+            " which an answer cannot learn to stop"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    result: PreTrainedTokenizerBase = tokenizer
+    return result
+
+
+def compute_dtype(device: str) -> "torch.dtype":
+    """Return the type to compute in: the fastest that the hardware has and trains well.
+
+    bfloat16 where the hardware multiplies it; else float16 on a GPU, and float32 on a
+    CPU, where an emulated bfloat16 would be slower than float32.
+    """
+    import torch
+
+    if device.startswith("cuda"):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    cpu = torch.cpu.get_capabilities()
+    native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_base(
+    location: str,
+    quantization: int,
+    home: Path,
+    device: str | None = None,
+    quantize_embeddings: bool = False,
+    in_float32: bool = False,
+) -> "PreTrainedModel":
+    """Return the frozen base model, in eval mode, with its key-value cache off.
+
+    A quantised base is kept under `home`, so that only the first load quantises.
+    Gradients through it are right in train and in eval mode.
+
+    Args:
+        location: What `locate` returned.
+        quantization: 4 (NF4, double quantisation), 8 (LLM.int8) or 0.
+        home: The program's folder.
+        device: "cuda", "cuda:1", "cpu"; by default a GPU where there is one.
+        quantize_embeddings: Keep the input embeddings in NF4 and the output head in
+            8 bit, whatever `quantization` is.
+        in_float32: Load and compute an unquantised base in float32, and not in what
+            `compute_dtype` says.
+
+    Raises:
+        ModelError: It cannot be read, reached, quantised or held in memory, or its
+            embeddings are its output head, too.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config = load_config(location)
+    if quantization:
+        require_bitsandbytes(device)
+        model = _load_quantised(location, config, quantization, home, device)
+        if quantization == 4:
+            keep_gradients_right(model)
+        # An 8-bit layer tells at each pass that it casts to float16, as is its design.
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(is_no_cast)
+    else:
+        options = {"dtype": torch.float32} if in_float32 else {}
+        model = _load(location, device, revision=_commit(config), **options)
+    if quantize_embeddings:
+        require_bitsandbytes(device)
+        from fedllm.models.quantized_embeddings import quantise_embeddings
+
+        quantise_embeddings(model)
+    if device == "cpu":
+        from fedllm.models.attention import use_fast_gradients
+
+        use_fast_gradients(model)
+    # PEFT writes this name into the adapter: a reader needs the model, not our cache.
+    model.name_or_path = model.config._name_or_path = location
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def load_quantised(
+    location: str, bits: int, device: str | None = None
+) -> "PreTrainedModel":
+    """Return a model quantised anew, to be saved elsewhere: nothing is kept for later.
+
+    Args:
+        location: Folder of an unquantised model.
+        bits: 4 or 8, as in `load_base`.
+        device: As in `load_base`.
+
+    Raises:
+        ModelError: It cannot be read or quantised here.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    require_bitsandbytes(device)
+    options = _quantization_config(bits, device)
+    model: PreTrainedModel = _load(location, device, quantization_config=options)
+    return model
+
+
+def _load(location: str, device: str, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    # A download from the hub is gigabytes: its bar stays.
+    with (
+        no_progress_bars() if Path(location).is_dir() else nullcontext(),
+        loading_errors(location),
+    ):
+        return AutoModelForCausalLM.from_pretrained(
+            location,
+            device_map={"": device},
+            trust_remote_code=False,
+            **{"dtype": compute_dtype(device), **options},
+        )
+
+
+def _load_quantised(
+    location: str, config: "PretrainedConfig", bits: int, home: Path, device: str
+) -> Any:
+    made: list[Any] = []
+
+    def quantise() -> Any:
+        from fedllm.models.quantized_embeddings import quantised_in_parts
+
+        logger.info("quantising %s to %d bit (once)", location, bits)
+        with _read_not_mapped(), quantised_in_parts():
+            return _load(
+                location,
+                device,
+                revision=_commit(config),
+                quantization_config=_quantization_config(bits, device),
+            )
+
+    def make(folder: Path) -> None:
+        made.append(quantise())
+        with no_progress_bars():
+            made[0].save_pretrained(folder)
+
+    folder = home / "models" / "quantised" / _key(location, config, bits, device)
+    try:
+        create_once(folder, make)
+    except ModelError:
+        raise
+    except Exception as error:
+        # safetensors has an error of its own for a failed write.
+        if not isinstance(error, OSError) and not is_disk_full(error):
+            raise
+        logger.warning(
+            "the quantised model cannot be kept in %s (%s): it is quantised again at"
+            " each start",
+            folder.parent,
+            "no space left" if is_disk_full(error) else error,
+        )
+        return made[0] if made else quantise()
+    return made[0] if made else _load(str(folder), device)
+
+
+@contextmanager
+def _read_not_mapped() -> Iterator[None]:
+    """Let transformers read one weight at a time, rather than map the files.
+
+    It closes the files when the last weight is quantised; until then every page read of
+    a mapping counts as the process's memory, which grows to the unquantised model's size.
+    """
+    from transformers import modeling_utils
+
+    mapped = modeling_utils.safe_open
+
+    def read(*args: Any, **options: Any) -> Any:
+        return mapped(*args, **{**options, "backend": "pread"})
+
+    modeling_utils.safe_open = read
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapped
+
+
+def _quantization_config(bits: int, device: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype(device),
+    )
+
+
+def _key(location: str, config: "PretrainedConfig", bits: int, device: str) -> str:
+    """A folder name that changes with anything that the quantised weights depend on.
+
+    A local model counts as changed when a file's size or time changed: reading
+    gigabytes at every start would cost what the cache saves.
+    """
+    import bitsandbytes
+
+    folder = Path(location)
+    content: Any = _commit(config)
+    if folder.is_dir():
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        stats = ((path.name, path.stat()) for path in files)
+        content = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    parts = [
+        *(location, content, bits, str(compute_dtype(device))),
+        bitsandbytes.__version__,
+    ]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return f"{folder.name}-{bits}bit-{digest[:16]}"
+
+
+def _commit(config: "PretrainedConfig") -> str | None:
+    """The hub's commit of the configuration, so that the weights come from the same."""
+    commit: str | None = getattr(config, "_commit_hash", None)
+    return commit

@@ -1,0 +1,1 @@
+"""Before a run: noise, expected loss, memory, adapter kind."""

@@ -1,0 +1,130 @@
+"""What `adapter.kind="auto"` means: the kind that the federation at hand does best with.
+
+Only public settings and what was measured beforehand enter, so it costs no privacy.
+"""
+
+from dataclasses import dataclass, replace
+
+from fedllm.adapters.kinds import KINDS
+from fedllm.adapters.resolve import with_kind
+from fedllm.config import AdapterKind, RunConfig
+from fedllm.planning.frontier import (
+    Frontier,
+    Measured,
+    expected,
+    load_frontier,
+    noise_level,
+)
+from fedllm.planning.noise import privacy_settings
+
+_FALLBACK: AdapterKind = "ffa-lora"
+
+# A measurement says nothing of a run whose noise differs by more than this factor.
+_REACH = 4.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kind of adapter for a federation, and why.
+
+    Attributes:
+        kind: The kind of adapter.
+        reason: One line for a person.
+        measured: The measured federation that is most alike; None: none is.
+    """
+
+    kind: AdapterKind
+    reason: str
+    measured: Measured | None = None
+
+
+def choose_adapter(
+    config: RunConfig, population_size: int, frontier: Frontier | None = None
+) -> Choice:
+    """Return the kind with the best expected gain for a federation.
+
+    Args:
+        config: The run config, which gives rounds, epsilon or noise, and sampling.
+        population_size: Clients in the federation, N.
+        frontier: What was measured; what comes with the package where None.
+    """
+    frontier = load_frontier() if frontier is None else frontier
+    # IA3 has no rank; of the others only what was measured with this one counts.
+    rank = config.adapter.rank
+    rows = tuple(r for r in frontier.rows if r.rank == rank or r.kind == "ia3")
+    frontier = replace(frontier, rows=rows)
+    level, noise = 0.0, "no noise"
+    if config.privacy.unit != "none":
+        # The number of values, here 1, does not enter what is used of the settings.
+        settings = privacy_settings(config, population_size, 1)
+        rounds, sampled = config.num_server_rounds, settings.num_sampled_clients
+        level = noise_level(settings.noise_multiplier, rounds, sampled)
+        noise = f"noise level {level:.3g}"
+    gains = {kind: expected_gain(kind, level, frontier) for kind in KINDS}
+    known = {kind: gain for kind, gain in gains.items() if gain is not None}
+    where = f"{population_size} clients, {config.num_server_rounds} rounds, {noise}"
+    if not known:
+        return Choice(
+            _FALLBACK, f"nothing was measured near {where}, so the default is taken"
+        )
+    ranked = sorted(known, key=lambda kind: -known[kind])
+    told = ", ".join(f"{kind} {known[kind]:.0%}" for kind in ranked)
+    found = expected(ranked[0], level, frontier) if level > 0 else None
+    return Choice(
+        ranked[0],
+        f"share of the best gain to expect with {where}: {told}",
+        found.nearest if found else None,
+    )
+
+
+def expected_gain(kind: str, level: float, frontier: Frontier) -> float | None:
+    """Return the share of the best gain to expect of a kind of adapter.
+
+    Args:
+        kind: The kind of adapter.
+        level: `noise_level` of the planned run; 0.0 without noise.
+        frontier: What was measured.
+
+    Returns:
+        None where nothing was measured within a factor of 4 of that noise, or only with
+        less while another kind was measured with more, or, without noise, nothing
+        without noise.
+    """
+    if level == 0:
+        quiet = [
+            row.loss
+            for row in frontier.rows
+            if row.kind == kind and row.epsilon is None
+        ]
+        return frontier.share(min(quiet)) if quiet else None
+    found = expected(kind, level, frontier)
+    if found is None:
+        return None
+    most = max(row.noise_level for row in frontier.rows)
+    if found.optimistic and found.nearest.noise_level < most:
+        # What it gained with less noise would be held against what another gained here.
+        return None
+    ratio = level / found.nearest.noise_level
+    if not found.inside and not 1 / _REACH <= ratio <= _REACH:
+        return None
+    return found.share
+
+
+def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
+    """Return the server's run config with `auto` resolved, kind and step.
+
+    An update of one kind is many times as long as one of another, so clipping norm and
+    server learning rate are those that the kind was measured with.
+    """
+    config, measured = with_kind(config, choice.kind), choice.measured
+    if measured is None:
+        return config
+    return replace(
+        config,
+        privacy=replace(config.privacy, clipping_norm=measured.clipping_norm),
+        strategy=replace(
+            config.strategy,
+            server_learning_rate=measured.server_learning_rate,
+            server_learning_rate_min=measured.server_learning_rate_min,
+        ),
+    )

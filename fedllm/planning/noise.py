@@ -1,0 +1,33 @@
+"""From the run config to the noise: what is fixed before round 1. No torch, no Flower."""
+
+from fedllm.config import RunConfig, expected_cohort
+from fedllm.privacy.accounting import calibrate, default_delta
+from fedllm.privacy.ledger import PrivacySettings
+
+
+def privacy_settings(
+    config: RunConfig, population_size: int, num_trainable: int
+) -> PrivacySettings:
+    """Fix the noise before round 1: given, or calibrated to the target epsilon."""
+    privacy, strategy = config.privacy, config.strategy
+    delta = privacy.delta or default_delta(population_size)
+    noise_multiplier = privacy.noise_multiplier or calibrate(
+        privacy.target_epsilon,
+        config.num_server_rounds,
+        delta,
+        strategy.sampling,
+        strategy.fraction_train,
+    )
+    return PrivacySettings(
+        unit="client",
+        sampling=strategy.sampling,
+        population_size=population_size,
+        num_sampled_clients=expected_cohort(strategy, population_size),
+        clipping_norm=privacy.clipping_norm,
+        noise_multiplier=noise_multiplier,
+        delta=delta,
+        target_epsilon=privacy.target_epsilon,
+        max_epsilon=privacy.max_epsilon,
+        num_trainable=num_trainable,
+        planned_rounds=config.num_server_rounds,
+    )

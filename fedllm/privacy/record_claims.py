@@ -1,0 +1,240 @@
+"""privacy.json of a run with record-level privacy: what its clients say they have spent."""
+
+import json
+import math
+import statistics
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedllm.atomic_files import write_atomic
+from fedllm.errors import PrivacyError
+from fedllm.privacy.accounting import Sampling
+from fedllm.privacy.wording import plain, strength
+
+_NOT_COVERED = [
+    "each client's word: epsilon is what the clients report, and the server cannot check",
+    "the epsilon that a client reports, and that it stops at its limit: both follow the "
+    "record that has spent most in earlier runs, so they can tell that it is still there",
+    "an update that came too late: its client has paid for it, and says so only with its "
+    "next update",
+    "a person with several rows: the bound is for one row",
+    "the number of records of each client, which is public by assumption, and with it the "
+    "sampling probability and its noise",
+    "the code that a client runs: Flower ships it from the server, so a node should pin or "
+    "sign it",
+    "which client gave no usable update and by which code, who is connected, and when each "
+    "client answers (timing)",
+    "the choice of settings, where it was made on private data",
+    "attacks on the lowest bits of floating-point noise and on float32 rounding",
+    "edits of a row: a changed row is a new record with a budget of its own",
+    "in a simulation, earlier and later runs: virtual clients begin anew in each",
+]
+
+
+@dataclass(frozen=True)
+class RecordSettings:
+    """What is promised, fixed before round 1; fields as in `PrivacySettings`.
+
+    Attributes:
+        max_grad_norm: Largest norm of one example's gradient.
+        noise_multiplier: z where it is given; None where each client calibrates its own.
+        delta: Upper bound of the clients' deltas.
+    """
+
+    unit: str
+    sampling: Sampling
+    population_size: int
+    num_sampled_clients: float
+    max_grad_norm: float
+    noise_multiplier: float | None
+    delta: float
+    target_epsilon: float
+    max_epsilon: float
+    num_trainable: int
+    planned_rounds: int
+
+
+class RecordClaims:
+    """The claims of a run's clients, on disk after every round.
+
+    Guarantee:
+        The epsilon of the run is the largest that any client claimed in any round, and
+        None while none did, or where one sent an update without a claim.
+
+    Args:
+        path: The file, privacy.json.
+        settings: What was promised.
+        run: Name of the run.
+    """
+
+    def __init__(self, path: Path, settings: RecordSettings, run: str = "") -> None:
+        self.settings = settings
+        self.run = run
+        self._path = path
+        self._claims: dict[int, float] = {}
+        # From before a crash, of nodes whose ids may be gone, the smallest first.
+        self._earlier: list[float] = []
+        self._floor = 0.0
+        self._releases: list[int] = []
+
+    @classmethod
+    def create(
+        cls, path: Path, settings: RecordSettings, run: str = ""
+    ) -> "RecordClaims":
+        """Start a report on disk."""
+        report = cls(path, settings, run)
+        report._write()
+        return report
+
+    @classmethod
+    def load(cls, path: Path, settings: RecordSettings) -> "RecordClaims":
+        """Go on with a report.
+
+        The file has the number of claims, the largest and the middle one; as many
+        that agree with those stand for what each client claimed, until it claims anew.
+
+        Raises:
+            PrivacyError: It is missing, damaged, or of other settings.
+        """
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            report = cls(path, settings, str(content["run"]))
+            report._releases = [int(r) for r in content["releases"]]
+            count = int(content["num_clients_reported"])
+            worst, median = _limit(content["epsilon"]), _limit(
+                content["epsilon_median"]
+            )
+            changed = [
+                f"{key} was {content[key]!r} and is now {value!r}"
+                for key, value in asdict(settings).items()
+                if content[key] != value
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PrivacyError(f"{path}: cannot be read: {error}") from None
+        if changed:
+            raise PrivacyError("privacy settings have changed: " + "; ".join(changed))
+        middle = min(count, count // 2 + 1)
+        report._earlier = [median] * middle + [worst] * (count - middle)
+        report._floor = worst if count else 0.0
+        return report
+
+    def note_round(
+        self,
+        server_round: int,
+        claims: Mapping[int, float | None],
+        population: Collection[int] | None = None,
+    ) -> None:
+        """Keep what clients claim, on disk.
+
+        Args:
+            server_round: The round that they took part in.
+            claims: Node id -> epsilon; None where an update came without one.
+            population: Node ids of this round; who is not among them may be back under
+                another id. None: as before.
+        """
+        self._floor = max([self._floor, *self._every])
+        if population is not None:
+            gone = set(self._claims) - set(population)
+            self._earlier = sorted([*self._earlier, *map(self._claims.pop, gone)])
+        for node_id, claim in claims.items():
+            told = math.inf if claim is None else claim
+            if node_id not in self._claims and self._earlier:
+                # It stands for one of these; taking the smallest understates nobody.
+                self._earlier.pop(0)
+            self._claims[node_id] = max(self._claims.get(node_id, 0.0), told)
+        if claims:
+            self._releases.append(server_round)
+        self._write()
+
+    @property
+    def worst(self) -> float | None:
+        """The largest epsilon of a client; None where it is not known."""
+        return _known(max([*self._every, self._floor])) if self._every else None
+
+    @property
+    def median(self) -> float | None:
+        """The middle epsilon of the clients that took part; None: not known."""
+        return _known(statistics.median(self._every)) if self._every else None
+
+    @property
+    def releases(self) -> list[int]:
+        """The rounds in which a client sent an update."""
+        return list(self._releases)
+
+    @property
+    def _every(self) -> list[float]:
+        return [*self._earlier, *self._claims.values()]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of privacy.json, with every key that other units have."""
+        settings = self.settings
+        worst = self.worst
+        return {
+            "run": self.run,
+            **asdict(settings),
+            "clipping_norm": None,
+            "neighbouring_relation": "add-or-remove one record",
+            "epsilon": worst,
+            "epsilon_median": self.median,
+            "epsilon_replace_one": None,
+            "epsilon_add_or_remove": worst,
+            "num_clients_reported": len(self._every),
+            "sampling_probability": settings.num_sampled_clients
+            / settings.population_size,
+            "num_rounds": len(self._releases),
+            "releases": self._releases,
+            "noise_to_signal": None,
+            "noise_probe": None,
+            "accountant": "each client's own: PLD (dp-accounting)",
+            "not_covered": list(_NOT_COVERED),
+            "strength": strength(math.inf if worst is None else worst),
+            "statement": self.statement,
+        }
+
+    @property
+    def statement(self) -> str:
+        """The one sentence that a person reads."""
+        worst, settings = self.worst, self.settings
+        if not self._every:
+            return (
+                "Record-level differential privacy was promised, and no client has "
+                "reported what it spent, so epsilon is not known."
+            )
+        if worst is None:
+            return (
+                "Record-level differential privacy was promised, and at least one client "
+                "sent updates without saying what they cost, so epsilon is not bounded."
+            )
+        return (
+            f"Record-level differential privacy with epsilon {plain(worst)} for the worst "
+            f"client and {plain(self.median)} for the median one at delta "
+            f"{settings.delta:g} (protection: {strength(worst)}), as the {len(self._every)} "
+            f"clients that took part in {len(self._releases)} rounds report it: for "
+            "whoever sees all that they sent, the server included, whether one training "
+            "record of a client was there or not changes the probability of any "
+            f"conclusion by at most a factor of e^{plain(worst)}, plus "
+            f"{settings.delta:g}; the code that a client runs is trusted, and what is not "
+            "covered is listed beside this under not_covered."
+        )
+
+    def _write(self) -> None:
+        """Write the file so that it is there whole, and survives a power cut."""
+        text = json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"
+        try:
+            write_atomic(self._path, text.encode())
+        except OSError as error:
+            raise PrivacyError(
+                f"{self._path}: cannot be written: {error.strerror}"
+            ) from None
+
+
+def _limit(value: object) -> float:
+    """Return an epsilon of a file, infinite where it has none."""
+    return math.inf if value is None else float(value)  # type: ignore[arg-type]
+
+
+def _known(value: float) -> float | None:
+    """Return None for what no client has bounded."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,126 @@
+"""What can be seen of a run while it runs: its state, its page, a tracker.
+
+Nothing here may end a run: what goes wrong is said in one line, and the run goes on.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from fedllm.reporting.report import write_report
+from fedllm.reporting.trackers import (
+    TrackerName,
+    make_tracker,
+    numbers,
+    require_tracker,
+)
+from fedllm.runs.state import RunState
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# The page is drawn again after a round unless that would take more of a run's time.
+_LARGEST_SHARE = 0.05
+
+
+class RunMonitor:
+    """Shows one run.
+
+    Args:
+        folder: The run folder.
+        tracker: Where else its rounds go.
+        secret_cohorts: Whether how long a round took may not be told: trackers stamp
+            what they get with the time, so they get all rounds at the end.
+
+    Raises:
+        ConfigError: The tracker's package is not installed.
+    """
+
+    def __init__(
+        self, folder: Path, tracker: TrackerName, secret_cohorts: bool = False
+    ) -> None:
+        self._folder = folder
+        self._secret_cohorts = secret_cohorts
+        self._held: list[Mapping[str, Any]] = []
+        require_tracker(tracker)
+        self._tracker = _harmless(lambda: make_tracker(tracker, folder), "the tracker")
+        self._state = _harmless(lambda: RunState(folder), "its state")
+        self._seconds = 0.0
+        self._not_before = 0.0
+
+    def note(self, line: Mapping[str, Any]) -> None:
+        """Show a round that metrics.jsonl has."""
+        began = time.monotonic()
+        if self._secret_cohorts:
+            self._held.append(line)
+        else:
+            self._track(line)
+        if began >= self._not_before:
+            write_report(self._folder)
+        ended = time.monotonic()
+        if began >= self._not_before:
+            self._not_before = ended + (ended - began) / _LARGEST_SHARE
+        self._seconds += ended - began
+
+    def take_seconds(self) -> float:
+        """Return what showing has cost since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def finish(self) -> None:
+        """Show the end."""
+        if (state := self._state) is not None:
+            _harmless(state.finish, "its state")
+        self._close()
+
+    def fail(self, error: Exception) -> None:
+        """Show what stopped it."""
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
+        if (state := self._state) is not None:
+            _harmless(lambda: state.fail(reason), "its state")
+        self._close()
+
+    def _track(self, line: Mapping[str, Any]) -> None:
+        if (tracker := self._tracker) is not None:
+            _harmless(
+                lambda: tracker.log(line["server_round"], numbers(line)), "the tracker"
+            )
+
+    def _close(self) -> None:
+        for line in self._held:
+            self._track(line)
+        self._held.clear()
+        if self._tracker is not None:
+            _harmless(self._tracker.close, "the tracker")
+        write_report(self._folder)
+
+
+def noting_failure(function: _F) -> _F:
+    """Make a method show its failure on `self.watch`, where there is one by then."""
+
+    @functools.wraps(function)
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(self, *args, **kwargs)
+        except Exception as error:
+            watch: RunMonitor | None = getattr(self, "watch", None)
+            if watch is not None:
+                watch.fail(error)
+            raise
+
+    return cast(_F, noted)
+
+
+def _harmless(act: Callable[[], _T], what: str) -> _T | None:
+    """Do what is worth no run."""
+    try:
+        return act()
+    except Exception as error:  # noqa: BLE001 - see above
+        text = " ".join(str(error).split())[:200]
+        logger.warning("of this run %s is not kept: %s", what, text)
+        return None

@@ -1,0 +1,102 @@
+"""A run as its folder tells it: read once, for the page, the card and the list."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedllm.errors import FedllmError
+from fedllm.runs.directory import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    PRIVACY_FILE,
+    RESULT_FILE,
+    read_json,
+    read_metrics,
+)
+from fedllm.runs.state import STATE_FILE, State, read_state
+
+ANSWERS_FILE = "answers.json"
+AUDIT_FILE = "audit.json"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What lies in a run folder; empty where a run has not come so far.
+
+    Attributes:
+        folder: The run folder.
+        state: Running, finished, failed or interrupted.
+        reason: Why it failed; None where it did not, or did not say.
+        config: config.json.
+        privacy: privacy.json.
+        rounds: The lines of metrics.jsonl; round 0 is the untuned model.
+        result: result.json; None before the end.
+        answers: answers.json: sample answers to public questions; None: none.
+        audit: audit.json; None where the run was not audited.
+    """
+
+    folder: Path
+    state: State
+    reason: str | None
+    config: dict[str, Any]
+    privacy: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    result: dict[str, Any] | None
+    answers: dict[str, Any] | None
+    audit: dict[str, Any] | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The flat run config."""
+        settings = self.config.get("run_config") or {}
+        if not isinstance(settings, dict):
+            raise FedllmError(f"{self.folder / CONFIG_FILE}: is damaged: no run_config")
+        return settings
+
+    @property
+    def rounds_done(self) -> int:
+        """Rounds of training that were finished."""
+        return max((line["server_round"] for line in self.rounds), default=0)
+
+    @property
+    def rounds_planned(self) -> int | None:
+        """Rounds of training that were asked for; None: not known."""
+        return self.settings.get("num-server-rounds")
+
+    @property
+    def secret_cohorts(self) -> bool:
+        """Whether nothing may be said of who or how many took part in a round."""
+        unit, sampling = self.privacy.get("unit"), self.privacy.get("sampling")
+        return unit == "client" and sampling == "poisson"
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder.
+
+    Raises:
+        FedllmError: It is none, or a file in it is damaged.
+    """
+    if not folder.is_dir():
+        raise FedllmError(f"{folder}: there is no such run folder")
+    begun = (folder / STATE_FILE).is_file()
+    if not begun and not (folder / CONFIG_FILE).is_file():
+        raise FedllmError(f"{folder}: is damaged: it has no {CONFIG_FILE}")
+    result = _optional(folder / RESULT_FILE)
+    state, reason = read_state(folder, result is not None)
+    metrics = folder / METRICS_FILE
+    return RunRecord(
+        folder=folder,
+        state=state,
+        reason=reason,
+        config=_optional(folder / CONFIG_FILE) or {},
+        privacy=_optional(folder / PRIVACY_FILE) or {},
+        rounds=read_metrics(metrics) if metrics.exists() else [],
+        result=result,
+        answers=_optional(folder / ANSWERS_FILE),
+        audit=_optional(folder / AUDIT_FILE),
+    )
+
+
+def _optional(path: Path) -> dict[str, Any] | None:
+    """Read a file that need not be there."""
+    return read_json(path) if path.exists() else None

@@ -1,0 +1,82 @@
+"""Open a stopped run and take its settings over."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm.config import RunConfig, Scalar, flat, parse_run_config
+from fedllm.errors import ConfigError, FederationError
+from fedllm.runs.checkpoint import RESUME_KEY, Checkpoint, require_unchanged
+from fedllm.runs.directory import CONFIG_FILE, RESULT_FILE, RunDirectory, read_json
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run folder that was opened again, and is locked."""
+
+    directory: RunDirectory
+    config: RunConfig
+    checkpoint: Checkpoint
+
+
+def open_run(config: RunConfig, home: Path) -> Resumed:
+    """Find the run that `resume.from` names, and take over its settings.
+
+    Args:
+        config: The run config as it was typed.
+        home: fedllm's folder.
+
+    Raises:
+        ConfigError: Something else was typed than the run began with.
+        FederationError: It is no run folder, or one that is finished, in use, damaged,
+            or not begun.
+    """
+    named = config.resume.from_
+    folder = (home / "runs" / "latest" if named == "latest" else Path(named)).resolve()
+    if not (folder / CONFIG_FILE).is_file():
+        raise FederationError(
+            f"resume.from: {folder} is not a run folder: it has no {CONFIG_FILE}; the "
+            f"runs are in {home / 'runs'}"
+        )
+    directory = RunDirectory(folder)
+    directory.lock()
+    try:
+        if (folder / RESULT_FILE).exists():
+            raise FederationError(
+                f"resume.from: the run of {folder} is finished: {RESULT_FILE} is there; "
+                "start a new one without resume.from"
+            )
+        content = read_json(folder / CONFIG_FILE)
+        adopted = settings_of_run(
+            config, content.get("run_config", {}), folder / CONFIG_FILE
+        )
+        return Resumed(directory, adopted, Checkpoint.read(folder))
+    except BaseException:
+        directory.unlock()
+        raise
+
+
+def settings_of_run(
+    typed: RunConfig, kept: Mapping[str, Scalar], source: Path
+) -> RunConfig:
+    """Return the settings that a run began with.
+
+    Args:
+        typed: The run config of now. What is as pyproject has it was not typed.
+        kept: The flat settings of the run.
+        source: Where those stand.
+
+    Raises:
+        ConfigError: A value was typed that the run did not begin with.
+    """
+    try:
+        config = parse_run_config({**kept, RESUME_KEY: typed.resume.from_})
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    then, now, defaults = flat(config), flat(typed), flat(RunConfig())
+    require_unchanged(
+        {key: then[key] for key in now if now[key] != defaults[key]},
+        now,
+        f"{source}: a resumed run keeps its settings, so leave these out",
+    )
+    return config

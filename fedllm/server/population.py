@@ -1,0 +1,63 @@
+"""Which clients take part: wait for them, and replace those that left."""
+
+import logging
+import time
+from collections.abc import Collection, Sequence
+
+from flwr.serverapp import Grid
+
+from fedllm.config import RunConfig
+from fedllm.errors import FederationError
+
+logger = logging.getLogger(__name__)
+
+
+def replace_departed(
+    population: Sequence[int], connected: Collection[int]
+) -> list[int]:
+    """Return the population with new nodes in the places of those that are gone.
+
+    A SuperNode without a key of its own has another id each time it starts, and a
+    SuperLink without a database gives new ones to all. Places are kept and never
+    become more, so n and N hold.
+    """
+    fresh = iter(sorted(set(connected) - set(population)))
+    return [n if n in connected else next(fresh, n) for n in population]
+
+
+def wait_for_clients(
+    grid: Grid, config: RunConfig, known: Sequence[int] = ()
+) -> list[int]:
+    """Wait until enough clients are connected and return their node ids.
+
+    Args:
+        grid: Flower's way to the clients.
+        config: The run config.
+        known: Clients of a run that is resumed: as many must be there again.
+
+    Raises:
+        FederationError: They are too few when the time is up.
+    """
+    wanted = len(known) or config.strategy.num_clients
+    deadline = time.monotonic() + config.strategy.wait_for_clients
+    told = False
+    while True:
+        nodes = sorted(grid.get_node_ids())
+        if known and len(nodes) >= wanted:
+            return replace_departed(known, nodes)
+        if len(nodes) >= max(wanted, 2):
+            # More than were asked for: the first by id, which Flower draws at random.
+            return nodes[:wanted] if wanted else nodes
+        if time.monotonic() > deadline:
+            raise FederationError(
+                f"strategy.num-clients: {max(wanted, 2)} clients are asked for, but "
+                f"{len(nodes)} are connected after {config.strategy.wait_for_clients:g} "
+                "s; start more SuperNodes (in simulation add --federation-config "
+                f'"num-supernodes={max(wanted, 2)}"), or lower strategy.num-clients '
+                "(0 takes those that are there)"
+            )
+        if not told:
+            count = max(wanted, 2)
+            logger.info("waiting for clients: %d of %d connected", len(nodes), count)
+            told = True
+        time.sleep(0.5)

@@ -1,0 +1,167 @@
+"""Waiting for clients, and for their replies, one at a time."""
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedllm.wire.messages import UNREADABLE
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+# Each look of a simulation for a message to one node goes through all that are stored, and
+# holds up whoever else asks. Enough for all actors of a machine to have work.
+_STORED_IN_SIMULATION = max(64, 4 * (os.cpu_count() or 1))
+
+# A reply that takes longer to fetch is fetched on beside the others.
+_PATIENCE = 15.0
+
+
+class _Fetch(threading.Thread):
+    """Fetches and inflates the reply to one message, however long that takes.
+
+    Flower fetches a reply object by object and waits for those that its sender has not
+    sent yet, without a limit of ours: a call of its own thread can be left behind.
+    """
+
+    def __init__(self, grid: Grid, message_id: str) -> None:
+        super().__init__(daemon=True)
+        self._grid = grid
+        self._message_id = message_id
+        self.found: RecordDict | Error | None = None
+        self.stop: BaseException | None = None
+        """What ends the run, such as an interrupt, to be raised where it is noticed."""
+
+    def run(self) -> None:
+        """Find the reply; None while there is none.
+
+        One that cannot even be inflated, for memory or for hostile bytes, is an error
+        that says so.
+        """
+        try:
+            replies = list(self._grid.pull_messages([self._message_id]))
+            if replies:
+                reply = replies[0]
+                self.found = reply.error if reply.has_error() else reply.content
+        except (ConnectionError, TimeoutError):
+            return
+        except Exception as error:  # noqa: BLE001 - hostile bytes must not stop a round
+            reason = f"the reply could not be read: {type(error).__name__}"
+            self.found = Error(UNREADABLE, reason)
+        except BaseException as stop:  # noqa: BLE001 - raised again by whoever waits
+            self.stop = stop
+
+
+class ReplyStream:
+    """Replies of one round, yielded as they arrive.
+
+    Iterating asks for one message id a call, since Grid inflates all that it is asked
+    for; so at most one reply is in memory, but for those that are slow to fetch. Each
+    message is answered at most once.
+
+    Guarantee:
+        Who replied is who was asked. A reply bears its own metadata, which a client
+        writes and the SuperLink does not hold against the sender, so none of it is
+        kept: under another node's name it would take that node's place.
+    """
+
+    def __init__(self, grid: Grid, messages: list[Message], timeout: float) -> None:
+        self._grid = grid
+        self._timeout = timeout
+        self._started = time.monotonic()
+        self._unsent = deque(messages)
+        # A real client that hangs must not keep its place from the others.
+        simulated = type(grid).__name__ == "InMemoryGrid"
+        self._most = _STORED_IN_SIMULATION if simulated else len(messages)
+        self._pending: dict[str, Message] = {}
+        self._send()
+        self._fetching: dict[str, _Fetch] = {}
+        self._asked = len(messages)
+        self._title: str | None = None
+        self._may_count = True
+        self.seconds = 0.0
+        """Seconds spent waiting for clients, as opposed to aggregating."""
+
+    def describe(self, server_round: int, num_rounds: int, may_count: bool) -> None:
+        """Report progress under this title; not at all where counts are secret."""
+        self._may_count = may_count
+        if may_count:
+            self._title = f"round {server_round}/{num_rounds}"
+
+    def _send(self) -> None:
+        """Send as many messages as may be without a reply."""
+        while self._unsent and len(self._pending) < self._most:
+            room = min(self._most - len(self._pending), len(self._unsent))
+            sent = [self._unsent.popleft() for _ in range(room)]
+            ids = self._grid.push_messages(sent)
+            for message_id, message in zip(ids, sent, strict=False):
+                if message_id is not None:
+                    self._pending[message_id] = message
+
+    def __iter__(self) -> Iterator[Message]:
+        """Yield replies until all are there or the time is up."""
+        pause, answered, told = 0.05, 0, self._started
+        while self._pending:
+            arrived = False
+            for message_id, asked in list(self._pending.items()):
+                began = time.monotonic()
+                content = self._pull(message_id)
+                self.seconds += time.monotonic() - began
+                if content is None:
+                    continue
+                del self._pending[message_id]
+                arrived = True
+                answered += 1
+                yield Message(content, reply_to=asked)
+                del content
+                now = time.monotonic()
+                if self._title and (
+                    answered == 1
+                    or answered == self._asked
+                    or now - told > _SECONDS_BETWEEN_LINES
+                ):
+                    self._tell(answered, now)
+                    told = now
+            self._send()
+            left = self._started + self._timeout - time.monotonic()
+            if left <= 0 or not self._pending:
+                return
+            pause = 0.05 if arrived else min(1.0, pause * 1.5)
+            time.sleep(min(pause, left))
+            self.seconds += min(pause, left)
+
+    def _tell(self, answered: int, now: float) -> None:
+        """Say how many answered, and how long the others may take."""
+        passed = now - self._started
+        left = passed * (self._asked - answered) / answered
+        # Later replies do not count.
+        left = min(left, max(self._timeout - passed, 0.0))
+        logger.info(
+            "%s: client %d of %d answered after %.0f s%s",
+            self._title,
+            answered,
+            self._asked,
+            passed,
+            f", about {left:.0f} s left" if answered < self._asked else "",
+        )
+
+    def _pull(self, message_id: str) -> RecordDict | Error | None:
+        """Return what came in reply to one message; None while there is nothing."""
+        fetch = self._fetching.pop(message_id, None)
+        if fetch is None:
+            fetch = _Fetch(self._grid, message_id)
+            fetch.start()
+            fetch.join(_PATIENCE)
+        if fetch.is_alive():
+            self._fetching[message_id] = fetch
+            return None
+        if fetch.stop is not None:
+            raise fetch.stop
+        return fetch.found

@@ -1,0 +1,337 @@
+"""FedAvg over adapters, and the client-level differential privacy that wraps it.
+
+The composition is that of Flower's own wrappers: `ClientLevelDP(AdapterFedAvg(...))`.
+Replies are read one at a time and added to a fixed-point sum, so that neither memory
+nor the result depends on how many there are or in which order they come.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+
+from fedllm.config import RunConfig, num_sampled
+from fedllm.privacy.mechanism import FixedPointSum, SecureGenerator, checked_update
+from fedllm.strategy.robust import robust_strategy
+from fedllm.strategy.round_stats import Round
+from fedllm.strategy.server_optimizer import ServerOptimizer, cosine
+from fedllm.wire.messages import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    Reply,
+    array_record,
+    encoded_record,
+    read_global,
+    read_reply,
+)
+
+Vector = npt.NDArray[np.float64]
+
+# Without DP an update is bounded only by what the fixed-point sum can hold.
+_LARGEST_VALUE = 1024.0
+
+# A client that claims more examples counts for these; four million such clients fit.
+_LARGEST_WEIGHT = 2**20
+
+
+class AdapterFedAvg(FedAvg):
+    """FedAvg that trusts no reply, streams the sum, and has a server optimiser.
+
+    Args:
+        config: The run config.
+        reference: The global adapter's trained values by name.
+        population: Node ids of all clients; fixed in number and order, while a client
+            that comes back may have another id.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        reference: dict[str, npt.NDArray[np.float32]],
+        population: list[int],
+    ) -> None:
+        super().__init__(min_train_nodes=0, min_evaluate_nodes=0)
+        self.config = config
+        self.population = list(population)
+        self.reference = {k: np.array(v, np.float32) for k, v in reference.items()}
+        self.shapes = {k: v.shape for k, v in self.reference.items()}
+        self.optimizer = ServerOptimizer(
+            config.strategy.server_optimizer, config.strategy.server_momentum
+        )
+        self.round = Round()
+        self.fraction_evaluate = config.strategy.fraction_evaluate
+        self._generator = SecureGenerator()
+
+    @property
+    def num_sampled_clients(self) -> int:
+        """Number of clients in a round, where it is fixed."""
+        return num_sampled(self.config.strategy, len(self.population))
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Choose the cohort and make its messages, one at a time."""
+        record = ConfigRecord(dict(config.items()))
+        train = self.config.train
+        record["server-round"] = server_round
+        record["learning-rate"] = cosine(
+            train.learning_rate,
+            train.learning_rate_min,
+            server_round,
+            self.config.num_server_rounds,
+        )
+        sent = self._encoded(arrays, server_round)
+        content = RecordDict({ARRAYS: sent, CONFIG: record})
+        cohort = self._cohort(server_round)
+        size = sum(len(array.data) for array in sent.values())
+        self.round = Round(asked=len(cohort), bytes_down=size * len(cohort))
+        return self._messages(content, cohort, MessageType.TRAIN, server_round)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Average the usable updates, weighted by examples; under DP each counts once."""
+        if self.config.strategy.aggregator != "mean":
+            return self._aggregate_robustly(server_round, replies)
+        total = FixedPointSum(self._size, _LARGEST_VALUE)
+        losses = 0.0
+        for reply in self.read(replies):
+            checked = checked_update(reply.arrays, self.reference, _LARGEST_VALUE)
+            update = checked.update
+            if update is None:
+                self.reject(reply, checked.reason or "malformed")
+                continue
+            weight = min(self._num_examples(reply), _LARGEST_WEIGHT)
+            total.add(update, weight)
+            losses += weight * (reply.train_loss or 0.0)
+        if total.weight == 0:
+            return None, None
+        arrays = self.apply_update(server_round, total.total() / total.weight)
+        return arrays, self._note_loss(losses / total.weight)
+
+    def apply_update(self, server_round: int, update: Vector) -> ArrayRecord:
+        """Move the global adapter by the server optimiser's step.
+
+        Args:
+            server_round: Sets the server learning rate.
+            update: (d,) mean update in the order of the reference's names.
+
+        Returns:
+            The new global adapter, float32.
+        """
+        step = self.optimizer.step(update, self._server_learning_rate(server_round))
+        start = 0
+        for name, array in self.reference.items():
+            part = step[start : start + array.size].reshape(array.shape)
+            self.reference[name] = (array + part).astype(np.float32)
+            start += array.size
+        return array_record(self.reference)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask a share of the clients for the loss on their held-out rows."""
+        count = round(self.fraction_evaluate * len(self.population))
+        if count == 0:
+            return []
+        record = ConfigRecord({**dict(config.items()), "server-round": server_round})
+        chosen = self._draw(server_round + 2**31, count)
+        sent = self._encoded(arrays, server_round)
+        content = RecordDict({ARRAYS: sent, CONFIG: record})
+        return self._messages(content, chosen, MessageType.EVALUATE, server_round)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the clients' losses, weighted by examples, and keep the extremes.
+
+        A client weighs no more than the examples that it was asked to score, whatever
+        it claims. A lie about a loss shows as the best or the worst one.
+        """
+        most = self.config.strategy.evaluate_examples or _LARGEST_WEIGHT
+        losses: dict[int, float] = {}
+        weights: list[int] = []
+        for message in replies:
+            reply = read_reply(message, {})
+            if reply.eval_loss is None or reply.node_id in losses:
+                continue
+            losses[reply.node_id] = reply.eval_loss
+            weights.append(min(reply.num_examples or 1, most))
+        if not losses:
+            return None
+        return MetricRecord(
+            {
+                "client-loss": float(
+                    np.average(list(losses.values()), weights=weights)
+                ),
+                "client-loss-best": min(losses.values()),
+                "client-loss-worst": max(losses.values()),
+                "clients-evaluated": len(losses),
+            }
+        )
+
+    def summary(self) -> None:
+        """Say nothing: the run says what it does before round 1."""
+
+    def read(self, replies: Iterable[Message]) -> Iterator[Reply]:
+        """Decode replies one at a time, and count them; yield those with arrays.
+
+        Of one node only the first counts: two would add twice the clipping norm.
+        """
+        answered: set[int] = set()
+        for message in replies:
+            reply = read_reply(message, self.shapes, self.config.wire.encoding)
+            self.round.answered += 1
+            self.round.bytes_up += reply.num_bytes
+            if reply.node_id in answered:
+                self.reject(reply, "malformed")
+                continue
+            answered.add(reply.node_id)
+            if reply.code is None:
+                self.round.epsilons[reply.node_id] = reply.epsilon
+                if self._may_measure and reply.seconds:
+                    self.round.note_seconds(reply.seconds)
+                yield self._as_values(reply)
+            else:
+                self.reject(reply, reply.code)
+
+    def _encoded(self, arrays: ArrayRecord, server_round: int) -> ArrayRecord:
+        """Return the adapter as it travels down."""
+        encoding = self.config.wire.encoding
+        if encoding == "float32":
+            return arrays
+        named = read_global(arrays, self.shapes)
+        # Rounding what was released is post-processing: it may be done again.
+        generator = np.random.default_rng([self.config.seed, server_round])
+        return encoded_record(named, encoding, generator)
+
+    def _as_values(self, reply: Reply) -> Reply:
+        """Return a reply with values where an update came."""
+        if self.config.wire.encoding == "float32" or reply.arrays is None:
+            return reply
+        with np.errstate(all="ignore"):
+            values = {
+                name: self.reference[name].astype(np.float64) + update
+                for name, update in reply.arrays.items()
+            }
+        return replace(reply, arrays=values)
+
+    def reject(self, reply: Reply, code: str) -> None:
+        """Note a reply whose update counts as zero; its text only without DP."""
+        text = reply.text if self.config.privacy.unit == "none" else ""
+        self.round.rejected.append((reply.node_id, code, text))
+
+    def _num_examples(self, reply: Reply) -> int:
+        """Return a client's weight: what it claims, and 1 under DP."""
+        return (reply.num_examples or 1) if self._may_measure else 1
+
+    def _note_loss(self, loss: float) -> MetricRecord | None:
+        """Keep the round's training loss, where clients may say theirs."""
+        if not self._may_measure:
+            return None
+        self.round.train_loss = loss
+        return MetricRecord({"train-loss": loss})
+
+    @property
+    def _may_measure(self) -> bool:
+        return self.config.privacy.unit == "none"
+
+    @property
+    def _size(self) -> int:
+        return sum(array.size for array in self.reference.values())
+
+    def _server_learning_rate(self, server_round: int) -> float:
+        strategy = self.config.strategy
+        return cosine(
+            strategy.server_learning_rate,
+            strategy.server_learning_rate_min,
+            server_round,
+            self.config.num_server_rounds,
+        )
+
+    def _cohort(self, server_round: int) -> list[int]:
+        """Choose who takes part in a round."""
+        strategy = self.config.strategy
+        if strategy.sampling == "all":
+            return self.population
+        if strategy.sampling == "poisson":
+            # Amplification rests on coins that nobody can predict.
+            size = len(self.population)
+            coins = self._generator.bernoulli(strategy.fraction_train, size)
+            return [n for n, coin in zip(self.population, coins, strict=True) if coin]
+        if self.config.privacy.unit != "none":
+            size, count = len(self.population), self.num_sampled_clients
+            chosen = self._generator.sample_without_replacement(size, count)
+            return [self.population[index] for index in sorted(chosen)]
+        return self._draw(server_round, self.num_sampled_clients)
+
+    def _draw(self, stream: int, count: int) -> list[int]:
+        """Draw clients reproducibly, for runs without privacy."""
+        generator = np.random.default_rng([self.config.seed, stream])
+        chosen = generator.choice(len(self.population), size=count, replace=False)
+        return [self.population[index] for index in sorted(chosen)]
+
+    def _messages(
+        self, content: RecordDict, nodes: list[int], kind: str, server_round: int
+    ) -> list[Message]:
+        return [
+            Message(
+                content=content,
+                dst_node_id=node,
+                message_type=kind,
+                # A message that is too late to count need not be worked on.
+                ttl=self.config.strategy.round_timeout,
+                group_id=str(server_round),
+            )
+            for node in nodes
+        ]
+
+    def _aggregate_robustly(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Hand the validated replies to Flower's robust aggregator, all at once."""
+        kept: list[Message] = []
+        losses: list[float] = []
+        messages: dict[int, Message] = {}
+
+        def remembered() -> Iterator[Message]:
+            for message in replies:
+                messages[message.metadata.src_node_id] = message
+                yield message
+
+        for reply in self.read(remembered()):
+            checked = checked_update(reply.arrays, self.reference, _LARGEST_VALUE)
+            if checked.update is None:
+                self.reject(reply, checked.reason or "malformed")
+                continue
+            message = messages.pop(reply.node_id)
+            metrics = MetricRecord({"num-examples": self._num_examples(reply)})
+            arrays = array_record({k: (reply.arrays or {})[k] for k in self.shapes})
+            message.content = RecordDict({ARRAYS: arrays, METRICS: metrics})
+            kept.append(message)
+            losses.append(reply.train_loss or 0.0)
+        if not kept:
+            return None, None
+        robust = robust_strategy(self.config.strategy, len(kept))
+        combined, _ = robust.aggregate_train(server_round, kept)
+        if combined is None:
+            return None, None
+        named = combined.to_numpy_ndarrays()
+        updates = [
+            np.asarray(value, np.float64).ravel() - self.reference[name].ravel()
+            for name, value in zip(combined, named, strict=True)
+        ]
+        arrays = self.apply_update(server_round, np.concatenate(updates))
+        return arrays, self._note_loss(float(np.mean(losses)))

@@ -1,0 +1,219 @@
+"""The gradient of each example by itself, of the adapter's trained values only.
+
+For a linear layer y = x W^T an example's gradient of W is a product over its own tokens,
+sum over t of g_t x_t^T, with g the gradient of y: one batched pass over a micro-batch
+gives all of them (Goodfellow 2015, arXiv 1510.01799). The base, in whatever precision, is
+only passed through. A trained value that is no linear layer's weight is served by one
+pass an example, which is right for any model.
+
+A gradient has to be its example's alone, to the last bit: in bfloat16 the shape of a
+batch, that is the other examples, changed it by 6 %, and such changes in all rows of a
+batch are part of its sensitivity. So a micro-batch is always full, its length is a
+function of each of its examples, nothing is masked, and the head runs on one example.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedllm.models.answer_loss import collate
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+_LENGTH_STEP = 16
+"""Examples are padded to the next multiple of this many tokens."""
+
+
+class _NotByExampleError(Exception):
+    """A layer was fed something whose first dimension is not the example."""
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, which shows a layer's input and output gradient on the way back.
+
+    The input is saved as autograd saves it, so checkpointing still frees it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Any, x: Any, sink: Any) -> Any:
+        ctx.save_for_backward(x)
+        ctx.sink = sink
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        ctx.sink(x.detach(), gradients[0])
+        return gradients[0], None, None
+
+
+class PerExample:
+    """Per-example gradients of a model's trained parameters.
+
+    Attributes:
+        trained: The parameters that require a gradient, in the model's order.
+
+    Args:
+        model: The base model with the adapter on it, in the mode it shall be used in.
+        pad_token_id: Any token id.
+    """
+
+    def __init__(self, model: "PeftModel", pad_token_id: int) -> None:
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self._model = model
+        self._pad_token_id = pad_token_id
+        self._device = next(model.parameters()).device
+        self._layers = _linear_layers(model, self.trained)
+        self._together = len(self._layers) == len(self.trained)
+
+    def gradients(
+        self, examples: Sequence[Mapping[str, Any]], micro_batch_size: int
+    ) -> Iterator[torch.Tensor]:
+        """Yield every example's gradient, a micro-batch at a time.
+
+        Args:
+            examples: Rows with `input_ids` and `labels`, in any number, also none.
+            micro_batch_size: Examples in one pass: what memory grows with.
+
+        Yields:
+            (b, d) float32 on the CPU: one row an example, examples by length, values in
+            the order of `trained`.
+
+        Guarantee:
+            A row is the gradient of the mean loss over its example's own answer tokens,
+            whatever the other examples are: on a CPU bit for bit, in any precision, and
+            anywhere but for rounding. NaN in one row stays in that row.
+        """
+        ordered = sorted(examples, key=lambda row: len(row["input_ids"]))
+        for _, alike in groupby(ordered, key=_padded_length):
+            for batch in _chunks(list(alike), micro_batch_size):
+                if self._together:
+                    try:
+                        full = batch + batch[-1:] * (micro_batch_size - len(batch))
+                        yield self._pass(full)[: len(batch)]
+                        continue
+                    except _NotByExampleError:
+                        self._together = False
+                for example in batch:
+                    yield self._one(example)
+
+    def _one(self, example: Mapping[str, Any]) -> torch.Tensor:
+        """Return one example's gradient, (1, d), from autograd alone."""
+        self._model.zero_grad(set_to_none=True)
+        self._backward([example])
+        rows = [
+            (torch.zeros_like(p) if p.grad is None else p.grad).reshape(1, -1)
+            for p in self.trained
+        ]
+        self._model.zero_grad(set_to_none=True)
+        return torch.cat([row.float().cpu() for row in rows], 1)
+
+    def _pass(self, batch: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        """Return the gradients of a micro-batch, (b, d), from one pass."""
+        rows = {
+            p: torch.zeros(len(batch), *p.shape, dtype=torch.float32, device=p.device)
+            for p in self.trained
+        }
+        with ExitStack() as stack:
+            for parameter, (layer, left) in self._layers.items():
+                hook = _tap_hook(rows[parameter], left)
+                stack.callback(layer.register_forward_hook(hook).remove)
+            try:
+                self._backward(batch)
+            finally:
+                self._model.zero_grad(set_to_none=True)
+        return torch.cat([rows[p].flatten(1).cpu() for p in self.trained], 1)
+
+    def _backward(self, batch: Sequence[Mapping[str, Any]]) -> None:
+        """Go back from the sum over examples of the mean loss over each one's answer."""
+        inputs = collate(batch, self._pad_token_id)
+        # Every answer comes before the padding, and no token looks ahead: nothing needs
+        # a mask, and without one attention takes the same kernel for every batch.
+        extra = _padded_length(batch[0]) - inputs["input_ids"].shape[1]
+        pad = torch.nn.functional.pad
+        ids = pad(inputs["input_ids"], (0, extra), value=self._pad_token_id)
+        targets = pad(inputs["labels"], (0, extra), value=-100)[:, 1:].to(self._device)
+        base: Any = self._model.get_base_model()
+        head = base.get_output_embeddings()
+        hidden = base.base_model(
+            input_ids=ids.to(self._device), use_cache=False
+        ).last_hidden_state
+        gradient = torch.zeros_like(hidden)
+        for row, target in enumerate(targets):
+            chosen = target != -100
+            states = hidden[row, :-1][chosen].detach().requires_grad_()
+            loss = torch.nn.functional.cross_entropy(
+                head(states).float(), target[chosen], reduction="sum"
+            ) / chosen.sum().clamp(min=1)
+            (back,) = torch.autograd.grad(loss, states)
+            gradient[row, :-1][chosen] = back
+        hidden.backward(gradient)
+
+
+def _padded_length(example: Mapping[str, Any]) -> int:
+    """Return the length that an example is padded to, whatever its company."""
+    return -(-len(example["input_ids"]) // _LENGTH_STEP) * _LENGTH_STEP
+
+
+def _chunks(
+    examples: list[Mapping[str, Any]], size: int
+) -> Iterator[list[Mapping[str, Any]]]:
+    """Cut a list into pieces of a size; the last may be shorter."""
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]
+
+
+def _linear_layers(
+    model: torch.nn.Module, trained: Sequence[torch.nn.Parameter]
+) -> dict[torch.nn.Parameter, tuple[torch.nn.Module, torch.Tensor | None]]:
+    """Return the linear layer whose weight, or left @ weight, each parameter is."""
+    wanted = set(trained)
+    layers: dict[torch.nn.Parameter, tuple[torch.nn.Module, torch.Tensor | None]] = {}
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        left = None
+        weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
+        chain = getattr(module, "parametrizations", None)
+        if chain is not None and "weight" in chain:
+            weight = chain.weight.original if len(chain.weight) == 1 else None
+            left = getattr(chain.weight[0], "left", None)
+            if left is None:
+                continue
+        if weight is not None and weight in wanted:
+            if weight in layers:
+                # Two layers share it: each would give a part of the gradient.
+                return {}
+            layers[weight] = (module, left)
+    return layers
+
+
+def _tap_hook(rows: torch.Tensor, left: torch.Tensor | None) -> Any:
+    """Make the forward hook that adds a layer's per-example gradients to `rows`.
+
+    Args:
+        rows: (b, out, in), or (b, r, in) where the weight is left (out, r) @ core.
+        left: The fixed left factor of a core.
+    """
+
+    def add(x: torch.Tensor, gradient: torch.Tensor) -> None:
+        if left is not None:
+            gradient = gradient @ left
+        # Everything between the example and the last dimension is summed over.
+        one, two = gradient.float().flatten(1, -2), x.float().flatten(1, -2)
+        rows.add_(torch.bmm(one.transpose(1, 2), two))
+
+    def hook(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        x = args[0]
+        if x.dim() < 3 or x.shape[0] != len(rows):
+            raise _NotByExampleError
+        return _Tap.apply(output, x, add)  # type: ignore[no-untyped-call]
+
+    return hook

@@ -1,0 +1,77 @@
+"""What every way of training an adapter shares: its result, and a model left clean."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedllm.adapters.spec import Arrays
+from fedllm.errors import TimeLimitError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one client made in one round.
+
+    Attributes:
+        arrays: The trained values afterwards.
+        loss: Mean training loss over the steps, in nats per answer token; NaN under
+            `privacy.unit="record"`, where nobody may know it.
+        num_examples: Examples that the client holds.
+        num_steps: Optimiser steps taken.
+        began: `time.monotonic()` when the first step began; None where not noted.
+    """
+
+    arrays: Arrays
+    loss: float
+    num_examples: int
+    num_steps: int
+    began: float | None = None
+
+
+@contextlib.contextmanager
+def restoring(model: "PeftModel") -> Iterator[None]:
+    """Undo what a trainer leaves on a resident model, whatever happens.
+
+    Every SFTTrainer wraps `forward` once more and never unwraps it: after a thousand
+    trainings that would be a RecursionError. With checkpointing it leaves that on, and a
+    hook on the embedding for each time that it was built.
+    """
+    base = model.get_base_model()
+    forward = base.__dict__.get("forward")
+    hooks = {m: dict(m._forward_hooks) for m in model.modules() if m._forward_hooks}
+    try:
+        yield
+    finally:
+        base.__dict__.pop("forward", None)
+        if forward is not None:
+            base.__dict__["forward"] = forward
+        if base.is_activation_checkpointing:
+            base.activation_checkpointing_disable()
+        for module in model.modules():
+            for key in set(module._forward_hooks) - set(hooks.get(module, {})):
+                del module._forward_hooks[key]
+        model.zero_grad(set_to_none=True)
+        model.eval()
+
+
+def check_deadline(deadline: float, num_steps: int) -> None:
+    """Refuse to go on after a deadline.
+
+    Args:
+        deadline: `time.monotonic()` after which no step is begun.
+        num_steps: Steps that were taken.
+
+    Raises:
+        TimeLimitError: It has passed.
+    """
+    if time.monotonic() > deadline:
+        raise TimeLimitError(
+            f"strategy.round-timeout: is over after {num_steps} steps of training, so "
+            "the update would come too late to count; raise it, or lower "
+            "train.local-steps"
+        )

@@ -1,0 +1,205 @@
+"""Supervised fine-tuning of an adapter on one partition: the only importer of TRL."""
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from fedllm.adapters.peft_model import get_trained, set_trained
+from fedllm.adapters.spec import AdapterSpec
+from fedllm.config import TrainConfig
+from fedllm.models.answer_loss import answer_losses, collate
+from fedllm.training.activation_compression import compressed_activations
+from fedllm.training.mapped_weights import release_mapped_pages
+from fedllm.training.result import Trained, check_deadline, restoring
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterTrainer(SFTTrainer):  # type: ignore[misc] # TRL has no types
+    """TRL's trainer, whose loss scores the answer's positions only.
+
+    The loss is that of SFTTrainer (a test compares the adapters), but SFTTrainer scores
+    every position and computes entropy and accuracy besides, which without Triton is
+    most of a step's time for a small model with a large vocabulary.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        proximal_mu: float,
+        compress: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._proximal_mu = proximal_mu
+        self._compress = compress
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def remember_reference(self, trained: list[torch.nn.Parameter]) -> None:
+        """Note where FedProx pulls to: the trained values as they are now."""
+        if self._proximal_mu > 0:
+            self._pairs = [(p, p.detach().clone()) for p in trained]
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the mean loss per answer token, plus FedProx's pull."""
+        with compressed_activations(model) if self._compress else nullcontext():
+            losses = answer_losses(
+                model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+            )
+        count = losses.numel() if num_items_in_batch is None else num_items_in_batch
+        loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
+        if self._pairs:
+            # The gradients of the micro-batches of a step are summed.
+            steps = self.current_gradient_accumulation_steps
+            distance = torch.stack([((p - r) ** 2).sum() for p, r in self._pairs]).sum()
+            loss = loss + self._proximal_mu / 2 * distance / steps
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keep the record; SFTTrainer would add entropy, which is not computed."""
+        self.state.log_history.append(logs)
+
+
+def train_adapter(
+    model: "PeftModel",
+    spec: AdapterSpec,
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Sequence[Mapping[str, Any]],
+    arrays: Mapping[str, Any],
+    config: TrainConfig,
+    learning_rate: float,
+    seed: int,
+    deadline: float = math.inf,
+) -> Trained:
+    """Fine-tune the adapter from given values on one client's examples.
+
+    Args:
+        model: The resident base model with the adapter on it; its trained values are
+            overwritten, everything else is left as it was.
+        spec: The adapter.
+        tokenizer: The base model's tokenizer.
+        examples: Rows with `input_ids` and `labels`; at least one.
+        arrays: The global adapter's trained values.
+        config: Settings of the training.
+        learning_rate: The round's learning rate.
+        seed: Order of the examples and dropout.
+        deadline: `time.monotonic()` after which no step is begun.
+
+    Raises:
+        TimeLimitError: The deadline passed before the last step.
+    """
+    base = model.get_base_model()
+    # Else the trainer says, each round, that it aligned them.
+    base.config.pad_token_id = tokenizer.pad_token_id
+    base.generation_config.pad_token_id = tokenizer.pad_token_id
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sparing = release_mapped_pages(model) if config.gradient_checkpointing else None
+    with (
+        restoring(model),
+        sparing or nullcontext(),
+        tempfile.TemporaryDirectory(prefix="fedllm-") as folder,
+    ):
+        trainer = AdapterTrainer(
+            model=model,
+            args=_sft_config(config, learning_rate, seed, folder, model.device.type),
+            train_dataset=Dataset.from_list([dict(row) for row in examples]),
+            processing_class=tokenizer,
+            data_collator=lambda rows: collate(rows, tokenizer.pad_token_id or 0),
+            proximal_mu=config.proximal_mu,
+            compress=config.activation_compression,
+        )
+        trainer.remove_callback(PrinterCallback)
+        clock = _Deadline(deadline)
+        trainer.add_callback(clock)
+        # On a quantised base SFTTrainer rounds the adapter to bfloat16, whose 8 bits
+        # lose small updates; ours stays in float32.
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+        set_trained(model, spec, arrays)
+        trainer.remember_reference(trained)
+        result = trainer.train()
+    return Trained(
+        arrays=get_trained(model, spec),
+        loss=float(result.training_loss),
+        num_examples=len(examples),
+        num_steps=int(trainer.state.global_step),
+        began=clock.began,
+    )
+
+
+class _Deadline(TrainerCallback):  # type: ignore[misc] # transformers has no types
+    """Give up a training whose result would come too late; note when it began."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+        self.began: float | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_deadline(self._deadline, state.global_step)
+        if self.began is None:
+            self.began = time.monotonic()
+
+
+def training_seed(seed: int, server_round: int, partition_id: int) -> int:
+    """Return the seed of one client's training in one round, below 2**32."""
+    sequence = np.random.SeedSequence((seed, server_round, partition_id))
+    return int(sequence.generate_state(1)[0])
+
+
+def _sft_config(
+    config: TrainConfig, learning_rate: float, seed: int, folder: str, device: str
+) -> SFTConfig:
+    """Make TRL's settings; nothing is saved, reported or drawn."""
+    settings = SFTConfig(
+        output_dir=folder,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        max_steps=config.local_steps if config.local_steps > 0 else -1,
+        num_train_epochs=config.local_epochs if config.local_steps == 0 else 1.0,
+        activation_checkpointing=config.gradient_checkpointing,
+        optim="sgd" if config.optimizer == "sgd" else "adamw_torch",
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=seed,
+        data_seed=seed,
+        max_length=None,
+        # The base already computes in its own type and the adapter in float32: autocast
+        # would only add casts.
+        bf16=False,
+        fp16=False,
+        use_cpu=device == "cpu",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    # With several GPUs a step would take that many batches, one on each: a client uses one.
+    settings._n_gpu = min(settings.n_gpu, 1)
+    return settings

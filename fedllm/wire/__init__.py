@@ -1,0 +1,1 @@
+"""What travels, read without trust."""

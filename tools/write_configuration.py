@@ -1,0 +1,207 @@
+"""Write docs/configuration.md from fedllm/config.py, so that the page cannot drift.
+
+Every key, its type, what is allowed, its default and its attribute docstring are read
+from the sections themselves; the sentences on refused combinations are what
+`parse_run_config` really says.
+
+    python tools/write_configuration.py
+    python tools/write_configuration.py --check
+"""
+
+# What is quoted below is Markdown, where a table's row is one line.
+
+import argparse
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import annotated_types
+from pydantic import AfterValidator, ValidationError
+from pydantic.fields import FieldInfo
+
+from fedllm.config import RunConfig, Scalar, parse_run_config
+from fedllm.errors import ConfigError
+
+PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
+
+HEAD = """# Configuration
+
+<!-- Written by tools/write_configuration.py from fedllm/config.py: edit those. -->
+
+A run is told what to do by dotted keys. Their defaults stand in `[tool.flwr.app.config]` of
+`pyproject.toml`; a run overrides them with `--run-config`, which takes either a TOML file or
+`key=value` pairs, not both:
+
+```bash
+flwr run . --stream --run-config "num-server-rounds=5 privacy.target-epsilon=4.0"
+```
+
+Text values need quotes of their own (`model.name='...'`); write a float with its point (`8.0`).
+An unknown key, a wrong type or a value out of range is refused, with all bad keys named at once,
+before a model is loaded or a client is asked. Flower's run config has no null, so 0, 0.0 or an
+empty text means "not set" where the explanation says so.
+"""
+
+# Each is refused; the page quotes the refusal.
+REFUSED: list[dict[str, Scalar]] = [
+    {"adapter.kind": "ia3", "adapter.dropout": 0.1},
+    {"train.local-steps": 0, "train.local-epochs": 0.0},
+    {"train.learning-rate": 0.1, "train.learning-rate-min": 1.0},
+    {"strategy.server-learning-rate": 0.1, "strategy.server-learning-rate-min": 1.0},
+    {"strategy.fraction-train": 0.5},
+    {"strategy.num-clients": 1},
+    {"resume.from": "runs/mine"},
+    {"privacy.noise-multiplier": 1.0},
+    {"privacy.target-epsilon": 0.0},
+    {"privacy.max-epsilon": 4.0},
+    {"strategy.aggregator": "median"},
+    {"strategy.fraction-evaluate": 0.5, "data.held-out-fraction": 0.2},
+    {"privacy.unit": "none", "strategy.fraction-evaluate": 0.5},
+    {"privacy.unit": "record", "model.quantization": 8},
+    {"privacy.unit": "record", "adapter.kind": "auto"},
+    {"privacy.unit": "none", "privacy.max-epsilon": 4.0},
+]
+
+TAIL = """
+## What a SuperNode is told
+
+The node's own config, `flower-supernode --node-config '...'`. A simulation sets `partition-id` and
+`num-partitions` itself.
+
+| key | explanation |
+|---|---|
+| `data-path` | The client's own file or folder, instead of `data.name`. It is not partitioned. |
+| `partition-id`, `num-partitions` | Which share of `data.name` this node holds, where it has no file. |
+| `privacy-unit` | Floor: the run's `privacy.unit` must be this. |
+| `max-epsilon` | Floor: the run must bound its zero-out epsilon (`privacy.target-epsilon` or `privacy.max-epsilon`) by at most this, at a delta of at most 1e-5 where the node sets none. With `privacy-unit='record'`: this node trains no further once a record has spent this in all runs, whatever the run says. |
+| `delta` | Floor: the run must set `privacy.delta`, to at most this. |
+
+A run that misses a floor gets no update from that node: code `bad-config`, which counts as a zero
+update. A key that speaks of privacy, epsilon or delta and is none of these floors is refused in the
+same way, so that no floor is lost by a slip of the pen. The check is code of the app, which Flower ships from the server: it guards against a
+careless run, not against a hostile server.
+
+## Environment variables
+
+None is needed. These change something:
+
+| variable | what it does |
+|---|---|
+| `FEDLLM_HOME` | The one folder that everything is written under; `~/.fedllm` otherwise. |
+| `FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1` | Keeps the Flower daemon that `flwr run` starts from installing the dependencies for each run. It counts in the environment of the process that starts the daemon. `fedllm.commands.simulate` sets it. |
+| `RAY_raylet_start_wait_time_s` | Seconds that Ray's node may take to come up; we set 120 where it is not set. |
+| `HF_HOME`, `HF_HUB_OFFLINE` | The model hub's own: its cache, and whether it may be asked at all. |
+"""
+
+
+def _allowed(info: FieldInfo, kind: str) -> str:
+    """Say in one cell which values a field takes."""
+    options = get_args(info.annotation)
+    if options:
+        return ", ".join(f"`{option}`" for option in options)
+    if any(isinstance(mark, AfterValidator) for mark in info.metadata):
+        return ", ".join(str(value) for value in _accepted(info))
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    words = [
+        f"{sign} {getattr(mark, name):,}"
+        for name, sign in signs.items()
+        for mark in _constraints(info)
+        if getattr(mark, name, None) is not None
+    ]
+    if words:
+        return " and ".join(words)
+    if kind == "bool":
+        return "`true`, `false`"
+    longer = any(isinstance(mark, annotated_types.MinLen) for mark in info.metadata)
+    return "not empty" if longer else "any, also empty"
+
+
+def _constraints(info: FieldInfo) -> list[Any]:
+    kinds = (
+        annotated_types.Ge,
+        annotated_types.Gt,
+        annotated_types.Le,
+        annotated_types.Lt,
+    )
+    return [mark for mark in info.metadata if isinstance(mark, kinds)]
+
+
+def _accepted(info: FieldInfo) -> list[int]:
+    """Return the small whole numbers that a field with a validator of its own takes."""
+    from pydantic import TypeAdapter
+
+    adapter = TypeAdapter(info.rebuild_annotation())
+    accepted = []
+    for value in range(65):
+        try:
+            accepted.append(adapter.validate_python(value))
+        except ValidationError:
+            continue
+    return accepted
+
+
+def _row(key: str, info: FieldInfo, default: Scalar) -> str:
+    if not info.description:
+        sys.exit(f"{key}: has no attribute docstring")
+    kind = {"str": "text"}.get(type(default).__name__, type(default).__name__)
+    shown = str(default).lower() if isinstance(default, bool) else str(default)
+    if isinstance(default, str):
+        shown = f'"{default}"'
+    explained = info.description.replace("\n", " ").replace("|", "\\|")
+    return f"| `{key}` | {kind} | {_allowed(info, kind)} | `{shown}` | {explained} |"
+
+
+def _table(section: Any, prefix: str) -> list[str]:
+    infos = type(section).__pydantic_fields__
+    rows = ["| key | type | allowed | default | explanation |", "|---|---|---|---|---|"]
+    for entry in fields(section):
+        value = getattr(section, entry.name)
+        if not is_dataclass(value):
+            key = prefix + entry.name.removesuffix("_").replace("_", "-")
+            rows.append(_row(key, infos[entry.name], value))
+    return rows
+
+
+def _refusals() -> list[str]:
+    lines = ["| together | refused with |", "|---|---|"]
+    for mapping in REFUSED:
+        try:
+            parse_run_config(mapping)
+        except ConfigError as error:
+            settings = ", ".join(f"`{key}={value}`" for key, value in mapping.items())
+            lines.append(f"| {settings} | {str(error).replace(chr(10), '; ')} |")
+        else:
+            sys.exit(f"no longer refused: {mapping}")
+    return lines
+
+
+def page() -> str:
+    """Return the whole page."""
+    defaults = RunConfig()
+    lines = [HEAD, "## Run", "", *_table(defaults, "")]
+    for entry in fields(defaults):
+        section = getattr(defaults, entry.name)
+        if is_dataclass(section):
+            about = (type(section).__doc__ or "").strip()
+            lines += ["", f"## {entry.name}", "", about, ""]
+            lines += _table(section, f"{entry.name}.")
+    lines += ["", "## Combinations that are refused", ""]
+    lines += ["Each line sets what is named and leaves the rest at its default.", ""]
+    lines += _refusals()
+    return "\n".join(lines) + "\n" + TAIL
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    text = page()
+    if not parser.parse_args().check:
+        PAGE.write_text(text, encoding="utf-8")
+    elif not PAGE.exists() or PAGE.read_text("utf-8") != text:
+        sys.exit(f"{PAGE} is not what fedllm/config.py says: run this without --check")
+
+
+if __name__ == "__main__":
+    main()
