@@ -197,6 +197,18 @@ class StrategyConfig:
     evaluate_every: Positive = 1
     """Rounds between two evaluations; the last round is always evaluated."""
 
+    def num_sampled(self, population_size: int) -> int:
+        """Return how many clients a round asks under `all` and `fixed`, at least 1."""
+        if self.sampling == "all":
+            return population_size
+        return max(1, round(self.fraction_train * population_size))
+
+    def expected_cohort(self, population_size: int) -> float:
+        """Return n, the divisor of a round's sum: the expected number under `poisson`."""
+        if self.sampling == "poisson":
+            return self.fraction_train * population_size
+        return self.num_sampled(population_size)
+
 
 @dataclass(frozen=True, config=_SECTION)
 class PrivacyConfig:
@@ -270,6 +282,11 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
 
+    @property
+    def cohorts_are_secret(self) -> bool:
+        """Whether the number of clients in a round must not be shown."""
+        return cohorts_are_secret(self.privacy.unit, self.strategy.sampling)
+
 
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 
@@ -307,6 +324,19 @@ def parse_run_config(mapping: Mapping[str, Scalar]) -> RunConfig:
     if problems:
         raise ConfigError("\n".join(sorted(problems)))
     return config
+
+
+def cohorts_are_secret(unit: object, sampling: object) -> bool:
+    """Return whether nothing may be shown of who or how many took part in a round.
+
+    Amplification by Poisson sampling of clients counts on it; at record level the coins
+    that count are a client's own.
+
+    Args:
+        unit: `privacy.unit`.
+        sampling: `strategy.sampling`.
+    """
+    return unit == "client" and sampling == "poisson"
 
 
 def flat(config: RunConfig) -> dict[str, Scalar]:
@@ -459,17 +489,3 @@ def _leftovers_without_privacy(privacy: PrivacyConfig) -> list[str]:
             "privacy.max-epsilon is set; leave those at 0.0"
         ]
     return []
-
-
-def expected_cohort(config: StrategyConfig, population_size: int) -> float:
-    """Return n, what a round's sum is divided by: the expected number under `poisson`."""
-    if config.sampling == "poisson":
-        return config.fraction_train * population_size
-    return num_sampled(config, population_size)
-
-
-def num_sampled(config: StrategyConfig, population_size: int) -> int:
-    """Return how many clients a round asks under `all` and `fixed`, at least 1."""
-    if config.sampling == "all":
-        return population_size
-    return max(1, round(config.fraction_train * population_size))

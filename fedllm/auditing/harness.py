@@ -14,7 +14,7 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from fedllm.config import RunConfig, WireConfig, num_sampled
+from fedllm.config import RunConfig, WireConfig
 from fedllm.privacy.ledger import Ledger, PrivacySettings
 from fedllm.privacy.mechanism import SecureGenerator
 from fedllm.strategy.build import make_strategy
@@ -207,7 +207,7 @@ def bench_settings(
 
     Noise multiplier, clipping norm, delta and sampling probability are the run's.
     """
-    sampled: float = num_sampled(config.strategy, num_clients)
+    sampled: float = config.strategy.num_sampled(num_clients)
     if settings.sampling == "poisson":
         sampled = config.strategy.fraction_train * num_clients
     return replace(

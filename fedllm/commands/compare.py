@@ -118,10 +118,8 @@ def centralised(config: RunConfig, num_clients: int) -> RunConfig:
 
     Under `train.local-epochs` that is so of itself where all clients are asked.
     """
-    from fedllm.config import num_sampled
-
     config = without_privacy(config)
-    sampled = num_sampled(config.strategy, num_clients)
+    sampled = config.strategy.num_sampled(num_clients)
     train = config.train
     if train.local_steps:
         train = replace(train, local_steps=train.local_steps * sampled)
@@ -242,7 +240,7 @@ class Bench:
             losses.append(loss)
             if loss is None or loss < min(known):
                 best, best_round = arrays, server_round
-        secret = ledger is not None and config.strategy.sampling == "poisson"
+        secret = config.cohorts_are_secret
         # A client without a usable row fails in every round; nobody trained is an error.
         if not secret and failures and arrays is self._start:
             raise FederationError(f"no client trained: {failures[0]}")

@@ -1,6 +1,6 @@
 """From the run config to the noise: what is fixed before round 1. No torch, no Flower."""
 
-from fedllm.config import RunConfig, expected_cohort
+from fedllm.config import RunConfig
 from fedllm.privacy.accounting import calibrate, default_delta
 from fedllm.privacy.ledger import PrivacySettings
 
@@ -22,7 +22,7 @@ def privacy_settings(
         unit="client",
         sampling=strategy.sampling,
         population_size=population_size,
-        num_sampled_clients=expected_cohort(strategy, population_size),
+        num_sampled_clients=strategy.expected_cohort(population_size),
         clipping_norm=privacy.clipping_norm,
         noise_multiplier=noise_multiplier,
         delta=delta,

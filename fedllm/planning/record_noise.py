@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from fedllm.config import RunConfig, expected_cohort
+from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.privacy.accounting import record_epsilon
 from fedllm.privacy.record_claims import RecordSettings
@@ -22,7 +22,7 @@ def record_settings(
         unit="record",
         sampling=strategy.sampling,
         population_size=population_size,
-        num_sampled_clients=expected_cohort(strategy, population_size),
+        num_sampled_clients=strategy.expected_cohort(population_size),
         max_grad_norm=privacy.max_grad_norm,
         noise_multiplier=privacy.noise_multiplier or None,
         delta=privacy.delta or _LARGEST_DELTA,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedllm.config import cohorts_are_secret
 from fedllm.errors import FedllmError
 from fedllm.runs.directory import (
     CONFIG_FILE,
@@ -66,8 +67,9 @@ class RunRecord:
     @property
     def secret_cohorts(self) -> bool:
         """Whether nothing may be said of who or how many took part in a round."""
-        unit, sampling = self.privacy.get("unit"), self.privacy.get("sampling")
-        return unit == "client" and sampling == "poisson"
+        return cohorts_are_secret(
+            self.privacy.get("unit"), self.privacy.get("sampling")
+        )
 
 
 def read_run(folder: Path) -> RunRecord:

@@ -21,7 +21,7 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fedllm.config import RunConfig, num_sampled
+from fedllm.config import RunConfig
 from fedllm.privacy.mechanism import FixedPointSum, SecureGenerator, checked_update
 from fedllm.strategy.robust import robust_strategy
 from fedllm.strategy.round_stats import Round
@@ -77,7 +77,7 @@ class AdapterFedAvg(FedAvg):
     @property
     def num_sampled_clients(self) -> int:
         """Number of clients in a round, where it is fixed."""
-        return num_sampled(self.config.strategy, len(self.population))
+        return self.config.strategy.num_sampled(len(self.population))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
