@@ -25,11 +25,11 @@ ENDS = ("lowest-direct", "highest")
 FAST_TESTS = (
     "tests/privacy",
     "tests/commands/test_keys.py",
-    "tests/test_adapters.py",
+    "tests/adapters/test_peft_model.py",
     "tests/test_config.py",
-    "tests/test_replies.py",
-    "tests/test_run_directory.py",
-    "tests/test_strategy.py",
+    "tests/wire/test_messages.py",
+    "tests/runs/test_directory.py",
+    "tests/strategy/test_fedavg.py",
 )
 IMPORT_ALL = """
 import importlib, pkgutil, fedllm

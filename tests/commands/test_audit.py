@@ -1,16 +1,10 @@
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fedllm.commands.audit import main
-from fedllm.config import flat, parse_run_config
-from fedllm.planning.noise import privacy_settings
-from fedllm.privacy.ledger import Ledger, no_privacy
-from fedllm.runs.directory import RunDirectory
-
-SMALL = ["--canaries", "50", "--dimension", "1000", "--clients", "5"]
+from tests.helpers.audits import SMALL, audit
 
 
 @pytest.fixture(autouse=True)
@@ -18,33 +12,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "home"
-
-
-@pytest.fixture
-def run(home: Path) -> Path:
-    """A finished private run of three rounds."""
-    config = parse_run_config({"num-server-rounds": 3})
-    directory = RunDirectory.create(home, 7)
-    directory.write_json("config.json", {"run_config": flat(config)})
-    ledger = Ledger.create(
-        directory.path / "privacy.json", privacy_settings(config, 12, 500)
-    )
-    for server_round in range(4):
-        if server_round:
-            ledger.spend(server_round)
-        directory.add_metrics({"server_round": server_round})
-    return directory.path
-
-
-def audit(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([*arguments, *SMALL])
-    return caught.value.code  # type: ignore[return-value]
-
-
-def edit(path: Path, **changes: Any) -> None:
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, **changes}))
 
 
 def test_the_defaults_pass_with_a_line_a_check_and_a_verdict(capsys):
@@ -95,40 +62,6 @@ def test_a_toml_file_is_read_as_flwr_run_reads_it(tmp_path, capsys):
     assert "accounted epsilon:     2.00" in capsys.readouterr().out
 
 
-def test_a_runs_own_settings_are_audited_and_the_findings_kept(run, capsys):
-    assert audit("--run") == 0
-
-    out = capsys.readouterr().out
-    assert str(run) in out and "3 rounds" in out
-    assert "PASS  ledger of the run: 3 rounds in the ledger, 3 in metrics.jsonl" in out
-    written = json.loads((run / "audit.json").read_text())
-    assert written["passed"] is True
-    assert "Audit: passed" in (run / "report.html").read_text()
-    assert written["settings"]["population_size"] == 12
-    assert written["rehearsal"]["rounds"] == 3
-    assert 7.99 < written["rehearsal"]["accounted"] <= 8.0
-    assert written["checks"][0]["name"] == "ledger of the run"
-
-
-def test_a_run_whose_ledger_forgets_a_round_fails(run, capsys):
-    content = json.loads((run / "privacy.json").read_text())
-    (run / "privacy.json").unlink()
-    config = parse_run_config({"num-server-rounds": 3})
-    ledger = Ledger.create(run / "privacy.json", privacy_settings(config, 12, 500))
-    ledger.spend(1)
-    ledger.spend(3)
-    assert (
-        json.loads((run / "privacy.json").read_text())["epsilon"] < content["epsilon"]
-    )
-
-    assert audit("--run", str(run)) == 1
-
-    out = capsys.readouterr().out
-    assert "FAIL  ledger of the run" in out and "it forgets [2]" in out
-    assert out.splitlines()[-1] == "FAIL"
-    assert json.loads((run / "audit.json").read_text())["passed"] is False
-
-
 def test_a_broken_strategy_ends_with_status_1(monkeypatch, capsys):
     from fedllm.privacy.mechanism import SecureGenerator
 
@@ -140,15 +73,6 @@ def test_a_broken_strategy_ends_with_status_1(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "FAIL  noise scale" in out
     assert out.splitlines()[-1] == "FAIL"
-
-
-def test_a_run_without_privacy_has_nothing_to_audit(run):
-    (run / "privacy.json").write_text(json.dumps(no_privacy(12, 500)))
-
-    said = str(audit("--run"))
-
-    assert "nothing to audit" in said and "\n" not in said
-    assert not (run / "audit.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -183,55 +107,6 @@ def test_impossible_sizes_are_one_clear_error(arguments, words):
         main([*SMALL, *arguments])
 
     assert words in str(caught.value.code)
-
-
-def test_a_missing_run_is_named(tmp_path):
-    assert "latest: there is no such run folder" in str(audit("--run"))
-    assert "there is no such run folder" in str(audit("--run", str(tmp_path / "x")))
-    (tmp_path / "x").mkdir()
-    assert "has no privacy.json" in str(audit("--run", str(tmp_path / "x")))
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"epsilon": 1.0}, "was edited: epsilon is 1.0"),
-        ({"releases": [1, 2]}, "was edited: num_rounds is 3"),
-        ({"releases": [1, 1, 2]}, "was edited: releases"),
-        ({"delta": 1.0}, "was edited: delta"),
-        ({"noise_multiplier": 5.0}, "was edited: epsilon"),
-        ({"clipping_norm": 0.1}, "clipping_norm was 0.1 and is now 0.6"),
-        ({"sampling": "fixed"}, "sampling was 'fixed' and is now 'all'"),
-    ],
-)
-def test_an_edited_ledger_is_refused(run, changes, words):
-    edit(run / "privacy.json", **changes)
-
-    assert words in str(audit("--run"))
-    assert not (run / "audit.json").exists()
-
-
-def test_a_noise_multiplier_edited_with_its_epsilon_is_refused(run):
-    config = parse_run_config(
-        {"num-server-rounds": 3, "privacy.target-epsilon": 0.0}
-        | {"privacy.noise-multiplier": 0.5}
-    )
-    (run / "privacy.json").unlink()
-    ledger = Ledger.create(run / "privacy.json", privacy_settings(config, 12, 500))
-    edit(run / "privacy.json", target_epsilon=8.0)
-    del ledger
-
-    assert "above target_epsilon 8" in str(audit("--run"))
-
-
-@pytest.mark.parametrize("name", ["privacy.json", "config.json", "metrics.jsonl"])
-def test_a_truncated_file_is_refused(run, name):
-    text = (run / name).read_text()
-    (run / name).write_text(text[: len(text) - 10])
-
-    said = str(audit("--run"))
-
-    assert name in said and "Error: " in said and "\n" not in said
 
 
 def test_a_run_of_record_level_is_audited_by_canary_examples(

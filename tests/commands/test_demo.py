@@ -21,7 +21,7 @@ from fedllm.config import AdapterConfig
 from fedllm.models.loading import load_config
 from fedllm.runs import listing
 from fedllm.runs.directory import RunDirectory
-from tests.reporting.sample_runs import HOSTILE, write_run
+from tests.helpers.sample_runs import HOSTILE, write_run
 
 NO_PRIVACY = {"privacy__unit": "none", "privacy__target_epsilon": 0.0}
 OLD, NEW = "2026-01-02_03-04-05_7", "2026-03-02_03-04-05_8"

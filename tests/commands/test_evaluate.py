@@ -15,7 +15,7 @@ from fedllm.evaluation.inference import ChatModel, find_model
 from fedllm.models.loading import load_config
 from fedllm.reporting.sentences import NOT_ADVICE
 from fedllm.runs.directory import CONFIG_FILE, RESULT_FILE, RunDirectory
-from tests.conftest import SENTENCES
+from tests.helpers.tiny_models import SENTENCES
 
 QUESTION = ["--question", "What is asthma?", "--max-new-tokens", "6"]
 

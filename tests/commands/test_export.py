@@ -12,7 +12,7 @@ from fedllm.adapters.resolve import adapter_spec
 from fedllm.commands.export import main
 from fedllm.config import parse_run_config
 from fedllm.models.loading import load_base, load_config
-from tests.reporting.sample_runs import write_run
+from tests.helpers.sample_runs import write_run
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from fedllm.commands import runs
 from fedllm.runs.state import RunState
-from tests.reporting.sample_runs import write_run
+from tests.helpers.sample_runs import write_run
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from fedllm.privacy.accounting import (
     default_delta,
     epsilons,
     gaussian_epsilon,
+    noise_to_signal,
 )
 from fedllm.privacy.wording import strength
 
@@ -178,3 +179,27 @@ def test_delta_shrinks_with_the_population():
 )
 def test_strength_follows_the_tiers(epsilon, words):
     assert strength(epsilon) == words
+
+
+@pytest.mark.parametrize(
+    ("d", "clients", "rounds", "ratio"),
+    [(184_320, 20, 3, 22), (184_320, 100, 5, 5.8), (3_840, 20, 3, 3.2)],
+)
+def test_r_has_the_published_value(d, clients, rounds, ratio):
+    z = calibrate(8.0, rounds, 1e-5, "all", 1.0)
+
+    assert noise_to_signal(z, d, clients) == pytest.approx(ratio, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "epsilon", "d", "clients"),
+    [
+        (10, 1.0, 2_662_400, 19_250),
+        (10, 8.0, 3_328, 110),
+        (100, 8.0, 50_900_000, 43_188),
+    ],
+)
+def test_the_published_number_of_clients_brings_r_to_1(rounds, epsilon, d, clients):
+    z = calibrate(epsilon, rounds, 1e-5, "all", 1.0)
+
+    assert noise_to_signal(z, d, clients) == pytest.approx(1.0, rel=0.01)

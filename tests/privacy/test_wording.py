@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from fedllm.privacy.accounting import gaussian_epsilon
-from fedllm.privacy.wording import gaussian_guesses_right, guesses_right
+from fedllm.privacy.wording import gaussian_guesses_right, guesses_right, percent
 
 
 @given(st.floats(0, 100), st.floats(1e-12, 0.1))
@@ -45,3 +45,9 @@ def test_known_values():
     e8 = math.exp(8)
     by_hand = (1 + (e8 - 1 + 2e-5) / (e8 + 1)) / 2
     assert guesses_right(8.0, 1e-5) == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_shares_are_rounded_up():
+    assert percent(0.99966) == "99.97 %"
+    assert percent(0.5) == "50.00 %"
+    assert percent(0.9999999) == "100.00 %"

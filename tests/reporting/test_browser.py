@@ -11,10 +11,9 @@ import pytest
 
 from fedllm.reporting.report import write_report
 from fedllm.runs.state import RunState
-from tests.reporting.sample_runs import write_run
+from tests.helpers.sample_runs import write_run
 
 pytestmark = pytest.mark.browser
-
 _SIZES = {"phone": (390, 844), "desk": (1280, 900)}
 # Contrast that WCAG 2 asks of large text and of drawings.
 _LEAST_CONTRAST = 3.0

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from fedllm.reporting.report import write_report
-from tests.reporting.sample_runs import write_run
+from tests.helpers.sample_runs import write_run
 
 
 def card(folder):

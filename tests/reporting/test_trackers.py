@@ -4,7 +4,7 @@ import pytest
 
 from fedllm.errors import ConfigError
 from fedllm.reporting.trackers import make_tracker, numbers, require_tracker
-from tests.reporting.sample_runs import line
+from tests.helpers.sample_runs import line
 
 
 def test_numbers_are_those_of_the_line_and_nulls_are_none_of_them():

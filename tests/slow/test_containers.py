@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.slow.flower_processes import (
+from tests.helpers.flower_processes import (
     BIN,
     ROOT,
     environment,
@@ -19,10 +19,9 @@ from tests.slow.flower_processes import (
     running,
     typed,
 )
-from tests.test_federation import write_rows
+from tests.helpers.rows import write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
 DEPLOY = ROOT / "deploy"
 
 

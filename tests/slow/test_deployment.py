@@ -18,7 +18,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from tests.slow.flower_processes import (
+from tests.helpers.flower_processes import (
     BIN,
     ROOT,
     environment,
@@ -27,10 +27,9 @@ from tests.slow.flower_processes import (
     typed,
     wait_for_port,
 )
-from tests.test_federation import write_rows
+from tests.helpers.rows import write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
 PLANTED = "xylographometry"
 NODES = ("node-1", "node-2", "node-3")
 

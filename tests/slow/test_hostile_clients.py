@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.slow.flower_processes import (
+from tests.helpers.flower_processes import (
     BIN,
-    ROOT,
     environment,
     free_port,
     latest_run,
@@ -22,61 +20,20 @@ from tests.slow.flower_processes import (
     typed,
     wait_for_port,
 )
-from tests.test_federation import write_rows
+from tests.helpers.hostile_app import (
+    ATTACKERS,
+    CLIP,
+    ROUNDS,
+    TIMEOUT,
+    UNITS,
+    hostile_app,
+    settings,
+)
+from tests.helpers.rows import write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-HERE = Path(__file__).parent / "hostile"
 SECRET = "what-only-this-node-knows"
 SAID = (".json", ".jsonl", ".md", ".html", ".log")
-ROUNDS, ATTACKERS, CLIP, TIMEOUT = 9, 3, 0.5, 40.0
-
-
-def hostile_app(folder: Path) -> Path:
-    """fedllm with its ClientApp exchanged for the attacking one."""
-    shutil.copytree(
-        ROOT / "fedllm", folder / "fedllm", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    shutil.copy(HERE / "hostile_client.py", folder / "fedllm")
-    for name in ("README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    text = (ROOT / "pyproject.toml").read_text()
-    ours = 'clientapp = "fedllm.client_app:app"'
-    assert ours in text
-    theirs = 'clientapp = "fedllm.hostile_client:app"'
-    (folder / "pyproject.toml").write_text(text.replace(ours, theirs))
-    return folder
-
-
-def settings(base: Path, folder: Path, **more: object) -> str:
-    values = {
-        "model.name": str(base),
-        "model.quantization": 0,
-        "data.name": write_rows(folder / "unused.jsonl", 4),
-        "data.public-validation": write_rows(folder / "validation.jsonl", 6, 100),
-        "data.public-test": write_rows(folder / "test.jsonl", 6, 200),
-        "num-server-rounds": ROUNDS,
-        "train.batch-size": 4,
-        "train.local-steps": 2,
-        "strategy.num-clients": ATTACKERS + 1,
-        "strategy.round-timeout": TIMEOUT,
-        "strategy.server-learning-rate": 1.0,
-        "strategy.server-learning-rate-min": 1.0,
-        **more,
-    }
-    return " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
-
-
-UNITS = {
-    # So little noise that what a reply adds can be seen in the adapters.
-    "client": {
-        "privacy.target-epsilon": 0.0,
-        "privacy.noise-multiplier": 0.001,
-        "privacy.clipping-norm": CLIP,
-        "privacy.noise-probe": False,
-    },
-    "none": {"privacy.unit": "none", "privacy.target-epsilon": 0.0},
-}
 
 
 def attacked(

@@ -9,13 +9,11 @@ import threading
 import psutil
 import pytest
 
-from tests.slow.flower_processes import BIN, typed
-from tests.slow.test_hostile_clients import UNITS, hostile_app, settings
-from tests.slow.test_real_faults import RESUME, Deployment
-from tests.test_federation import write_rows
+from tests.helpers.flower_processes import BIN, RESUME, Deployment, typed
+from tests.helpers.hostile_app import UNITS, hostile_app, settings
+from tests.helpers.rows import write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
 GIGABYTE = 2**30
 # More than any limit below, from five megabytes on the wire. FEDLLM_TEST_ATTACK=big sends
 # what FEDLLM_TEST_REPLY_MEGABYTES says instead.

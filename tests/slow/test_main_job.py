@@ -13,7 +13,7 @@ import pytest
 
 from fedllm.config import fedllm_home
 from fedllm.privacy.wording import plain
-from tests.slow.flower_processes import (
+from tests.helpers.flower_processes import (
     ROOT,
     environment,
     latest_run,
@@ -138,7 +138,7 @@ def test_peft_opens_the_adapter_where_fedllm_is_not_installed(job, tmp_path):
     run = latest_run(fedllm_home())
     result = json.loads((run / "result.json").read_text())
     folder = Path(result["recommended"])
-    rows = ROOT / "fedllm/datasets/wordnet_medical/test.jsonl"
+    rows = ROOT / "fedllm/data/wordnet_medical/test.jsonl"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = str(compute_dtype(device)).removeprefix("torch.")
     done = subprocess.run(
@@ -166,7 +166,7 @@ def test_another_harness_agrees_on_the_same_questions(job, tmp_path):
         for line in lines
     ]
     # The hundred take a busy core a quarter of an hour.
-    questions = "fedllm/datasets/wordnet_medical/choice.jsonl"
+    questions = "fedllm/data/wordnet_medical/choice.jsonl"
     some = (ROOT / questions).read_text("utf-8").splitlines()[:NUM_QUESTIONS]
     (tmp_path / "some.jsonl").write_text("\n".join(some), "utf-8")
     assert questions in ours

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slow.flower_processes import (
+from tests.helpers.flower_processes import (
     BIN,
     ROOT,
     end_daemon,
@@ -22,7 +22,7 @@ from tests.slow.flower_processes import (
     typed,
     wait_for_port,
 )
-from tests.test_federation import MARKER, write_rows
+from tests.helpers.rows import MARKER, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -1,0 +1,231 @@
+"""Adapters on disk: what PEFT opens, and what is refused in one line."""
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
+from safetensors.numpy import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fedllm.adapters.files import (
+    load_adapter,
+    read_base_name,
+    read_origin,
+    save_adapter,
+)
+from fedllm.adapters.peft_model import attach, set_trained
+from fedllm.errors import AdapterError
+from tests.helpers.adapters import (
+    IDS,
+    KINDS,
+    Q,
+    load_4_bit_float32,
+    load_base,
+    load_quantised,
+    logits,
+    make_spec,
+    random_arrays,
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_alone_opens_a_saved_adapter_and_gives_the_same_logits(
+    tiny_llama, attached, tmp_path, kind
+):
+    model, spec = attached[kind]
+    arrays = random_arrays(spec)
+    set_trained(model, spec, arrays)
+    save_adapter(tmp_path, spec, arrays, str(tiny_llama), {})
+
+    alone = PeftModel.from_pretrained(load_base(tiny_llama), str(tmp_path)).eval()
+
+    torch.testing.assert_close(logits(alone), logits(model), rtol=1e-4, atol=1e-5)
+    assert (logits(alone) - logits(load_base(tiny_llama))).abs().max() > 1e-2
+
+
+def test_peft_alone_finds_the_base_model_by_the_saved_name(saved, tiny_llama):
+    alone = AutoPeftModelForCausalLM.from_pretrained(str(saved), dtype=torch.float32)
+
+    loaded = load_adapter(load_base(tiny_llama), saved)
+    torch.testing.assert_close(logits(alone.eval()), logits(loaded))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_trains_and_opens_on_a_quantised_base(
+    tiny_llama, tmp_path, kind, bits
+):
+    spec = make_spec(tiny_llama, kind)
+    arrays = random_arrays(spec)
+    model = attach(load_quantised(tiny_llama, tmp_path, bits), spec)
+    set_trained(model, spec, arrays)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    save_adapter(tmp_path / "a", spec, arrays, str(tiny_llama), {})
+
+    opened = load_adapter(
+        load_quantised(tiny_llama, tmp_path, bits), tmp_path / "a"
+    ).eval()
+
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is not None and g.abs().max() > 0 for g in gradients)
+    torch.testing.assert_close(logits(opened), logits(model.eval()), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_alone_gives_the_same_logits_on_a_4_bit_base(tiny_llama, tmp_path, kind):
+    spec = make_spec(tiny_llama, kind)
+    arrays = random_arrays(spec)
+    model = attach(load_4_bit_float32(tiny_llama), spec).eval()
+    set_trained(model, spec, arrays)
+    save_adapter(tmp_path, spec, arrays, str(tiny_llama), {})
+
+    base = load_4_bit_float32(tiny_llama)
+    alone = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+
+    torch.testing.assert_close(logits(alone), logits(model), rtol=1e-4, atol=1e-4)
+    with alone.disable_adapter():
+        assert (logits(alone) - logits(model)).abs().max() > 1e-2
+
+
+def test_what_a_saved_adapter_speaks_for_can_be_read(saved, tiny_llama):
+    assert read_base_name(saved) == str(tiny_llama)
+    origin = read_origin(saved)
+    assert (origin["model"], origin["server_round"]) == ("tiny", 3)
+    assert origin["adapter"]["kind"] == "ffa-lora"
+    assert origin["adapter"]["rank"] == 4
+
+
+PLAIN = [
+    LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+    IA3Config(task_type="CAUSAL_LM", init_ia3_weights=False),
+    VeraConfig(r=3, target_modules=["q_proj"], init_weights=False),
+]
+
+
+@pytest.mark.parametrize("config", PLAIN, ids=["LoRA", "IA3", "VeRA"])
+def test_an_adapter_of_plain_peft_opens(tiny_llama, tmp_path, config):
+    plain = get_peft_model(load_base(tiny_llama), copy.deepcopy(config)).eval()
+    plain.save_pretrained(str(tmp_path))
+
+    assert read_base_name(tmp_path) == str(tiny_llama)
+    assert read_origin(tmp_path) == {}
+    loaded = load_adapter(load_base(tiny_llama), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(plain))
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("ia3", "k_proj"), ("vera", "v_proj")])
+def test_another_bases_vectors_are_refused(tiny_llama, tmp_path, kind, layer):
+    spec = make_spec(tiny_llama, kind)
+    save_adapter(tmp_path, spec, random_arrays(spec), str(tiny_llama), {})
+    config = LlamaConfig.from_pretrained(tiny_llama, num_key_value_heads=4)
+
+    with pytest.raises(AdapterError, match=f"another base model.*{layer}.*64 outputs"):
+        load_adapter(AutoModelForCausalLM.from_config(config), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 32, "head_dim": 16}, "made for another base model.*shape"),
+        ({"num_hidden_layers": 1}, "made for another base model: it adapts.*layers.1"),
+        ({"num_key_value_heads": 4}, "made for another base model.*v_proj"),
+    ],
+)
+def test_an_adapter_for_another_base_is_refused(saved, tiny_llama, change, message):
+    config = LlamaConfig.from_pretrained(tiny_llama, **change)
+    base = AutoModelForCausalLM.from_config(config)
+
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(base, saved)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(AdapterError, match="no such folder; --peft-path"):
+        read_base_name(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_that_lacks_a_file_is_refused(saved, name):
+    (saved / name).unlink()
+
+    with pytest.raises(AdapterError, match=f"{name} is missing"):
+        read_base_name(saved)
+
+
+def test_pickled_weights_are_refused(saved, tiny_llama):
+    (saved / "adapter_model.safetensors").unlink()
+    torch.save({}, saved / "adapter_model.bin")
+
+    with pytest.raises(AdapterError, match="in safetensors"):
+        load_adapter(load_base(tiny_llama), saved)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"base_model_name_or_path": null}']
+)
+def test_an_adapter_config_that_names_no_base_is_refused(saved, text):
+    (saved / "adapter_config.json").write_text(text)
+
+    with pytest.raises(AdapterError, match="adapter_config.json"):
+        read_base_name(saved)
+
+
+def spoil_weights(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def spoil_names(folder: Path) -> None:
+    save_file({"x": np.zeros(3, np.float32)}, folder / "adapter_model.safetensors")
+
+
+def spoil_dimensions(folder: Path) -> None:
+    name = f"{Q}.lora_A.weight"
+    save_file({name: np.zeros(64, np.float32)}, folder / "adapter_model.safetensors")
+
+
+def change_config(folder: Path, **change: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoil_weights,
+        spoil_names,
+        spoil_dimensions,
+        lambda folder: change_config(folder, r=8),
+        lambda folder: change_config(folder, peft_type="NONSENSE"),
+    ],
+    ids=["cut file", "foreign names", "one dimension", "another rank", "unknown type"],
+)
+def test_a_damaged_adapter_is_one_line(saved, tiny_llama, spoil):
+    spoil(saved)
+
+    with pytest.raises(AdapterError):
+        load_adapter(load_base(tiny_llama), saved)
+
+
+def test_saving_writes_the_same_bytes_every_time(tiny_llama, tmp_path):
+    spec = make_spec(tiny_llama)
+    digests = set()
+    for name in ("one", "two"):
+        save_adapter(tmp_path / name, spec, random_arrays(spec), "base", {})
+        data = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        digests.add(hashlib.sha256(data).hexdigest())
+
+    assert len(digests) == 1

@@ -1,0 +1,88 @@
+"""Canary examples in one client's records, on a small random model."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from fedllm.adapters.peft_model import attach
+from fedllm.adapters.resolve import adapter_spec
+from fedllm.auditing.canary_records import audit_records, most_certifiable
+from fedllm.config import DataConfig, parse_run_config
+from fedllm.data.tokens import labelled, tokenize
+from fedllm.models.loading import load_config, load_tokenizer
+from fedllm.planning.record_noise import client_plan
+from fedllm.privacy.record_ledger import RecordPlan
+from fedllm.training.dp_sgd import train_privately
+from tests.helpers.tiny_models import SENTENCES
+
+CONFIG = parse_run_config(
+    {
+        "privacy.unit": "record",
+        "privacy.target-epsilon": 1.0,
+        "adapter.kind": "lora",
+        "adapter.target-modules": "all-linear",
+        "num-server-rounds": 4,
+        "train.local-steps": 8,
+        "train.batch-size": 16,
+        "train.optimizer": "adamw",
+        "train.learning-rate": 0.02,
+        "train.learning-rate-min": 0.02,
+        "privacy.max-grad-norm": 1.0,
+    }
+)
+CANARIES = 60
+
+
+@pytest.fixture(scope="module")
+def client(tiny_chat_llama: Path) -> tuple[Any, Any, Any]:
+    base = AutoModelForCausalLM.from_pretrained(tiny_chat_llama, dtype=torch.float32)
+    base.requires_grad_(False)
+    spec = adapter_spec(CONFIG.adapter, load_config(str(tiny_chat_llama)), 5)
+    rows = [{"instruction": t[:20], "response": t[20:]} for t in SENTENCES]
+    tokenizer = load_tokenizer(str(tiny_chat_llama))
+    examples = labelled(tokenize(Dataset.from_list(rows), tokenizer, DataConfig(), 512))
+    return attach(base, spec).eval(), spec, examples
+
+
+def audited(client: tuple[Any, Any, Any], trained_with: RecordPlan) -> Any:
+    """Audit what is promised, where the client trains by another plan."""
+    model, spec, examples = client
+    promised = client_plan(CONFIG, len(examples) + CANARIES // 2, 1.0)
+
+    def train(records: Any, arrays: Any) -> Any:
+        return train_privately(
+            model, spec, 0, records, arrays, CONFIG.train, 1.0, 0.02, trained_with
+        ).arrays
+
+    return audit_records(model, spec, examples, CONFIG, promised, CANARIES, train)
+
+
+def test_what_keeps_its_promise_passes(client):
+    promised = client_plan(CONFIG, len(client[2]) + CANARIES // 2, 1.0)
+
+    found = audited(client, promised)
+
+    assert 0.95 < found.accounted <= 1.0
+    assert found.passed and found.certified.epsilon <= 1.0
+    assert found.num_records == len(SENTENCES) and found.num_canaries == CANARIES
+
+
+def test_training_without_noise_is_convicted(client):
+    promised = client_plan(CONFIG, len(client[2]) + CANARIES // 2, 1.0)
+
+    found = audited(client, replace(promised, noise_multiplier=1e-6, steps=30))
+
+    assert found.fall_planted > found.fall_others + 0.2
+    assert found.certified.epsilon > found.accounted
+    assert not found.passed and found.as_dict()["passed"] is False
+
+
+def test_a_bound_is_never_above_what_so_many_canaries_can_show():
+    # With m guesses all right p is 2**-m at epsilon 0; the bound solves q**m = 0.05.
+    assert most_certifiable(60, 0.0) == pytest.approx(2.97, abs=0.02)
+    assert most_certifiable(200, 1e-5) < 5

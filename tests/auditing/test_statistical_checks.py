@@ -1,0 +1,57 @@
+"""Checks of noise and coins convict what they should."""
+
+import random
+
+import numpy as np
+
+from fedllm.privacy.mechanism import SecureGenerator
+from fedllm.strategy.fedavg import AdapterFedAvg
+from tests.helpers.audits import auditor, failed, private
+
+
+def test_a_half_of_the_noise_of_the_generator_itself_is_convicted(monkeypatch):
+    real = SecureGenerator.standard_normal
+    monkeypatch.setattr(
+        SecureGenerator, "standard_normal", lambda s, n: real(s, n) * 0.95
+    )
+
+    assert "noise scale" in failed(auditor(dimension=20_000).run())
+
+
+def test_coins_of_a_seed_are_convicted(monkeypatch):
+    keys = {"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
+    keys |= {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
+    keys |= {"num-server-rounds": 2}
+
+    def cohort(self, server_round):
+        coins = np.random.default_rng(server_round).random(len(self.population)) < 0.5
+        return [n for n, coin in zip(self.population, coins, strict=True) if coin]
+
+    monkeypatch.setattr(AdapterFedAvg, "_cohort", cohort)
+
+    assert "secret coins" in failed(auditor(private(**keys)).run())
+
+
+def test_coins_of_another_probability_are_convicted(monkeypatch):
+    keys = {"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
+    keys |= {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
+    keys |= {"num-server-rounds": 2}
+    real = SecureGenerator.bernoulli
+    monkeypatch.setattr(
+        SecureGenerator, "bernoulli", lambda s, p, n: real(s, p + 0.05, n)
+    )
+
+    assert "secret coins" in failed(auditor(private(**keys)).run())
+
+
+def test_the_global_generators_are_left_as_they_were():
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002 - what a caller may have done
+    expected = (
+        random.Random(5).random(),
+        np.random.RandomState(5).rand(),
+    )
+
+    auditor().run()
+
+    assert (random.random(), np.random.rand()) == expected  # noqa: NPY002

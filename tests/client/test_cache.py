@@ -1,0 +1,98 @@
+"""The model and the rows that a client keeps between rounds."""
+
+import json
+from typing import Any
+
+import pytest
+
+from fedllm.adapters.peft_model import initial_arrays
+from fedllm.adapters.resolve import adapter_spec
+from fedllm.client import cache
+from fedllm.config import parse_run_config
+from fedllm.models.loading import load_config
+from fedllm.wire.messages import ARRAYS, read_reply
+from tests.helpers.client_replies import WITHOUT_DP, code_of, text_of, values
+from tests.helpers.flower_messages import train_instruction
+
+
+def test_the_base_is_loaded_and_the_partition_tokenised_once(answer, monkeypatch):
+    from fedllm.data import tokens
+    from fedllm.models import loading
+
+    answer()
+
+    def again(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("again")
+
+    monkeypatch.setattr(loading, "load_base", again)
+    monkeypatch.setattr(tokens, "tokenize", again)
+    assert ARRAYS in answer().content
+
+
+def test_another_adapter_takes_the_place_of_the_resident_one(answer, run_config):
+    answer()
+    config = parse_run_config({**run_config, "adapter.kind": "lora-core"})
+    spec = adapter_spec(config.adapter, load_config(config.model.name), config.seed)
+    fresh = initial_arrays(spec)
+
+    reply = answer({"adapter.kind": "lora-core"}, message=train_instruction(fresh))
+
+    assert set(values(reply, fresh)) == set(fresh)
+    assert len(cache._resident) == 1
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"instruction": "q", "response": ""}],
+        [{"instruction": "long " * 50, "response": "a"}],
+    ],
+    ids=["no answer", "answer cut off"],
+)
+def test_a_client_without_a_usable_example_says_no_data(answer, tmp_path, rows):
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    node = {"data-path": str(path)}
+    changes = {**WITHOUT_DP, "train.max-length": 16}
+
+    reply = answer(changes, node=node)
+
+    assert code_of(reply) == "no-data"
+    assert "no usable example" in text_of(reply)
+
+
+def test_a_client_with_an_empty_partition_says_no_data(answer):
+    node = {"partition-id": 11, "num-partitions": 12}
+
+    assert code_of(answer(node=node)) == "no-data"
+
+
+def test_data_path_is_the_nodes_own_whole_file(answer, arrays, tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text(
+        "".join(json.dumps({"instruction": "q", "response": r}) + "\n" for r in "abc")
+    )
+
+    reply = answer(WITHOUT_DP, node={"data-path": str(path)})
+
+    read = read_reply(reply, {name: a.shape for name, a in arrays.items()})
+    assert read.num_examples == 3
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "bad.jsonl", "other.jsonl"])
+def test_a_data_path_that_cannot_be_used_is_no_data(answer, tmp_path, name):
+    (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "other.jsonl").write_text('{"a": "b"}\n')
+
+    reply = answer(WITHOUT_DP, node={"data-path": str(tmp_path / name)})
+
+    assert code_of(reply) == "no-data"
+    assert name in text_of(reply)
+
+
+def test_what_the_length_limit_cuts_is_said_once(answer, home):
+    for _ in range(2):
+        answer({"train.max-length": 120})
+
+    log = (home / "logs" / "client-0.log").read_text()
+    assert log.count("train.max-length 120 cut") == 1

@@ -1,0 +1,101 @@
+"""A client spends no more than its records' budget."""
+
+from typing import Any
+
+from fedllm.client.message_handler import reply_to
+from tests.helpers.client_replies import (
+    FLOORS,
+    NODE,
+    RECORD,
+    code_of,
+    epsilon_of,
+    text_of,
+)
+from tests.helpers.flower_messages import context, train_instruction
+
+
+def test_rounds_that_the_target_is_calibrated_for_are_all_allowed_and_no_more(answer):
+    spent = [epsilon_of(answer(RECORD, server_round=r)) for r in range(1, 6)]
+
+    assert 7.9 < spent[-1] <= 8.0
+    assert code_of(answer(RECORD, server_round=6)) == "budget-spent"
+
+
+def test_a_simulation_begins_anew_in_another_run_and_a_real_node_does_not(
+    answer, run_config, arrays, home, data_file
+):
+    def ask(node: dict[str, Any], run_id: int) -> float:
+        where = context({**run_config, **RECORD}, node)
+        where.run_id = run_id
+        return epsilon_of(reply_to(train_instruction(arrays), where))
+
+    real = {"data-path": str(data_file)}
+
+    assert ask(NODE, 1) == ask(NODE, 2)
+    assert (home / "ledgers/simulated/1/0/ledger.json").exists()
+    once = ask(real, 1)
+    assert ask(real, 2) > 1.2 * once
+    assert [p.name for p in (home / "ledgers").glob("*/key")] == ["key"]
+
+
+def test_a_nodes_floor_makes_more_noise_and_no_run_config_passes_it(answer):
+    first = [epsilon_of(answer(RECORD, {**NODE, **FLOORS})) for _ in range(5)]
+
+    assert 3.9 < first[-1] <= 4.0
+    for promise in (
+        {"privacy.target-epsilon": 100.0},
+        {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 0.5},
+        {"privacy.max-epsilon": 1000.0},
+        {"num-server-rounds": 1},
+    ):
+        reply = answer({**RECORD, **promise}, {**NODE, **FLOORS})
+        assert code_of(reply) == "budget-spent"
+        assert text_of(reply) == ""
+
+
+def test_nothing_is_trained_once_the_budget_is_spent(answer, monkeypatch):
+    from fedllm.training import dp_sgd
+
+    spend = {**RECORD, "privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 0.5}
+    node = {**NODE, **FLOORS, "max-epsilon": 0.1}
+
+    def train(*args: Any) -> None:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(dp_sgd, "train_privately", train)
+
+    assert code_of(answer(spend, node)) == "budget-spent"
+
+
+def test_the_adapter_leaves_only_after_the_ledger_is_on_disk(answer, monkeypatch):
+    from fedllm.privacy import record_ledger
+
+    answer(RECORD)
+    monkeypatch.setattr(
+        record_ledger.RecordLedger,
+        "_write",
+        lambda self, content: (_ for _ in ()).throw(OSError(28, "disk full")),
+    )
+
+    assert code_of(answer(RECORD, server_round=2)) == "failed"
+
+
+def test_a_ledger_that_was_edited_stops_the_client(answer, home):
+    answer(RECORD)
+    path = home / "ledgers/simulated/1/0/ledger.json"
+    text = path.read_text()
+    path.write_text(text.replace('"steps": 1', '"steps": 2'))
+    assert path.read_text() != text
+
+    reply = answer(RECORD)
+
+    assert code_of(reply) == "failed"
+    assert "cannot be trusted" in (home / "logs/client-0.log").read_text()
+
+
+def test_fewer_records_than_a_batch_are_refused(answer, home):
+    reply = answer({**RECORD, "train.gradient-accumulation": 3})
+
+    assert code_of(reply) == "bad-config"
+    log = (home / "logs/client-0.log").read_text()
+    assert "draws batches of 6 records" in log and "client has 5" in log

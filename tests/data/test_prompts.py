@@ -1,0 +1,78 @@
+"""Rows and conversations as prompt and completion."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.config import DataConfig
+from fedllm.data.prompts import chat_prompt, to_prompt_completion
+from fedllm.data.tokens import tokenize
+from tests.helpers.rows import ROWS, load_tokenizer, turn
+
+
+def test_the_last_answer_of_a_conversation_is_the_completion() -> None:
+    turns = [
+        turn("system", "s"),
+        turn("user", "q1"),
+        turn("assistant", "a1"),
+        turn("user", "q2"),
+        turn("assistant", "a2"),
+        turn("user", "thanks"),
+    ]
+    assert to_prompt_completion(DataConfig(), {"messages": turns}) == (
+        turns[:4],
+        turns[4:5],
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": None, "response": "a"},
+        {"instruction": "q", "response": None},
+        {"instruction": "q", "response": " \n"},
+        {"instruction": " ", "response": "a"},
+        {"messages": []},
+        {"messages": [turn("user", "q")]},
+        {"messages": [turn("assistant", "a")]},
+        {"messages": [turn("user", "q"), turn("assistant", None)]},
+    ],
+)
+def test_a_row_without_question_or_answer_is_not_used(row: dict[str, Any]) -> None:
+    assert to_prompt_completion(DataConfig(), row) is None
+
+
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_chat_llama"])
+def test_a_question_is_asked_in_the_tokens_that_training_showed(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
+    from datasets import Dataset
+
+    tokenizer = load_tokenizer(request.getfixturevalue(kind))
+    tokenized = tokenize(Dataset.from_list(ROWS[:1]), tokenizer, DataConfig(), 512)
+    row = tokenized.dataset[0]
+    shown = row["input_ids"][: row["completion_mask"].index(1)]
+    text = chat_prompt(tokenizer, ROWS[0]["instruction"])
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == shown
+
+
+def test_earlier_turns_are_in_the_prompt_also_without_a_template(
+    tiny_llama: Path,
+) -> None:
+    from datasets import Dataset
+
+    turns = [
+        turn("system", "Be brief."),
+        turn("user", "What is asthma?"),
+        turn("assistant", "A disorder."),
+        turn("user", "Of what?"),
+        turn("assistant", "Of the lungs."),
+    ]
+    tokenizer = load_tokenizer(tiny_llama)
+    rows = Dataset.from_list([{"messages": turns}])
+    ids = tokenize(rows, tokenizer, DataConfig(), 512).dataset[0]["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == (
+        "Be brief.\n\n### Instruction:\nWhat is asthma?\n\n### Response:\nA disorder."
+        "\n\n### Instruction:\nOf what?\n\n### Response:\nOf the lungs."
+    )

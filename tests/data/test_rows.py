@@ -1,0 +1,177 @@
+"""Loading, sharing and tokenising rows."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.config import DataConfig
+from fedllm.data.readers import read_rows
+from fedllm.data.rows import load_public, load_rows, own_rows
+from fedllm.errors import DataError
+from fedllm.evaluation.multiple_choice import load_questions
+from tests.helpers.rows import EMBEDDED, ROWS, write_jsonl
+
+# The embedded rows
+
+
+def test_the_embedded_splits_hold_the_rows_they_should() -> None:
+    config = DataConfig()
+    train = load_rows(config)
+    validation, test = load_public(config, "validation"), load_public(config, "test")
+    assert validation is not None
+    assert test is not None
+    assert (len(train), len(validation), len(test)) == (4863, 256, 266)
+    assert train.column_names == ["id", "site", "term", "instruction", "response"]
+    assert len(set(train["site"])) == 11
+    ids = [*train["id"], *validation["id"], *test["id"]]
+    assert len(set(ids)) == 5385
+
+
+def test_no_question_lies_in_two_of_the_embedded_splits() -> None:
+    config = DataConfig()
+    train = set(load_rows(config)["instruction"])
+    validation = set(load_public(config, "validation")["instruction"])  # type: ignore[index]
+    test = set(load_public(config, "test")["instruction"])  # type: ignore[index]
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+
+
+def test_every_embedded_file_fits_the_app_bundle_and_travels_in_it() -> None:
+    files = sorted(EMBEDDED.iterdir())
+    assert [file.name for file in files] == [
+        "LICENSE.md",
+        "choice.jsonl",
+        "test.jsonl",
+        "train-0.jsonl",
+        "train-1.jsonl",
+        "validation.jsonl",
+    ]
+    assert max(file.stat().st_size for file in files) < 1_000_000
+    licence = (EMBEDDED / "LICENSE.md").read_text(encoding="utf-8")
+    assert "WordNet 3.0 Copyright 2006 by Princeton University" in licence
+    assert "Permission to use, copy, modify and distribute" in licence
+
+
+def test_own_data_has_no_public_rows_unless_it_names_them(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "own.jsonl", ROWS)
+    own = DataConfig(name=str(path))
+    assert load_public(own, "validation") is None
+    assert load_public(own, "test") is None
+    declared = DataConfig(name=str(path), public_test=str(path))
+    assert load_public(declared, "validation") is None
+    assert len(load_public(declared, "test")) == 3  # type: ignore[arg-type]
+
+
+def test_a_named_public_file_wins_over_the_embedded_rows(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "own.jsonl", ROWS)
+    rows = load_public(DataConfig(public_validation=str(path)), "validation")
+    assert rows is not None
+    assert rows["n"][:] == [1, 2, 3]
+
+
+def test_a_clients_own_file_stands_in_for_the_named_data_set(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "own.jsonl", ROWS)
+    assert len(load_rows(DataConfig(), str(path))) == 3
+
+
+@pytest.mark.parametrize("name", ["/no/such/rows", "./rows", "~/no-such", "rows.csv"])
+def test_a_missing_path_is_not_taken_for_a_hub_id(name: str) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        load_rows(DataConfig(name=name))
+
+
+# The hub
+
+
+def fail_with(error: Exception) -> Callable[..., Any]:
+    def load_dataset(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return load_dataset
+
+
+def test_a_hub_out_of_reach_is_one_line_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import datasets
+
+    error = ConnectionError("Couldn't reach 'owner/rows'\non the Hub")
+    monkeypatch.setattr(datasets, "load_dataset", fail_with(error))
+    with pytest.raises(DataError, match="hub is out of reach: name a local") as caught:
+        load_rows(DataConfig(name="owner/rows"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_that_the_hub_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    error = datasets.exceptions.DatasetNotFoundError(
+        "Dataset 'owner/rows' doesn't exist"
+    )
+    monkeypatch.setattr(datasets, "load_dataset", fail_with(error))
+    with pytest.raises(DataError, match="the hub has no such data set"):
+        load_rows(DataConfig(name="owner/rows"))
+
+
+def test_a_hub_data_set_is_asked_for_by_name_and_split_and_cached_in_our_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import datasets
+
+    asked = {}
+
+    def load_dataset(name: str, **options: Any) -> Any:
+        asked.update(options, name=name)
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = DataConfig(name="owner/rows", split="validation")
+    assert len(load_rows(config)) == 3
+    folder = str(tmp_path / "datasets")
+    assert asked == {"name": "owner/rows", "split": "validation", "cache_dir": folder}
+
+
+def test_each_question_of_the_choice_file_asks_for_a_test_row() -> None:
+    questions = load_questions(EMBEDDED / "choice.jsonl")
+    rows = {row["instruction"]: row for row in read_rows(EMBEDDED / "test.jsonl")}
+    assert len({row["question"] for row in questions}) == len(questions) == 100
+    for row in questions:
+        assert len(set(row["options"])) == 4
+        right = [
+            rows[row["question"]]["response"].startswith(o) for o in row["options"]
+        ]
+        assert right.index(True) == row["answer"] and sum(right) == 1
+
+
+def test_held_out_rows_are_a_fixed_share_and_copies_of_a_row_lie_on_one_side():
+    from datasets import Dataset
+
+    config = DataConfig(held_out_fraction=0.25)
+    rows = [{"instruction": f"q{i}", "response": "a"} for i in range(1000)]
+    twice = Dataset.from_list([*rows, *rows[::-1]])
+
+    def texts(data: Any, seed: int, held_out: bool) -> list[str]:
+        return list(own_rows(config, data, seed, held_out)["instruction"])
+
+    train, held = texts(twice, 1, False), texts(twice, 1, True)
+    assert not set(train) & set(held)
+    assert len(train) + len(held) == 2000
+    # 250 of 1,000 coins: 5 standard deviations are 69.
+    assert 181 < len(set(held)) < 319
+    assert set(texts(Dataset.from_list(rows[:500]), 1, True)) == set(held) & {
+        f"q{i}" for i in range(500)
+    }
+    assert set(texts(twice, 2, True)) != set(held)
+
+
+def test_without_a_share_every_row_is_trained_on():
+    from datasets import Dataset
+
+    rows = Dataset.from_list(ROWS)
+
+    assert own_rows(DataConfig(), rows, 1, held_out=False)["n"][:] == [1, 2, 3]
+    assert len(own_rows(DataConfig(), rows, 1, held_out=True)) == 0

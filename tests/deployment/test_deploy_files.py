@@ -1,0 +1,109 @@
+"""What deploy/ promises: who may read which key, and which port the network sees."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+SERVICES = COMPOSE["services"]
+NODES = ("node-1", "node-2", "node-3")
+
+
+def manifests(name: str) -> dict:
+    documents = yaml.safe_load_all((DEPLOY / "kubernetes" / name).read_text())
+    return {document["kind"]: document for document in documents}
+
+
+def containers(name: str) -> dict:
+    pod = manifests(name)["Deployment"]["spec"]["template"]["spec"]
+    return {container["name"]: container for container in pod["containers"]}
+
+
+def mounted(service: str) -> dict[str, str]:
+    """Return what a service sees: path inside -> path under the federation's folder."""
+    pairs = [volume.split(":") for volume in SERVICES[service]["volumes"]]
+    text = [
+        ":".join(pair).replace("${FEDERATION:?}", "${FEDERATION}") for pair in pairs
+    ]
+    return {line.split(":")[1]: line.split(":")[0] for line in text}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_every_service_is_bounded_unprivileged_and_watched(service):
+    told = SERVICES[service]
+    assert told["user"] == "${FEDLLM_UID:-1000}"
+    assert told["read_only"] is True
+    assert told["cap_drop"] == ["ALL"]
+    assert told["security_opt"] == ["no-new-privileges:true"]
+    assert {"cpus", "memory"} <= set(told["deploy"]["resources"]["limits"])
+    assert told["healthcheck"]["test"][0] == "CMD"
+    # A pinned image of others, or one of ours.
+    assert re.fullmatch(r"fedllm-(server|client)|\w+:\d+\.\d+\.\d+-\w+", told["image"])
+
+
+def test_each_node_has_its_own_key_data_and_state_and_nobody_the_cas():
+    keys = {node: mounted(node)["/keys/node"] for node in NODES}
+    assert keys == {node: f"${{FEDERATION}}/keys/nodes/{node}" for node in NODES}
+    for node in NODES:
+        assert mounted(node)["/data/rows.jsonl"].endswith(f"/data/{node}.jsonl")
+        assert mounted(node)["/state"] == f"${{FEDERATION}}/{node}"
+        assert set(mounted(node)) == {
+            "/keys/ca.crt", "/keys/node", "/data/rows.jsonl", "/state", "/state/models",
+        }  # fmt: skip
+    for service in SERVICES:
+        for path in mounted(service).values():
+            assert not path.endswith("ca.key")
+            private = re.search(r"/keys/nodes/[^.]+$", path)
+            assert not private or service in NODES
+
+
+def test_the_network_sees_the_gate_alone():
+    assert [s for s in SERVICES if "ports" in SERVICES[s]] == ["superlink"]
+    assert SERVICES["superlink"]["ports"] == ["${FEDLLM_GATE_PORT:-9192}:9192"]
+    assert SERVICES["gate"]["network_mode"] == "service:superlink"
+    service, policy = (
+        manifests("server.yaml")[k] for k in ("Service", "NetworkPolicy")
+    )
+    assert [p["port"] for p in service["spec"]["ports"]] == [9192]
+    (rule,) = policy["spec"]["ingress"]
+    assert [p["port"] for p in rule["ports"]] == [9192]
+    commands = [" ".join(service["command"]) for service in SERVICES.values()]
+    commands += [" ".join(c["args"]) for c in containers("node.yaml").values()]
+    assert not any("--host" in c or "--insecure" in c for c in commands)
+
+
+def test_kubernetes_types_what_compose_types():
+    server, node = containers("server.yaml"), containers("node.yaml")
+    assert server["superlink"]["args"] == SERVICES["superlink"]["command"]
+    assert server["gate"]["command"] == SERVICES["gate"]["command"]
+    assert node["supernode"]["args"] == SERVICES["node-1"]["command"]
+    for container in (*server.values(), *node.values()):
+        assert {"cpu", "memory"} <= set(container["resources"]["limits"])
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert "livenessProbe" in container or "readinessProbe" in container
+    images = {service["image"] for service in SERVICES.values()}
+    assert {c["image"] for c in (*server.values(), *node.values())} == images
+
+
+def test_the_images_are_pinned_and_not_root():
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    bases = re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
+    assert [b for b in bases if b != "base"] == [bases[0]]
+    assert re.search(r":\d+\.\d+\.\d+-slim-\w+$", bases[0])
+    assert "USER 10001:10001" in dockerfile.partition("AS server")[0]
+    assert "--constraint deploy/constraints.txt" in dockerfile
+
+    pinned = dict(
+        re.findall(r"^([\w.-]+)==(\S+)", (DEPLOY / "constraints.txt").read_text(), re.M)
+    )
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]
+    for wanted in project["dependencies"]:
+        name, exact = re.match(r"([\w-]+)(?:\[\w+\])?(?:==(\S+))?", wanted).groups()
+        assert (
+            name in pinned
+        ), f"{name}: benchmarks/dependency_ranges.py writes the file"
+        assert exact in (None, pinned[name])

@@ -1,0 +1,38 @@
+"""What tests of a client ask it, and how they read its reply."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flwr.app import Message
+
+from fedllm.wire.messages import ARRAYS, ERROR, METRICS, read_reply
+
+Answer = Callable[..., Message]
+NODE = {"partition-id": 0, "num-partitions": 2}
+WITHOUT_DP = {"privacy.unit": "none"}
+
+
+def code_of(reply: Message) -> str:
+    assert set(reply.content) == {ERROR}
+    return str(reply.content.config_records[ERROR]["code"])
+
+
+def text_of(reply: Message) -> str:
+    return str(reply.content.config_records[ERROR].get("text", ""))
+
+
+def values(reply: Message, arrays: dict[str, Any]) -> dict[str, Any]:
+    read = read_reply(reply, {name: a.shape for name, a in arrays.items()})
+    assert read.code is None
+    return dict(read.arrays or {})
+
+
+RECORD = {"privacy.unit": "record", "privacy.delta": 1e-5}
+FLOORS = {"privacy-unit": "record", "max-epsilon": 4.0, "delta": 1e-5}
+
+
+def epsilon_of(reply: Message) -> float:
+    assert set(reply.content) == {ARRAYS, METRICS}
+    metrics = dict(reply.content.metric_records[METRICS])
+    assert set(metrics) == {"epsilon"}
+    return float(metrics["epsilon"])  # type: ignore[arg-type]

@@ -1,0 +1,187 @@
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedllm.errors import ModelError
+from fedllm.models import builtin, loading
+from fedllm.models.loading import load_base, load_tokenizer, locate
+from tests.helpers.passes import _logits
+
+
+def test_a_local_folder_is_found_by_its_absolute_path(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_llama.parent)
+
+    assert locate(tiny_llama.name, tmp_path) == str(tiny_llama.resolve())
+    assert locate(f"./{tiny_llama.name}", tmp_path) == str(tiny_llama.resolve())
+
+
+def test_the_built_in_model_is_found_in_the_home_folder(tmp_path: Path) -> None:
+    (tmp_path / "models" / loading.BUILT_IN).mkdir(parents=True)
+
+    assert locate(loading.BUILT_IN, tmp_path) == str(
+        tmp_path / "models/smollm2-135m-instruct"
+    )
+
+
+def test_a_hub_id_stays_as_it_is(tmp_path: Path) -> None:
+    assert locate("openlm-research/open_llama_3b_v2", tmp_path) == (
+        "openlm-research/open_llama_3b_v2"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["/no/such", "./no", "~/no-such", "a/b/c", "a b", "a:b"]
+)
+def test_a_path_that_does_not_exist_is_no_hub_id(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is not a folder on this machine"):
+        locate(name, tmp_path)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has no config"):
+        locate(str(tmp_path), tmp_path)
+
+
+def test_the_tokenizer_pads_with_the_end_of_text_where_it_has_no_padding(
+    tiny_llama: Path,
+) -> None:
+    tokenizer: Any = load_tokenizer(str(tiny_llama))
+
+    assert tokenizer.chat_template is None
+    assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
+    assert tokenizer.padding_side == "right"
+    text = "What is a vaccine? Ünknown letters too."
+    assert tokenizer.decode(tokenizer(text)["input_ids"][1:]) == text
+
+
+def test_a_chat_template_survives_saving(tiny_chat_llama: Path, tmp_path: Path) -> None:
+    load_tokenizer(str(tiny_chat_llama)).save_pretrained(tmp_path)
+
+    prompt = load_tokenizer(str(tmp_path)).apply_chat_template(
+        [{"role": "user", "content": "Hello"}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+
+    assert prompt == "<|user|>\nHello</s>\n<|assistant|>\n"
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(own_llama: Path) -> None:
+    file = own_llama / "tokenizer_config.json"
+    file.write_text(file.read_text().replace('"</s>"', "null"))
+
+    with pytest.raises(ModelError, match="eos_token"):
+        load_tokenizer(str(own_llama))
+
+
+@pytest.mark.parametrize("quantization", [0, 4, 8])
+def test_the_base_is_frozen_and_carries_the_name_of_the_model(
+    tiny_llama: Path, tmp_path: Path, quantization: int
+) -> None:
+    for _ in range(2):
+        model: Any = load_base(str(tiny_llama), quantization, tmp_path, "cpu")
+
+        assert not any(p.requires_grad for p in model.parameters())
+        assert not model.training
+        assert model.config.use_cache is False
+        assert model.name_or_path == model.config._name_or_path == str(tiny_llama)
+        assert model.dtype == loading.compute_dtype("cpu")
+
+
+@pytest.mark.parametrize("quantization", [4, 8])
+def test_a_second_load_takes_the_quantised_weights_from_disk(
+    tiny_llama: Path,
+    tmp_path: Path,
+    quantization: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "fedllm.models.loading")
+    first = load_base(str(tiny_llama), quantization, tmp_path, "cpu")
+    said = len(caplog.records)
+
+    second = load_base(str(tiny_llama), quantization, tmp_path, "cpu")
+
+    assert said == len(caplog.records) == 1
+    assert torch.equal(_logits(first), _logits(second))
+    plain = load_base(str(tiny_llama), 0, tmp_path, "cpu")
+    assert not torch.equal(_logits(first), _logits(plain))
+
+
+def test_a_changed_model_is_quantised_anew(own_llama: Path, tmp_path: Path) -> None:
+    before = _logits(load_base(str(own_llama), 4, tmp_path, "cpu"))
+    changed = AutoModelForCausalLM.from_pretrained(own_llama)
+    changed.model.layers[0].mlp.up_proj.weight.data.mul_(3)
+    changed.save_pretrained(own_llama)
+
+    assert not torch.equal(
+        before, _logits(load_base(str(own_llama), 4, tmp_path, "cpu"))
+    )
+
+
+def test_a_full_disk_costs_the_cache_and_not_the_run(
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from transformers import PreTrainedModel
+
+    def save_pretrained(*_: object, **__: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    expected = _logits(load_base(str(tiny_llama), 4, tmp_path / "roomy", "cpu"))
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_pretrained)
+
+    model = load_base(str(tiny_llama), 4, tmp_path, "cpu")
+
+    assert torch.equal(_logits(model), expected)
+    assert "no space left" in caplog.text
+    cache = tmp_path / "models/quantised"
+    assert [path for path in cache.iterdir() if path.is_dir()] == []
+
+
+def test_a_home_that_cannot_be_written_to_costs_the_cache_and_not_the_run(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "home").write_text("a file where the folder should be")
+
+    load_base(str(tiny_llama), 4, tmp_path / "home", "cpu")
+
+    assert "cannot be kept" in caplog.text
+
+
+def test_cpus_compute_in_bfloat16_only_where_they_multiply_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for features, dtype in [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx2": True, "avx512_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda f=features: f)
+        assert loading.compute_dtype("cpu") == dtype
+
+
+def test_what_is_loaded_from_bfloat16_files_gives_the_logits_that_were_saved(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    saved = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    saved.save_pretrained(tmp_path / "saved")
+
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype=torch.bfloat16
+    )
+
+    assert torch.equal(_logits(saved), _logits(loaded))
+
+
+def test_the_built_in_name_is_the_one_that_is_fetched() -> None:
+    assert loading.BUILT_IN == builtin.NAME == "smollm2-135m-instruct"

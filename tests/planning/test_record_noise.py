@@ -1,0 +1,41 @@
+"""The noise of a client of records."""
+
+import pytest
+from dp_accounting import (
+    GaussianDpEvent,
+    NeighboringRelation,
+    PoissonSampledDpEvent,
+    SelfComposedDpEvent,
+)
+from dp_accounting.pld import PLDAccountant
+
+from fedllm.commands import plan
+from tests.helpers.plans import planned, told
+
+
+def test_a_client_of_records_is_planned_for_by_dp_accountings_numbers(capsys):
+    typed = ("--run-config", "configs/record-level.toml", "--records", "486")
+    found = planned(capsys, *typed)
+
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
+    noise = GaussianDpEvent(found["noise_multiplier"])
+    event = PoissonSampledDpEvent(32 / 486, noise)
+    accountant.compose(SelfComposedDpEvent(event, 5 * 2))
+    assert found["epsilon"] == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-3)
+    assert 7.9 < found["epsilon"] <= 8.0
+    assert "noise multiplier 0.5" in told(capsys, *typed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ((), "--records: is needed"),
+        (("--records", "31"), "this client has 31"),
+        (("--records", "486", "--probe"), "--probe and --plot are for"),
+    ],
+)
+def test_a_plan_for_records_that_cannot_be_made_is_one_line(capsys, flags, told):
+    with pytest.raises(SystemExit) as caught:
+        plan.main(["--run-config", "configs/record-level.toml", *flags])
+
+    assert told in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,3 @@
+from tests.helpers.federations import settings
+
+__all__ = ["settings"]

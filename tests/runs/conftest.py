@@ -1,0 +1,3 @@
+from tests.helpers.federations import quick, settings
+
+__all__ = ["quick", "settings"]

@@ -1,0 +1,35 @@
+"""What a run logs of its result and its privacy."""
+
+import json
+import logging
+
+from tests.helpers.federations import start
+
+
+def test_a_model_that_got_worse_is_not_recommended(settings, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    federation, _ = start(settings)
+    # The random model's loss moves either way: stand in for one that gets worse.
+    losses = iter([3.0, 3.05, 3.2, 3.1])
+    monkeypatch.setattr(federation.public, "validation_loss", lambda _: next(losses))
+    result = federation.run()
+
+    assert result["recommended"] == "base"
+    assert result["test_loss_after"] == result["test_loss_before"]
+    assert "no round beat the base" in caplog.text
+    assert not (federation.directory.path / "peft_best").exists()
+
+
+def test_an_unprotected_setting_says_what_it_is_worth(settings, caplog):
+    caplog.set_level(logging.INFO)
+    weak = {
+        **settings,
+        "privacy.target-epsilon": 0.0,
+        "privacy.noise-multiplier": 0.02,
+    }
+    federation, _ = start(weak)
+    federation.run()
+
+    told = json.loads((federation.directory.path / "privacy.json").read_text())
+    assert told["strength"] == "none to speak of"
+    assert "no protection to speak of" in caplog.text
