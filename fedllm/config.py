@@ -230,8 +230,9 @@ class PrivacyConfig:
     """Stop before a round would pass this (`record`: in all runs); 0.0: not set."""
     noise_probe: Flag = True
     """Measure before round 1 what noise alone does to the loss on public rows."""
-    on_destructive_noise: Literal["warn", "refuse"] = "warn"
-    """What to do where noise alone raises the loss by more than 0.1."""
+    on_destructive_noise: Literal["warn", "refuse"] = "refuse"
+    """What to do if noise alone raises the loss by more than 0.1: stop before round 1, or
+    log a warning."""
 
 
 @dataclass(frozen=True, config=_SECTION)
@@ -281,6 +282,14 @@ class RunConfig:
     wire: WireConfig = field(default_factory=WireConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
+
+    @property
+    def cohorts_may_be_empty(self) -> bool:
+        """Whether a round without a usable update is a release all the same.
+
+        A client-level round of Poisson sampling may have drawn nobody.
+        """
+        return self.strategy.sampling == "poisson" and self.privacy.unit != "record"
 
     @property
     def cohorts_are_secret(self) -> bool:

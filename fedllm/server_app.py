@@ -16,9 +16,9 @@ def main(grid: Grid, context: Context) -> None:
     show_log()
     try:
         config = parse_run_config(context.run_config)
-        from fedllm.server.federation import Federation
+        from fedllm.server.startup import set_up
 
-        Federation(config, grid, context.run_id).run()
+        set_up(config, grid, context.run_id).run()
     except FedllmError as error:
         one_line_failure(error)
         raise

@@ -126,7 +126,7 @@ class Bench:
             ClientLevelDP, make(config, dict(self.start), self.population, self.ledger)
         )
         if silent:
-            self.strategy._generator = ZeroNoise()
+            self.strategy.generator = ZeroNoise()
         self._recorder = _Recorder(self.strategy.strategy.optimizer, self._path)
         self.strategy.strategy.optimizer = cast(ServerOptimizer, self._recorder)
         self.records: list[ArrayRecord] = []

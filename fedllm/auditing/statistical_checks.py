@@ -63,7 +63,7 @@ def fresh_noise(setup: Setup) -> Finding:
     noise = []
     for _ in range(2):
         with setup.bench(setup.dimension) as bench, _seeded():
-            kind = type(bench.strategy._generator)
+            kind = type(bench.strategy.generator)
             if kind is not SecureGenerator:
                 return False, f"the noise comes from {kind.__name__}"
             noise.append(bench.release(1, []))

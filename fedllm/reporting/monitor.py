@@ -3,12 +3,12 @@
 Nothing here may end a run: what goes wrong is said in one line, and the run goes on.
 """
 
-import functools
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from fedllm.reporting.report import write_report
 from fedllm.reporting.trackers import (
@@ -22,7 +22,6 @@ from fedllm.runs.state import RunState
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 # The page is drawn again after a round unless that would take more of a run's time.
 _LARGEST_SHARE = 0.05
@@ -85,6 +84,15 @@ class RunMonitor:
             _harmless(lambda: state.fail(reason), "its state")
         self._close()
 
+    @contextlib.contextmanager
+    def showing_failure(self) -> Iterator[None]:
+        """Show an error that leaves the block as what stopped the run."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+            raise
+
     def _track(self, line: Mapping[str, Any]) -> None:
         if (tracker := self._tracker) is not None:
             _harmless(
@@ -98,22 +106,6 @@ class RunMonitor:
         if self._tracker is not None:
             _harmless(self._tracker.close, "the tracker")
         write_report(self._folder)
-
-
-def noting_failure(function: _F) -> _F:
-    """Make a method show its failure on `self.watch`, where there is one by then."""
-
-    @functools.wraps(function)
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(self, *args, **kwargs)
-        except Exception as error:
-            watch: RunMonitor | None = getattr(self, "watch", None)
-            if watch is not None:
-                watch.fail(error)
-            raise
-
-    return cast(_F, noted)
 
 
 def _harmless(act: Callable[[], _T], what: str) -> _T | None:

@@ -103,8 +103,8 @@ class State:
             )
         return max([self.server_round, *releases]) + 1
 
-    def say(self, next_round: int, num_rounds: int) -> None:
-        """Say where the run goes on, and which rounds were paid for and lost.
+    def log_resumed(self, next_round: int, num_rounds: int) -> None:
+        """Log where the run resumes, and which rounds were paid for and lost.
 
         Raises:
             FederationError: No round is left, and none was finished.

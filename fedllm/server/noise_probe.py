@@ -1,7 +1,8 @@
-"""What a run promises before round 1, and what its noise alone would do."""
+"""What the noise of a run does to the model by itself, measured before round 1."""
 
 import logging
 
+from fedllm.config import RunConfig
 from fedllm.errors import PrivacyError
 from fedllm.evaluation.public_rows import PublicRows
 from fedllm.planning.advice import ledger_advice
@@ -10,40 +11,47 @@ from fedllm.strategy.client_level_dp import ClientLevelDP
 logger = logging.getLogger(__name__)
 
 DESTRUCTIVE = 0.1
-"""Rise of the loss by noise alone, in nats per token, from which a run warns."""
+"""Rise of the loss by noise alone, in nats per token, above which noise is destructive."""
 
 
-def measure_noise_alone(
-    strategy: ClientLevelDP, public: PublicRows, before: float
+def require_harmless_noise(
+    config: RunConfig, strategy: ClientLevelDP, public: PublicRows, before: float
 ) -> None:
-    """Measure what noise alone does to the loss, and warn or refuse.
+    """Measure what noise alone does to the loss, and warn or raise if it is destructive.
 
     Args:
+        config: The run config; `privacy.noise-probe=false` measures nothing.
         strategy: Makes the noise of all rounds, through the real server update.
         public: Scores it on public validation rows.
-        before: Loss of the untuned model on the same rows.
+        before: Loss of the untuned model on the same rows, nats per token.
 
     Raises:
-        PrivacyError: It does harm and `privacy.on-destructive-noise` is `refuse`.
+        PrivacyError: Noise is destructive and `privacy.on-destructive-noise` is
+            `refuse`.
     """
+    if not config.privacy.noise_probe:
+        return
     after = public.validation_loss(strategy.noise_alone())
     if after is None:
         return
     strategy.ledger.note_probe({"before": before, "noise_alone": after})
-    harm = after - before
+    rise = after - before
     logger.info(
         "noise alone moves the validation loss from %.3f to %.3f: %s",
         before,
         after,
-        "harmless" if harm <= DESTRUCTIVE else "destructive",
+        "harmless" if rise <= DESTRUCTIVE else "destructive",
     )
-    if harm <= DESTRUCTIVE:
+    if rise <= DESTRUCTIVE:
         return
-    helps = "; ".join(ledger_advice(strategy.ledger))
-    config = strategy.strategy.config
     if config.privacy.on_destructive_noise == "refuse":
+        clients = strategy.ledger.settings.population_size
         raise PrivacyError(
-            f"noise alone raises the validation loss by {harm:.2f}, and "
-            f"privacy.on-destructive-noise is 'refuse'. What helps: {helps}"
+            f"privacy.on-destructive-noise: noise alone raises the validation loss by "
+            f"{rise:.2f}, too much for {clients} clients, so the run stops before round "
+            "1: choose privacy.unit='record' (--run-config configs/record-level.toml), "
+            "or more clients: fedllm simulate --num-supernodes 20; "
+            "privacy.on-destructive-noise='warn' trains all the same"
         )
-    logger.warning("noise alone does harm. What helps: %s", helps)
+    advice = "; ".join(ledger_advice(strategy.ledger))
+    logger.warning("noise alone is destructive. What helps: %s", advice)

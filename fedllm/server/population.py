@@ -11,6 +11,9 @@ from fedllm.errors import FederationError
 
 logger = logging.getLogger(__name__)
 
+LEAST_CLIENTS = 2
+"""A federation of one client would be that client's own training."""
+
 
 def replace_departed(
     population: Sequence[int], connected: Collection[int]
@@ -26,7 +29,10 @@ def replace_departed(
 
 
 def wait_for_clients(
-    grid: Grid, config: RunConfig, known: Sequence[int] = ()
+    grid: Grid,
+    config: RunConfig,
+    known: Sequence[int] = (),
+    least_clients: int = LEAST_CLIENTS,
 ) -> list[int]:
     """Wait until enough clients are connected and return their node ids.
 
@@ -34,30 +40,31 @@ def wait_for_clients(
         grid: Flower's way to the clients.
         config: The run config.
         known: Clients of a run that is resumed: as many must be there again.
+        least_clients: Fewest clients that a run may have.
 
     Raises:
-        FederationError: They are too few when the time is up.
+        FederationError: Too few are connected when the time is up.
     """
     wanted = len(known) or config.strategy.num_clients
+    least = max(wanted, least_clients)
     deadline = time.monotonic() + config.strategy.wait_for_clients
-    told = False
+    logged = False
     while True:
         nodes = sorted(grid.get_node_ids())
         if known and len(nodes) >= wanted:
             return replace_departed(known, nodes)
-        if len(nodes) >= max(wanted, 2):
+        if len(nodes) >= least:
             # More than were asked for: the first by id, which Flower draws at random.
             return nodes[:wanted] if wanted else nodes
         if time.monotonic() > deadline:
             raise FederationError(
-                f"strategy.num-clients: {max(wanted, 2)} clients are asked for, but "
+                f"strategy.num-clients: {least} clients are asked for, but "
                 f"{len(nodes)} are connected after {config.strategy.wait_for_clients:g} "
                 "s; start more SuperNodes (in simulation add --federation-config "
-                f'"num-supernodes={max(wanted, 2)}"), or lower strategy.num-clients '
+                f'"num-supernodes={least}"), or lower strategy.num-clients '
                 "(0 takes those that are there)"
             )
-        if not told:
-            count = max(wanted, 2)
-            logger.info("waiting for clients: %d of %d connected", len(nodes), count)
-            told = True
+        if not logged:
+            logger.info("waiting for clients: %d of %d connected", len(nodes), least)
+            logged = True
         time.sleep(0.5)

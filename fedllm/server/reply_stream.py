@@ -1,4 +1,4 @@
-"""Waiting for clients, and for their replies, one at a time."""
+"""The replies of a round, one at a time, as they arrive."""
 
 import logging
 import os
@@ -85,15 +85,12 @@ class ReplyStream:
         self._fetching: dict[str, _Fetch] = {}
         self._asked = len(messages)
         self._title: str | None = None
-        self._may_count = True
         self.seconds = 0.0
         """Seconds spent waiting for clients, as opposed to aggregating."""
 
-    def describe(self, server_round: int, num_rounds: int, may_count: bool) -> None:
-        """Report progress under this title; not at all where counts are secret."""
-        self._may_count = may_count
-        if may_count:
-            self._title = f"round {server_round}/{num_rounds}"
+    def show_progress(self, server_round: int, num_rounds: int) -> None:
+        """Log how many clients have answered; not for cohorts that are secret."""
+        self._title = f"round {server_round}/{num_rounds}"
 
     def _send(self) -> None:
         """Send as many messages as may be without a reply."""

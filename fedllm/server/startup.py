@@ -1,3 +1,189 @@
 """Start or resume a run: returns a ready federation."""
 
-PACKAGES = ("flwr", "torch", "transformers", "peft", "trl", "bitsandbytes")
+import logging
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from flwr.serverapp import Grid
+
+from fedllm.adapters.peft_model import initial_arrays
+from fedllm.adapters.resolve import adapter_spec
+from fedllm.adapters.spec import AdapterSpec
+from fedllm.config import RunConfig, fedllm_home, flat
+from fedllm.evaluation.public_rows import PublicRows
+from fedllm.planning.adapter_choice import choose_adapter, with_choice
+from fedllm.reporting.monitor import RunMonitor
+from fedllm.reporting.trackers import require_tracker
+from fedllm.runs.directory import CONFIG_FILE, RunDirectory
+from fedllm.runs.resume import Resumed, open_run
+from fedllm.server.federation import Federation
+from fedllm.server.population import LEAST_CLIENTS, wait_for_clients
+from fedllm.server.privacy_account import PrivacyAccount, open_account
+from fedllm.server.saving import BestRound, Progress, RunIdentity, RunSaver
+from fedllm.strategy.build import make_strategy
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("flwr", "torch", "transformers", "peft", "trl", "bitsandbytes")
+
+
+def set_up(
+    config: RunConfig, grid: Grid, run_id: int, least_clients: int = LEAST_CLIENTS
+) -> Federation:
+    """Start a new run, or open the one that `resume.from` names.
+
+    Args:
+        config: The run config.
+        grid: Flower's way to the clients.
+        run_id: Flower's id of the run.
+        least_clients: Fewest clients that a run may have.
+
+    Returns:
+        The federation, whose folder is locked until its `run` ends.
+
+    Raises:
+        ConfigError: A setting does not fit the model, the run that is resumed, or the
+            installed packages.
+        FederationError: Too few clients connected in time, or the run to be resumed
+            cannot be.
+        ModelError: The base model cannot be had.
+        PrivacyError: The account of the run that is resumed cannot be trusted.
+    """
+    require_tracker(config.output.tracker)
+    home = fedllm_home()
+    resumed = open_run(config, home) if config.resume.from_ else None
+    if resumed is not None:
+        config, directory = resumed.config, resumed.directory
+        run_id = resumed.checkpoint.state.run_id
+    else:
+        directory = RunDirectory.create(home, run_id)
+        directory.lock()
+    try:
+        logger.info("run folder: %s", directory.path)
+        monitor = RunMonitor(
+            directory.path, config.output.tracker, config.cohorts_are_secret
+        )
+        with monitor.showing_failure():
+            return _assemble(
+                config, grid, run_id, least_clients, directory, monitor, resumed
+            )
+    except BaseException:
+        directory.unlock()
+        raise
+
+
+def _assemble(
+    config: RunConfig,
+    grid: Grid,
+    run_id: int,
+    least_clients: int,
+    directory: RunDirectory,
+    monitor: RunMonitor,
+    resumed: Resumed | None,
+) -> Federation:
+    """Find the model and the clients, and build what the rounds need."""
+    from fedllm.models.loading import fingerprint, load_config, locate
+
+    home = fedllm_home()
+    base_name = locate(config.model.name, home)
+    model_config = load_config(base_name)
+    if config.adapter.kind != "auto":
+        # An adapter that does not fit fails before anybody is waited for.
+        adapter_spec(config.adapter, model_config, config.seed)
+    known = resumed.checkpoint.state.population if resumed else []
+    population = wait_for_clients(grid, config, known, least_clients)
+    config = _with_adapter_kind(config, len(population))
+    spec = adapter_spec(config.adapter, model_config, config.seed)
+    identity = RunIdentity(run_id, base_name, fingerprint(base_name))
+    if resumed is not None:
+        resumed.checkpoint.state.check_model(identity.fingerprint, spec)
+    account = open_account(
+        config,
+        directory,
+        len(population),
+        spec.num_trainable,
+        resumed=resumed is not None,
+    )
+    progress = _progress_of(resumed, account, config) if resumed else None
+    if progress is None:
+        progress = Progress(initial_arrays(spec))
+    strategy = make_strategy(config, progress.arrays, population, account.ledger)
+    saver = RunSaver(directory, config, identity, spec)
+    if resumed is not None:
+        strategy.averaging.optimizer.restore(resumed.checkpoint.moments)
+        saver.restore_folder(progress, len(population))
+    else:
+        directory.write_json(
+            CONFIG_FILE, _resolved(config, len(population), base_name, spec)
+        )
+    return Federation(
+        config=config,
+        grid=grid,
+        run_id=run_id,
+        resumed=resumed is not None,
+        population=population,
+        spec=spec,
+        directory=directory,
+        public=PublicRows(config, base_name, spec, home),
+        account=account,
+        strategy=strategy,
+        saver=saver,
+        monitor=monitor,
+        progress=progress,
+    )
+
+
+def _with_adapter_kind(config: RunConfig, num_clients: int) -> RunConfig:
+    """Resolve `adapter.kind="auto"` for this many clients, and log the choice."""
+    if config.adapter.kind != "auto":
+        return config
+    choice = choose_adapter(config, num_clients)
+    logger.info("adapter.kind auto: %s; %s", choice.kind, choice.reason)
+    config = with_choice(config, choice)
+    if choice.measured is not None:
+        logger.info(
+            "adapter.kind auto: clipping norm %g and server learning rate %g to %g, as "
+            "measured with this kind",
+            config.privacy.clipping_norm,
+            config.strategy.server_learning_rate,
+            config.strategy.server_learning_rate_min,
+        )
+    return config
+
+
+def _progress_of(
+    resumed: Resumed, account: PrivacyAccount, config: RunConfig
+) -> Progress:
+    """Return where a checkpoint left a run, and log where it resumes.
+
+    Raises:
+        PrivacyError: The account lacks a round that the checkpoint has paid for.
+        FederationError: No round is left, and none was finished.
+    """
+    checkpoint, state = resumed.checkpoint, resumed.checkpoint.state
+    next_round = state.round_after(account.run, account.releases)
+    state.log_resumed(next_round, config.num_server_rounds)
+    progress = Progress(
+        checkpoint.arrays, next_round, state.server_round, state.trained
+    )
+    progress.failures.update(state.failures)
+    if state.best_round is not None and state.best_loss is not None:
+        progress.best = BestRound(state.best_round, state.best_loss, checkpoint.best)
+    return progress
+
+
+def _resolved(
+    config: RunConfig, num_clients: int, base_name: str, spec: AdapterSpec
+) -> dict[str, Any]:
+    """Return the content of config.json: every setting, and what it resolved to."""
+    return {
+        "run_config": flat(config),
+        "num_clients": num_clients,
+        "base": base_name,
+        "num_trainable": spec.num_trainable,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in _PACKAGES},
+        },
+    }

@@ -43,7 +43,12 @@ class ClientLevelDP(Strategy):
     def __init__(self, strategy: AdapterFedAvg, ledger: Ledger) -> None:
         self.strategy = strategy
         self.ledger = ledger
-        self._generator = SecureGenerator()
+        self.generator = SecureGenerator()
+
+    @property
+    def averaging(self) -> AdapterFedAvg:
+        """The wrapped strategy, which averages."""
+        return self.strategy
 
     @property
     def round(self) -> Round:
@@ -73,7 +78,7 @@ class ClientLevelDP(Strategy):
         """
         settings = self.ledger.settings
         clipping_norm = settings.clipping_norm
-        total = FixedPointSum(self.strategy._size, clipping_norm)
+        total = FixedPointSum(self.strategy.size, clipping_norm)
         for reply in self.strategy.read(replies):
             clipped = clipped_update(
                 reply.arrays, self.strategy.reference, clipping_norm
@@ -83,7 +88,7 @@ class ClientLevelDP(Strategy):
             else:
                 total.add(clipped.update)
         released = noised_sum(
-            total, settings.noise_multiplier, clipping_norm, self._generator
+            total, settings.noise_multiplier, clipping_norm, self.generator
         )
         self.ledger.spend(server_round)
         update = released / settings.num_sampled_clients
@@ -92,7 +97,7 @@ class ClientLevelDP(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask nobody: a loss on private rows would leave un-noised."""
+        """Return no message: a loss on private rows would leave without noise."""
         return []
 
     def aggregate_evaluate(
@@ -102,7 +107,7 @@ class ClientLevelDP(Strategy):
         return None
 
     def summary(self) -> None:
-        """Say nothing: the run says what it does before round 1."""
+        """Log nothing; the run logs its own summary."""
 
     def noise_alone(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return the adapter after all rounds if no client had any data.
@@ -115,12 +120,12 @@ class ClientLevelDP(Strategy):
         twin.optimizer = copy.deepcopy(self.strategy.optimizer)
         settings = self.ledger.settings
         for server_round in range(1, twin.config.num_server_rounds + 1):
-            empty = FixedPointSum(twin._size, settings.clipping_norm)
+            empty = FixedPointSum(twin.size, settings.clipping_norm)
             noise = noised_sum(
                 empty,
                 settings.noise_multiplier,
                 settings.clipping_norm,
-                self._generator,
+                self.generator,
             )
             twin.apply_update(server_round, noise / settings.num_sampled_clients)
         return twin.reference

@@ -1,4 +1,4 @@
-"""FedAvg over adapters, and the client-level differential privacy that wraps it.
+"""FedAvg over adapters.
 
 The composition is that of Flower's own wrappers: `ClientLevelDP(AdapterFedAvg(...))`.
 Replies are read one at a time and added to a fixed-point sum, so that neither memory
@@ -22,22 +22,25 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedllm.config import RunConfig
-from fedllm.privacy.mechanism import FixedPointSum, SecureGenerator, checked_update
-from fedllm.strategy.robust import robust_strategy
+from fedllm.privacy.mechanism import (
+    FixedPointSum,
+    SecureGenerator,
+    Vector,
+    checked_update,
+)
+from fedllm.strategy.cohort import choose_cohort, seeded_cohort
+from fedllm.strategy.robust import combine_robustly, validated_reply
 from fedllm.strategy.round_stats import Round
 from fedllm.strategy.server_optimizer import ServerOptimizer, cosine
 from fedllm.wire.messages import (
     ARRAYS,
     CONFIG,
-    METRICS,
     Reply,
     array_record,
     encoded_record,
     read_global,
     read_reply,
 )
-
-Vector = npt.NDArray[np.float64]
 
 # Without DP an update is bounded only by what the fixed-point sum can hold.
 _LARGEST_VALUE = 1024.0
@@ -72,12 +75,17 @@ class AdapterFedAvg(FedAvg):
         )
         self.round = Round()
         self.fraction_evaluate = config.strategy.fraction_evaluate
-        self._generator = SecureGenerator()
+        self.generator = SecureGenerator()
 
     @property
-    def num_sampled_clients(self) -> int:
-        """Number of clients in a round, where it is fixed."""
-        return self.config.strategy.num_sampled(len(self.population))
+    def averaging(self) -> "AdapterFedAvg":
+        """The strategy that averages: this one, with or without privacy around it."""
+        return self
+
+    @property
+    def size(self) -> int:
+        """Number d of trained values."""
+        return sum(array.size for array in self.reference.values())
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -94,7 +102,9 @@ class AdapterFedAvg(FedAvg):
         )
         sent = self._encoded(arrays, server_round)
         content = RecordDict({ARRAYS: sent, CONFIG: record})
-        cohort = self._cohort(server_round)
+        cohort = choose_cohort(
+            self.config, self.population, server_round, self.generator
+        )
         size = sum(len(array.data) for array in sent.values())
         self.round = Round(asked=len(cohort), bytes_down=size * len(cohort))
         return self._messages(content, cohort, MessageType.TRAIN, server_round)
@@ -105,7 +115,7 @@ class AdapterFedAvg(FedAvg):
         """Average the usable updates, weighted by examples; under DP each counts once."""
         if self.config.strategy.aggregator != "mean":
             return self._aggregate_robustly(server_round, replies)
-        total = FixedPointSum(self._size, _LARGEST_VALUE)
+        total = FixedPointSum(self.size, _LARGEST_VALUE)
         losses = 0.0
         for reply in self.read(replies):
             checked = checked_update(reply.arrays, self.reference, _LARGEST_VALUE)
@@ -147,7 +157,9 @@ class AdapterFedAvg(FedAvg):
         if count == 0:
             return []
         record = ConfigRecord({**dict(config.items()), "server-round": server_round})
-        chosen = self._draw(server_round + 2**31, count)
+        chosen = seeded_cohort(
+            self.config.seed, self.population, server_round + 2**31, count
+        )
         sent = self._encoded(arrays, server_round)
         content = RecordDict({ARRAYS: sent, CONFIG: record})
         return self._messages(content, chosen, MessageType.EVALUATE, server_round)
@@ -183,7 +195,7 @@ class AdapterFedAvg(FedAvg):
         )
 
     def summary(self) -> None:
-        """Say nothing: the run says what it does before round 1."""
+        """Log nothing; the run logs its own summary."""
 
     def read(self, replies: Iterable[Message]) -> Iterator[Reply]:
         """Decode replies one at a time, and count them; yield those with arrays.
@@ -248,10 +260,6 @@ class AdapterFedAvg(FedAvg):
     def _may_measure(self) -> bool:
         return self.config.privacy.unit == "none"
 
-    @property
-    def _size(self) -> int:
-        return sum(array.size for array in self.reference.values())
-
     def _server_learning_rate(self, server_round: int) -> float:
         strategy = self.config.strategy
         return cosine(
@@ -260,28 +268,6 @@ class AdapterFedAvg(FedAvg):
             server_round,
             self.config.num_server_rounds,
         )
-
-    def _cohort(self, server_round: int) -> list[int]:
-        """Choose who takes part in a round."""
-        strategy = self.config.strategy
-        if strategy.sampling == "all":
-            return self.population
-        if strategy.sampling == "poisson":
-            # Amplification rests on coins that nobody can predict.
-            size = len(self.population)
-            coins = self._generator.bernoulli(strategy.fraction_train, size)
-            return [n for n, coin in zip(self.population, coins, strict=True) if coin]
-        if self.config.privacy.unit != "none":
-            size, count = len(self.population), self.num_sampled_clients
-            chosen = self._generator.sample_without_replacement(size, count)
-            return [self.population[index] for index in sorted(chosen)]
-        return self._draw(server_round, self.num_sampled_clients)
-
-    def _draw(self, stream: int, count: int) -> list[int]:
-        """Draw clients reproducibly, for runs without privacy."""
-        generator = np.random.default_rng([self.config.seed, stream])
-        chosen = generator.choice(len(self.population), size=count, replace=False)
-        return [self.population[index] for index in sorted(chosen)]
 
     def _messages(
         self, content: RecordDict, nodes: list[int], kind: str, server_round: int
@@ -301,7 +287,7 @@ class AdapterFedAvg(FedAvg):
     def _aggregate_robustly(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Hand the validated replies to Flower's robust aggregator, all at once."""
+        """Combine the validated replies by a robust aggregator, all at once."""
         kept: list[Message] = []
         losses: list[float] = []
         messages: dict[int, Message] = {}
@@ -317,21 +303,15 @@ class AdapterFedAvg(FedAvg):
                 self.reject(reply, checked.reason or "malformed")
                 continue
             message = messages.pop(reply.node_id)
-            metrics = MetricRecord({"num-examples": self._num_examples(reply)})
-            arrays = array_record({k: (reply.arrays or {})[k] for k in self.shapes})
-            message.content = RecordDict({ARRAYS: arrays, METRICS: metrics})
-            kept.append(message)
+            arrays = {k: (reply.arrays or {})[k] for k in self.shapes}
+            kept.append(validated_reply(message, arrays, self._num_examples(reply)))
             losses.append(reply.train_loss or 0.0)
         if not kept:
             return None, None
-        robust = robust_strategy(self.config.strategy, len(kept))
-        combined, _ = robust.aggregate_train(server_round, kept)
-        if combined is None:
+        update = combine_robustly(
+            self.config.strategy, server_round, kept, self.reference
+        )
+        if update is None:
             return None, None
-        named = combined.to_numpy_ndarrays()
-        updates = [
-            np.asarray(value, np.float64).ravel() - self.reference[name].ravel()
-            for name, value in zip(combined, named, strict=True)
-        ]
-        arrays = self.apply_update(server_round, np.concatenate(updates))
-        return arrays, self._note_loss(float(np.mean(losses)))
+        record = self.apply_update(server_round, update)
+        return record, self._note_loss(float(np.mean(losses)))

@@ -20,7 +20,7 @@ class Altered(ClientLevelDP):
     def aggregate_train(self, server_round, replies):
         settings = self.ledger.settings
         z, clip = settings.noise_multiplier, settings.clipping_norm
-        total, count = np.zeros(self.strategy._size), 0
+        total, count = np.zeros(self.strategy.size), 0
         for reply in self.strategy.read(replies):
             update = self.clipped(reply, clip)
             if update is not None:
@@ -37,7 +37,7 @@ class Altered(ClientLevelDP):
         return 1
 
     def noise(self, server_round, size, count):
-        return self._generator.standard_normal(size)
+        return self.generator.standard_normal(size)
 
     def divisor(self, count):
         return self.ledger.settings.num_sampled_clients
@@ -91,14 +91,14 @@ class NoiseWithoutClientsOnly(Altered):
 
 class NoiseOfTheRound(Altered):
     def noise(self, server_round, size, count):
-        if isinstance(self._generator, ZeroNoise):
+        if isinstance(self.generator, ZeroNoise):
             return np.zeros(size)
         return np.random.default_rng(server_round).standard_normal(size)
 
 
 class NoiseOfTheConfig(Altered):
     def noise(self, server_round, size, count):
-        if isinstance(self._generator, ZeroNoise):
+        if isinstance(self.generator, ZeroNoise):
             return np.zeros(size)
         if not hasattr(self, "_stream"):
             self._stream = np.random.default_rng(self.strategy.config.seed)
@@ -107,14 +107,14 @@ class NoiseOfTheConfig(Altered):
 
 class NoiseOfTheGlobalGenerator(Altered):
     def noise(self, server_round, size, count):
-        if isinstance(self._generator, ZeroNoise):
+        if isinstance(self.generator, ZeroNoise):
             return np.zeros(size)
         return np.random.standard_normal(size)  # noqa: NPY002
 
 
 class NoiseOfPythonsGenerator(Altered):
     def noise(self, server_round, size, count):
-        if isinstance(self._generator, ZeroNoise):
+        if isinstance(self.generator, ZeroNoise):
             return np.zeros(size)
         return np.array([random.gauss(0, 1) for _ in range(size)])
 
@@ -142,7 +142,7 @@ class NoiseAfterTheOptimizer(Altered):
 
     def move(self, server_round, update, stddev):
         self.strategy.apply_update(server_round, update)
-        noise = self._generator.standard_normal(len(update))
+        noise = self.generator.standard_normal(len(update))
         noise *= stddev / self.ledger.settings.num_sampled_clients
         start = 0
         for name, value in self.strategy.reference.items():
@@ -156,7 +156,7 @@ class NoiseAfterTheOptimizer(Altered):
 
 class NoiseTwice(NoiseAfterTheOptimizer):
     def noise(self, server_round, size, count):
-        return self._generator.standard_normal(size)
+        return self.generator.standard_normal(size)
 
 
 class PastTheOptimizer(Altered):

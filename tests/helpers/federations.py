@@ -14,6 +14,7 @@ from fedllm.client import cache, message_handler
 from fedllm.config import flat, parse_run_config
 from fedllm.evaluation.public_rows import PublicRows
 from fedllm.server.federation import Federation
+from fedllm.server.startup import set_up
 from fedllm.wire.messages import ARRAYS, METRICS, array_record
 from tests.helpers.flower_messages import RUN_ID
 from tests.helpers.in_process_grid import InProcessGrid
@@ -51,7 +52,7 @@ def start(settings, answer=message_handler.reply_to, nodes=None, order=list):
     run_config = {**flat(parse_run_config({})), **settings}
     nodes = partitions(3) if nodes is None else nodes
     grid = InProcessGrid(nodes, run_config, answer, order)
-    return Federation(parse_run_config(run_config), grid, RUN_ID), grid
+    return set_up(parse_run_config(run_config), grid, RUN_ID), grid
 
 
 def lines_of(federation):
@@ -128,7 +129,7 @@ def federation(
     grid.contexts = {first_node + index: c for index, c in enumerate(contexts)}
     for context in contexts:
         context.run_id = run_id
-    return Federation(parse_run_config(run_config), grid, run_id)
+    return set_up(parse_run_config(run_config), grid, run_id)
 
 
 def resumed(where: str = "latest", **more: Any) -> Federation:

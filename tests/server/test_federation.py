@@ -78,7 +78,7 @@ def test_the_same_seed_gives_the_same_adapter_in_any_order_of_arrival(settings):
     for order in (list, lambda ids: ids[::-1]):
         federation, _ = start({**settings, **NO_PRIVACY}, order=order)
         federation.run()
-        finals.append(federation.arrays)
+        finals.append(federation.progress.arrays)
 
     assert all((finals[0][k] == finals[1][k]).all() for k in finals[0])
 
@@ -88,7 +88,7 @@ def test_with_dp_two_runs_never_make_the_same_adapter(settings):
     for _ in range(2):
         federation, _ = start(settings)
         federation.run()
-        finals.append(federation.arrays)
+        finals.append(federation.progress.arrays)
 
     assert not any((finals[0][k] == finals[1][k]).any() for k in finals[0])
 
@@ -106,7 +106,7 @@ def test_one_client_twice_and_one_round_is_the_trainers_own_adapter(settings, tm
     reply = message_handler.reply_to(message, next(iter(grid.contexts.values())))
     sent = {k: v.numpy() for k, v in reply.content.array_records[ARRAYS].items()}
 
-    for name, value in federation.arrays.items():
+    for name, value in federation.progress.arrays.items():
         np.testing.assert_allclose(value, sent[name], atol=2e-9)
 
 
@@ -193,11 +193,11 @@ def test_an_empty_poisson_cohort_is_a_round_of_noise(settings, monkeypatch):
     )
     coins = {**settings, "strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
     federation, grid = start({**coins, "num-server-rounds": 1})
-    before = {k: v.copy() for k, v in federation.arrays.items()}
+    before = {k: v.copy() for k, v in federation.progress.arrays.items()}
     federation.run()
 
     assert grid.sent == []
-    assert all((federation.arrays[k] != before[k]).all() for k in before)
+    assert all((federation.progress.arrays[k] != before[k]).all() for k in before)
 
 
 def test_clients_evaluate_on_their_held_out_rows_without_dp(settings, caplog):

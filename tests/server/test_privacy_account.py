@@ -129,7 +129,7 @@ def test_a_record_level_run_stops_where_every_client_has_spent_its_budget(
     federation, _ = start(told, answer)
     federation.run()
 
-    assert federation.last_round == 2
+    assert federation.progress.last_round == 2
     assert "every client has spent its budget" in caplog.text
     assert lines_of(federation)[-1]["clients_rejected"] == 3
 
@@ -153,7 +153,7 @@ def test_under_record_every_client_counts_once_whatever_it_claims(settings):
         federation, _ = start({**settings, **RECORD, "num-server-rounds": 1}, answer)
         federation.run()
         assert federation.strategy.round.train_loss is None
-        return federation.arrays
+        return federation.progress.arrays
 
     modest, boastful = answers(1), answers(1000)
 

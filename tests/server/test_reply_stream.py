@@ -35,7 +35,8 @@ def progress(count, may_count, monkeypatch, caplog, timeout=1e4):
     waiting = ReplyStream(
         SlowGrid(count, monkeypatch), [instruction()] * count, timeout
     )
-    waiting.describe(2, 5, may_count)
+    if may_count:
+        waiting.show_progress(2, 5)
     answered = len(list(waiting))
     return answered, caplog.messages
 

@@ -47,7 +47,7 @@ def test_under_dp_a_malformed_reply_sends_nobody_to_the_clients_log(settings, ca
     federation, _ = start({**settings, "num-server-rounds": 1}, answer)
     federation.run()
 
-    assert "(code malformed); the server finds so of the reply" in caplog.text
+    assert "(code malformed); the server rejected the reply" in caplog.text
     assert "client-<partition>.log" not in caplog.text
 
 

@@ -100,7 +100,7 @@ def test_auto_is_resolved_before_round_1_said_and_the_same_on_every_client(
         assert population_size == 3
         return Choice("lora-core", "because of a test")
 
-    monkeypatch.setattr("fedllm.server.federation.choose_adapter", choose)
+    monkeypatch.setattr("fedllm.server.startup.choose_adapter", choose)
     quiet = EVALUATE
     with caplog.at_level(logging.INFO):
         federation, grid = start({**settings, "adapter.kind": "auto", **quiet})
@@ -132,6 +132,6 @@ def test_a_wrong_adapter_is_refused_before_anybody_is_waited_for(settings, monke
     def wait(*args):
         raise AssertionError("waited")
 
-    monkeypatch.setattr("fedllm.server.federation.wait_for_clients", wait)
+    monkeypatch.setattr("fedllm.server.startup.wait_for_clients", wait)
     with pytest.raises(AdapterError, match="adapter.target-modules"):
         start({**settings, "adapter.target-modules": "nonsense"})

@@ -1,0 +1,433 @@
+"""What a run has spent of its privacy, and what it may still spend, for each unit.
+
+A further unit of privacy is one class here and one line in `_ACCOUNTS`.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from fedllm.config import RunConfig
+from fedllm.planning.advice import ledger_advice
+from fedllm.planning.noise import privacy_settings
+from fedllm.planning.record_noise import record_settings
+from fedllm.privacy.accounting import noise_to_signal
+from fedllm.privacy.ledger import Ledger, no_privacy
+from fedllm.privacy.record_claims import RecordClaims
+from fedllm.privacy.wording import plain
+from fedllm.runs.checkpoint import require_unchanged
+from fedllm.runs.directory import PRIVACY_FILE, RunDirectory, read_json
+from fedllm.strategy.round_stats import Round
+
+logger = logging.getLogger(__name__)
+
+LogLine = tuple[int, str]
+"""A level of `logging`, and the text."""
+
+_FEW_CLIENTS = 10
+_NO_PROTECTION = 50.0
+"""An epsilon above this is called no protection."""
+
+
+class PrivacyAccount(Protocol):
+    """What the rounds of a run ask about its privacy, whatever the unit.
+
+    Attributes:
+        run: Name of the run, which privacy.json has too.
+        ledger: The client-level ledger that the strategy writes each release into; None
+            for the other units.
+    """
+
+    run: str
+    ledger: Ledger | None
+
+    @property
+    def releases(self) -> list[int]:
+        """The rounds that were paid for."""
+        ...
+
+    def may_start(self, server_round: int, last_round: int) -> bool:
+        """Return whether the budget allows a round after `last_round`; log why not."""
+        ...
+
+    def note_round(
+        self, server_round: int, stats: Round, population: Sequence[int]
+    ) -> None:
+        """Keep on disk what a round has spent, unless the strategy has done so."""
+        ...
+
+    def is_exhausted(self, server_round: int, stats: Round) -> bool:
+        """Return whether no client has budget left after a round; log it."""
+        ...
+
+    def epsilon(self, server_round: int) -> float | None:
+        """Return the epsilon after a round for metrics.jsonl; None: not bounded."""
+        ...
+
+    def epsilon_text(self) -> str | None:
+        """Return the epsilon for a round's log line; None: there is none."""
+        ...
+
+    def plan(self) -> list[LogLine]:
+        """Return what the planned rounds will spend, for the log before round 1."""
+        ...
+
+    def outcome(self) -> list[str]:
+        """Return what the run has spent and does not cover, for the end of the log."""
+        ...
+
+    def advice(self) -> list[str]:
+        """Return what helps a run that does not beat its base model."""
+        ...
+
+
+class ClientAccount:
+    """Client level: the server adds the noise and keeps the ledger."""
+
+    def __init__(self, ledger: Ledger, max_epsilon: float) -> None:
+        self.ledger: Ledger | None = ledger
+        self.run = ledger.run
+        self._ledger = ledger
+        self._max_epsilon = max_epsilon
+
+    @classmethod
+    def open(
+        cls,
+        config: RunConfig,
+        directory: RunDirectory,
+        num_clients: int,
+        d: int,
+        *,
+        resumed: bool,
+    ) -> "ClientAccount":
+        """Start the ledger of a new run, or load that of a resumed one.
+
+        Raises:
+            PrivacyError: The ledger cannot be trusted, or has other settings.
+        """
+        settings = privacy_settings(config, num_clients, d)
+        path = directory.path / PRIVACY_FILE
+        if resumed:
+            ledger = Ledger.load(path)
+            ledger.check_same(settings)
+        else:
+            ledger = Ledger.create(path, settings, directory.path.name)
+        return cls(ledger, config.privacy.max_epsilon)
+
+    @property
+    def releases(self) -> list[int]:
+        """The rounds that were paid for."""
+        return self._ledger.releases
+
+    def may_start(self, server_round: int, last_round: int) -> bool:
+        """Return whether a round stays within `privacy.max-epsilon`; log if not."""
+        if self._ledger.may_spend(self._max_epsilon):
+            return True
+        logger.info(
+            "round %d would pass privacy.max-epsilon %g: training stops here, and the "
+            "adapter of round %d is kept",
+            server_round,
+            self._max_epsilon,
+            last_round,
+        )
+        return False
+
+    def note_round(
+        self, server_round: int, stats: Round, population: Sequence[int]
+    ) -> None:
+        """Do nothing: the strategy paid before the adapter was released."""
+
+    def is_exhausted(self, server_round: int, stats: Round) -> bool:
+        """Return False: the server's budget is checked before a round."""
+        return False
+
+    def epsilon(self, server_round: int) -> float | None:
+        """Return the zero-out epsilon that was spent by the end of a round."""
+        return self._ledger.epsilons().zero_out if server_round else 0.0
+
+    def epsilon_text(self) -> str | None:
+        """Return the zero-out epsilon for a round's log line."""
+        return f"epsilon {plain(self._ledger.epsilons().zero_out)}"
+
+    def plan(self) -> list[LogLine]:
+        """Return epsilon under both relations, the noise, and the ratio R."""
+        settings = self._ledger.settings
+        planned = self._ledger.epsilon_after(settings.planned_rounds)
+        ratio = noise_to_signal(
+            settings.noise_multiplier,
+            settings.num_trainable,
+            settings.num_sampled_clients,
+        )
+        lines = [
+            (
+                logging.INFO,
+                f"privacy: {settings.planned_rounds} rounds will spend epsilon "
+                f"{plain(planned.zero_out)} zero-out ({plain(planned.replace_one)} "
+                f"replace-one) at delta {settings.delta:g}; noise multiplier "
+                f"{settings.noise_multiplier:.4g}, clipping norm "
+                f"{settings.clipping_norm:g}",
+            ),
+            (
+                logging.INFO,
+                f"noise to signal R = {ratio:.3g} ({settings.num_trainable} trained "
+                f"values, {settings.num_sampled_clients:g} clients a round)",
+            ),
+        ]
+        if planned.zero_out > _NO_PROTECTION:
+            lines.append((logging.WARNING, _not_private(planned.zero_out)))
+        if settings.population_size < _FEW_CLIENTS:
+            lines.append(
+                (
+                    logging.WARNING,
+                    f"with {settings.population_size} clients the noise of each round "
+                    f"is divided by {settings.num_sampled_clients:g} only, which is "
+                    'heavy; --federation-config "num-supernodes=20" makes a simulation '
+                    "of 20",
+                )
+            )
+        return lines
+
+    def outcome(self) -> list[str]:
+        """Return epsilon under both relations, the statement, and what it leaves out."""
+        spent, content = self._ledger.epsilons(), self._ledger.as_dict()
+        return [
+            f"epsilon: {plain(spent.zero_out)} zero-out, {plain(spent.replace_one)} "
+            f"replace-one, at delta {self._ledger.settings.delta:g}",
+            *_statement(content),
+        ]
+
+    def advice(self) -> list[str]:
+        """Return what helps against the noise, best first."""
+        return ledger_advice(self._ledger)
+
+
+class RecordAccount:
+    """Record level: each client adds noise itself and reports what it has spent."""
+
+    ledger: Ledger | None = None
+
+    def __init__(self, claims: RecordClaims) -> None:
+        self.run = claims.run
+        self._claims = claims
+
+    @classmethod
+    def open(
+        cls,
+        config: RunConfig,
+        directory: RunDirectory,
+        num_clients: int,
+        d: int,
+        *,
+        resumed: bool,
+    ) -> "RecordAccount":
+        """Start the list of claims of a new run, or load that of a resumed one.
+
+        Raises:
+            PrivacyError: The list cannot be trusted, or has other settings.
+        """
+        settings = record_settings(config, num_clients, d)
+        path = directory.path / PRIVACY_FILE
+        if resumed:
+            return cls(RecordClaims.load(path, settings))
+        return cls(RecordClaims.create(path, settings, directory.path.name))
+
+    @property
+    def releases(self) -> list[int]:
+        """The rounds in which a client sent an update."""
+        return self._claims.releases
+
+    def may_start(self, server_round: int, last_round: int) -> bool:
+        """Return True: each client decides by its own ledger."""
+        return True
+
+    def note_round(
+        self, server_round: int, stats: Round, population: Sequence[int]
+    ) -> None:
+        """Keep on disk what each client reports."""
+        self._claims.note_round(server_round, stats.epsilons, population)
+
+    def is_exhausted(self, server_round: int, stats: Round) -> bool:
+        """Return whether every client answered that its budget is spent; log it."""
+        if not stats.all_spent:
+            return False
+        logger.info(
+            "round %d: every client has spent its budget: training stops here",
+            server_round,
+        )
+        return True
+
+    def epsilon(self, server_round: int) -> float | None:
+        """Return the largest epsilon that a client has reported."""
+        return self._claims.worst if server_round else 0.0
+
+    def epsilon_text(self) -> str | None:
+        """Return the worst client's epsilon for a round's log line."""
+        return f"epsilon {plain(self._claims.worst)} (worst client)"
+
+    def plan(self) -> list[LogLine]:
+        """Return what a record may lose in the planned rounds, and who ensures it."""
+        settings = self._claims.settings
+        if settings.target_epsilon > 0:
+            text = (
+                "privacy: each client calibrates its own noise, so that "
+                f"{settings.planned_rounds} rounds spend at most epsilon "
+                f"{plain(settings.target_epsilon)} on any of its records "
+                f"(add-or-remove one record) at delta {settings.delta:g}; largest "
+                f"gradient norm {settings.max_grad_norm:g}"
+            )
+        else:
+            text = (
+                f"privacy: noise multiplier {settings.noise_multiplier:.4g} on each "
+                "client; what it spends on a record depends on how many it has, and "
+                "each client reports it; largest gradient norm "
+                f"{settings.max_grad_norm:g}"
+            )
+        lines = [(logging.INFO, text)]
+        if settings.max_epsilon > 0:
+            lines.append(
+                (
+                    logging.INFO,
+                    "a client stops before a record has spent epsilon "
+                    f"{plain(settings.max_epsilon)} in all runs together",
+                )
+            )
+        if settings.target_epsilon > _NO_PROTECTION:
+            lines.append((logging.WARNING, _not_private(settings.target_epsilon)))
+        return lines
+
+    def outcome(self) -> list[str]:
+        """Return the reported epsilons, the statement, and what it leaves out."""
+        claims = self._claims
+        return [
+            f"epsilon: {plain(claims.worst)} for the worst client, "
+            f"{plain(claims.median)} for the median one, add-or-remove one record, at "
+            f"delta {claims.settings.delta:g}, as the clients report",
+            *_statement(claims.as_dict()),
+        ]
+
+    def advice(self) -> list[str]:
+        """Return what helps against the clients' noise."""
+        return [
+            "more records on each client, or larger batches of them "
+            "(train.gradient-accumulation): noise is divided by the size of a batch",
+            "fewer steps or rounds, each with less noise for the same epsilon",
+            "another train.learning-rate",
+        ]
+
+
+class NoAccount:
+    """No privacy: nothing is spent, since nothing is bounded."""
+
+    ledger: Ledger | None = None
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+
+    @classmethod
+    def open(
+        cls,
+        config: RunConfig,
+        directory: RunDirectory,
+        num_clients: int,
+        d: int,
+        *,
+        resumed: bool,
+    ) -> "NoAccount":
+        """Write privacy.json of a new run, or check that of a resumed one.
+
+        Raises:
+            ConfigError: The run began with privacy.
+        """
+        if not resumed:
+            run = directory.path.name
+            directory.write_json(PRIVACY_FILE, no_privacy(num_clients, d, run))
+            return cls(run)
+        content = read_json(directory.path / PRIVACY_FILE)
+        require_unchanged(
+            {"privacy.unit": content.get("unit")},
+            {"privacy.unit": config.privacy.unit},
+            "resume.from: the run's ledger and config differ",
+        )
+        return cls(str(content.get("run", "")))
+
+    @property
+    def releases(self) -> list[int]:
+        """No round is paid for."""
+        return []
+
+    def may_start(self, server_round: int, last_round: int) -> bool:
+        """Return True: there is no budget."""
+        return True
+
+    def note_round(
+        self, server_round: int, stats: Round, population: Sequence[int]
+    ) -> None:
+        """Do nothing."""
+
+    def is_exhausted(self, server_round: int, stats: Round) -> bool:
+        """Return False: there is no budget."""
+        return False
+
+    def epsilon(self, server_round: int) -> float | None:
+        """Return None: epsilon is not bounded."""
+        return None
+
+    def epsilon_text(self) -> str | None:
+        """Return None: there is no epsilon to show."""
+        return None
+
+    def plan(self) -> list[LogLine]:
+        """Return nothing; the end of the log says that there was no noise."""
+        return []
+
+    def outcome(self) -> list[str]:
+        """Return that nothing is protected."""
+        return ["privacy: none: no noise was added, and epsilon is not bounded"]
+
+    def advice(self) -> list[str]:
+        """Return what helps a run without noise."""
+        return ledger_advice(None)
+
+
+_ACCOUNTS: dict[str, type[ClientAccount] | type[RecordAccount] | type[NoAccount]] = {
+    "client": ClientAccount,
+    "record": RecordAccount,
+    "none": NoAccount,
+}
+
+
+def open_account(
+    config: RunConfig,
+    directory: RunDirectory,
+    num_clients: int,
+    num_trainable: int,
+    *,
+    resumed: bool,
+) -> PrivacyAccount:
+    """Start the privacy account of a new run, or load that of a resumed one.
+
+    Args:
+        config: The run config; `privacy.unit` chooses the account.
+        directory: The run folder, which holds privacy.json.
+        num_clients: Population size N.
+        num_trainable: Trained values d.
+        resumed: Whether the run was begun before.
+
+    Raises:
+        ConfigError: The run began with another unit.
+        PrivacyError: The account cannot be trusted, or has other settings.
+    """
+    account = _ACCOUNTS[config.privacy.unit]
+    return account.open(config, directory, num_clients, num_trainable, resumed=resumed)
+
+
+def _not_private(epsilon: float) -> str:
+    return f"epsilon {plain(epsilon)} is no protection to speak of: this run is not private"
+
+
+def _statement(content: dict[str, Any]) -> list[str]:
+    """Return the two log lines of a privacy.json."""
+    return [
+        f"privacy: {content['statement']}",
+        "not covered: " + "; ".join(content["not_covered"]),
+    ]
