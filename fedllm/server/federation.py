@@ -114,7 +114,7 @@ class Federation:
         self._fingerprint = fingerprint(self.base_name)
         if resumed is not None:
             resumed.checkpoint.state.check_model(self._fingerprint, self.spec)
-        self.public = PublicRows(config, self.base_name, self.spec, home)
+        self.public = PublicRows(config, home)
         self.best: BestRound | None = None
         self.last_round = 0
         self.next_round = 1
