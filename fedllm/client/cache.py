@@ -13,19 +13,16 @@ from fedllm.config import RunConfig, fedllm_home
 from fedllm.errors import DataError
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from fedllm.adapters.spec import AdapterSpec
+    from fedllm.adapters.adapted_model import AdaptedModel
+    from fedllm.data.tokens import Example
 
 
 @dataclass
 class _Resident:
     """What a client process keeps from message to message."""
 
-    model: "PeftModel"
-    tokenizer: Any
-    spec: "AdapterSpec"
-    partitions: dict[Any, list[dict[str, Any]]] = field(default_factory=dict)
+    adapted: "AdaptedModel"
+    partitions: dict[Any, "list[Example]"] = field(default_factory=dict)
     digests: dict[Any, list[bytes]] = field(default_factory=dict)
 
 
@@ -36,9 +33,7 @@ def _load(config: RunConfig) -> _Resident:
     """Return the resident base model with this run's kind of adapter on it."""
     key = (config.model, config.adapter, config.seed)
     if key not in _resident:
-        from fedllm.adapters.peft_model import attach
-        from fedllm.adapters.resolve import adapter_spec
-        from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
+        from fedllm.adapters.adapted_model import load_adapted_model
 
         import_libraries(
             quantized=bool(
@@ -48,17 +43,7 @@ def _load(config: RunConfig) -> _Resident:
         )
         # Another adapter kind would wrap the same base twice: keep one at a time.
         _resident.clear()
-        home = fedllm_home()
-        location = locate(config.model.name, home)
-        spec = adapter_spec(config.adapter, load_config(location), config.seed)
-        base = load_base(
-            location,
-            config.model.quantization,
-            home,
-            quantize_embeddings=config.model.quantize_embeddings,
-        )
-        model = attach(base, spec)
-        _resident[key] = _Resident(model, load_tokenizer(location), spec)
+        _resident[key] = _Resident(load_adapted_model(config, fedllm_home()))
         # Every trainer that is built collects garbage, which walks all that imports and
         # the model left: a good part of a short training. None of it is garbage.
         gc.collect()
@@ -68,7 +53,7 @@ def _load(config: RunConfig) -> _Resident:
 
 def _examples(
     resident: _Resident, context: Context, config: RunConfig, held_out: bool = False
-) -> list[dict[str, Any]]:
+) -> "list[Example]":
     """Return this client's tokenised examples: those to train on, or those held out.
 
     Raises:
@@ -76,7 +61,7 @@ def _examples(
     """
     from fedllm.data.partitions import partition
     from fedllm.data.rows import load_rows, own_rows
-    from fedllm.data.tokens import labelled, tokenize
+    from fedllm.data.tokens import tokenize
 
     partition_id, num_partitions = partition_of(context)
     path = context.node_config.get("data-path")
@@ -93,17 +78,17 @@ def _examples(
 
             resident.digests[key] = [row_digest(row) for row in rows]
         tokenized = tokenize(
-            rows, resident.tokenizer, config.data, config.train.max_length
+            rows, resident.adapted.tokenizer, config.data, config.train.max_length
         )
         if tokenized.num_truncated or tokenized.num_without_answer:
             note(
                 context,
                 config,
                 f"client {partition_id}: train.max-length {config.train.max_length} cut "
-                f"{tokenized.num_truncated} of {tokenized.num_examples} examples; "
+                f"{tokenized.num_truncated} of {len(tokenized.examples)} examples; "
                 f"{tokenized.num_without_answer} without an answer are not used",
             )
-        resident.partitions[key] = labelled(tokenized)
+        resident.partitions[key] = tokenized.examples
     examples = resident.partitions[key]
     if not examples:
         raise DataError(

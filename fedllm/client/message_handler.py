@@ -29,6 +29,7 @@ from fedllm.errors import (
     FedllmError,
     TimeLimitError,
 )
+from fedllm.training.task import RoundTask, training_seed
 from fedllm.wire.messages import (
     ADAPTER_KIND,
     ARRAYS,
@@ -42,6 +43,7 @@ from fedllm.wire.messages import (
 from fedllm.wire.resumed_run import original_context
 
 if TYPE_CHECKING:
+    from fedllm.data.tokens import Example
     from fedllm.training.result import Trained
 
 
@@ -81,33 +83,26 @@ def _train(message: Message, context: Context, config: RunConfig) -> RecordDict:
     deadline = started + config.strategy.round_timeout
     record = message.content.config_records[CONFIG]
     resident = _load(with_kind(config, record.get(ADAPTER_KIND)))
+    adapted = resident.adapted
     loaded = time.monotonic()
     partition_id, _ = partition_of(context)
     examples = _examples(resident, context, config)
-    shapes, encoding = resident.spec.trained_shapes, config.wire.encoding
+    shapes, encoding = adapted.spec.trained_shapes, config.wire.encoding
     arrays = read_global(message.content.array_records[ARRAYS], shapes, encoding)
     server_round = int(record["server-round"])  # type: ignore[arg-type]
     learning_rate = float(record["learning-rate"])  # type: ignore[arg-type]
+    seed = training_seed(config.seed, server_round, partition_id)
+    task = RoundTask(arrays, learning_rate, seed, deadline)
     ready = time.monotonic()
     metrics: dict[str, Any] = {}
     if config.privacy.unit == "record":
         trained, metrics["epsilon"] = _train_privately(
-            resident, context, config, examples, arrays, learning_rate, deadline
+            resident, context, config, examples, task
         )
     else:
-        from fedllm.training.sft import train_adapter, training_seed
+        from fedllm.training.sft import train_adapter
 
-        trained = train_adapter(
-            resident.model,
-            resident.spec,
-            resident.tokenizer,
-            examples,
-            arrays,
-            config.train,
-            learning_rate,
-            training_seed(config.seed, server_round, partition_id),
-            deadline,
-        )
+        trained = train_adapter(adapted, examples, config.train, task)
     ended = time.monotonic()
     began = ready if trained.began is None else trained.began
     sent = _encoded(trained.arrays, arrays, config, server_round, partition_id)
@@ -156,10 +151,8 @@ def _train_privately(
     resident: _Resident,
     context: Context,
     config: RunConfig,
-    examples: list[dict[str, Any]],
-    arrays: Mapping[str, Any],
-    learning_rate: float,
-    deadline: float,
+    examples: "list[Example]",
+    task: RoundTask,
 ) -> tuple["Trained", float]:
     """Train by DP-SGD, and pay on this client's disk before anything leaves.
 
@@ -193,24 +186,12 @@ def _train_privately(
         number_setting(node, "max-epsilon"),
     )
     budget.require()
-    trained = train_privately(
-        resident.model,
-        resident.spec,
-        resident.tokenizer.pad_token_id or 0,
-        examples,
-        arrays,
-        config.train,
-        config.privacy.max_grad_norm,
-        learning_rate,
-        budget.plan,
-        deadline,
-    )
+    trained = train_privately(resident.adapted, examples, config, budget.plan, task)
     return trained, budget.spend()
 
 
 def _evaluate(message: Message, context: Context, config: RunConfig) -> RecordDict:
     """Return the loss of the server's adapter on this client's held-out rows."""
-    from fedllm.adapters.peft_model import set_trained
     from fedllm.evaluation.held_out_loss import held_out
 
     if config.privacy.unit != "none":
@@ -218,12 +199,13 @@ def _evaluate(message: Message, context: Context, config: RunConfig) -> RecordDi
     record = message.content.config_records[CONFIG]
     resident = _load(with_kind(config, record.get(ADAPTER_KIND)))
     examples = _examples(resident, context, config, held_out=True)
-    shapes = resident.spec.trained_shapes
+    adapted = resident.adapted
+    shapes = adapted.spec.trained_shapes
     sent = message.content.array_records[ARRAYS]
     arrays = read_global(sent, shapes, config.wire.encoding)
-    set_trained(resident.model, resident.spec, arrays)
+    adapted.set(arrays)
     examples = examples[: config.strategy.evaluate_examples or None]
-    score = held_out(resident.model, examples, resident.tokenizer.pad_token_id or 0)
+    score = held_out(adapted.model, examples, adapted.pad_token_id)
     metrics = MetricRecord({"num-examples": score.num_examples})
     metrics["eval-loss"] = score.loss
     return RecordDict({METRICS: metrics})
