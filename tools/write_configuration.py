@@ -73,14 +73,14 @@ Each SuperNode has a config of its own, `fedllm supernode --node-config '...'`. 
 |---|---|
 | `data-path` | The client's own file or folder, instead of `data.name`. It is not partitioned. |
 | `partition-id`, `num-partitions` | Which share of `data.name` this node holds, if it has no file. |
-| `privacy-unit` | Floor: the run's `privacy.unit` must be this. |
-| `max-epsilon` | Floor: the run must bound its zero-out epsilon (`privacy.target-epsilon` or `privacy.max-epsilon`) by at most this, at a delta of at most 1e-5 if the node sets none. With `privacy-unit='record'`: this node stops training once a record has spent this in all runs, whatever the run config says. |
-| `delta` | Floor: the run must set `privacy.delta`, to at most this. |
+| `privacy-unit` | Limit: the run's `privacy.unit` must be this. |
+| `max-epsilon` | Limit: the run must bound its zero-out epsilon (`privacy.target-epsilon` or `privacy.max-epsilon`) by at most this, at a delta of at most 1e-5 if the node sets none. With `privacy-unit='record'`: this node stops training once a record has spent this in all runs, whatever the run config says. |
+| `delta` | Limit: the run must set `privacy.delta`, to at most this. |
 
-A run that misses a floor gets no update from that node: code `bad-config`, which counts as a zero
-update. A key about privacy, epsilon or delta that is none of these floors has the same effect, so
-that no floor is lost by a typing error. The check is code of the app, which Flower ships from the
-server: it guards against a careless run, not against a hostile server.
+A run outside a limit gets no update from that node: code `bad-config`, which counts as a zero
+update. Any other key has the same effect, and the node's log names it, so that no limit is lost by a
+typing error. The check is code of the app, which Flower ships from the server: it guards against a
+careless run, not against a hostile server.
 
 ## Environment variables
 
