@@ -12,6 +12,7 @@ from fedllm.errors import ConfigError, FederationError, PrivacyError
 from fedllm.runs.checkpoint import CHECKPOINT_FILE
 from fedllm.wire.messages import error_content
 from tests.helpers.federations import (
+    SECRET_COHORTS,
     Killed,
     cut_in_round,
     edit,
@@ -23,12 +24,10 @@ from tests.helpers.federations import (
 
 
 def test_a_checkpoint_under_dp_holds_no_draw_and_no_cohort(quick):
-    coins = {"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
-
     def fail(message: Message, context: Any) -> Message:
         return Message(error_content("no-data", None), reply_to=message)
 
-    given = {**quick, **coins, "num-server-rounds": 1}
+    given = {**quick, **SECRET_COHORTS, "num-server-rounds": 1}
     run = federation(given, fail, num_clients=6)
     run.run()
 
