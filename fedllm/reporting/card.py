@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fedllm.adapters.kinds import kind_of
 from fedllm.reporting.page import kind_and_rank
 from fedllm.reporting.sentences import NOT_ADVICE, SMALL_MODEL, verdict
 from fedllm.runs.record import RunRecord
@@ -95,6 +96,5 @@ def _metadata(run: RunRecord, merged: bool) -> str:
 
 
 def _method(settings: dict[str, Any]) -> str:
-    """Name PEFT's method, as the hub tags it: three kinds are LoRA."""
-    kind = str(settings["adapter.kind"])
-    return kind if kind in ("ia3", "vera") else "lora"
+    """Return the hub's tag for PEFT's method: several kinds are LoRA."""
+    return kind_of(str(settings["adapter.kind"])).peft_method.lower()
