@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fedllm.adapters.adapted_model import AdaptedModel
@@ -46,9 +45,9 @@ from fedllm.models.answer_loss import answer_losses, collate
 from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
 from fedllm.planning.frontier import load_frontier
 from fedllm.privacy.accounting import calibrate
+from fedllm.privacy.mechanism import Vector
 from fedllm.strategy.server_optimizer import cosine
 
-Vector = npt.NDArray[np.float64]
 _DELTA = 1e-5
 _RESULTS = Path(__file__).with_suffix(".jsonl")
 _TOKENS_PER_BATCH = 1536

@@ -38,6 +38,8 @@ _SECTION = ConfigDict(
 )
 
 AdapterKind = Literal["ffa-lora", "lora-core", "lora", "ia3", "vera", "auto"]
+WITHOUT_DROPOUT = ("ia3",)
+"""Kinds without dropout, as `fedllm.adapters.kinds` declares them (a test compares)."""
 Encoding = Literal["float32", "float16", "int8"]
 Text = Annotated[str, Strict()]
 Name = Annotated[str, Strict(), Field(min_length=1)]
@@ -407,10 +409,10 @@ def _contradictions(config: RunConfig) -> list[str]:
 
 
 def _adapter_problems(adapter: AdapterConfig) -> list[str]:
-    if adapter.dropout > 0 and adapter.kind in ("ia3", "auto"):
+    if adapter.dropout > 0 and adapter.kind in (*WITHOUT_DROPOUT, "auto"):
         return [
             f"adapter.dropout: must be 0.0 if adapter.kind is {adapter.kind!r} "
-            f"(got {adapter.dropout}): ia3 has no dropout"
+            f"(got {adapter.dropout}): {', '.join(WITHOUT_DROPOUT)} has no dropout"
             + (", and auto may choose it" if adapter.kind == "auto" else "")
         ]
     return []

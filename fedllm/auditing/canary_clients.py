@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import RecordDict
 
-from fedllm.auditing.harness import Bench, Vector
+from fedllm.auditing.harness import Bench
 from fedllm.privacy.lower_bounds import (
     CertifiedBound,
     Estimate,
@@ -19,6 +19,7 @@ from fedllm.privacy.lower_bounds import (
     one_shot_estimate,
     planned_guesses,
 )
+from fedllm.privacy.mechanism import Vector
 from fedllm.wire.messages import ARRAYS, array_record
 
 # A canary sends more than it may, so that a strategy that does not clip is found out.

@@ -15,6 +15,7 @@ import numpy as np
 from fedllm.adapters.adapted_model import AdaptedModel, load_adapted_model
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.config import RunConfig
+from fedllm.data.tokens import Example
 from fedllm.evaluation.held_out_loss import held_out
 from fedllm.planning.record_noise import client_plan
 from fedllm.privacy.accounting import record_epsilon
@@ -30,7 +31,6 @@ from fedllm.training.task import RoundTask
 _PROMPT_TOKENS = 8
 _ANSWER_TOKENS = 16
 
-Example = Mapping[str, Any]
 Train = Callable[[Sequence[Example], Mapping[str, Any]], Mapping[str, Any]]
 """One round of one client: examples and the adapter's trained values -> new values."""
 

@@ -12,13 +12,13 @@ from fedllm.auditing.harness import (
     NUM_CLIENTS,
     Finding,
     Setup,
-    Vector,
     honest_reply,
     norm_of,
 )
 from fedllm.auditing.hostile_replies import Content, hostile_replies, packed_replies
 from fedllm.config import Encoding, WireConfig
 from fedllm.privacy.ledger import PrivacySettings
+from fedllm.privacy.mechanism import Vector
 
 _MOST_COUNTED = 100
 # Sums of a few C in float64, and the division by n.

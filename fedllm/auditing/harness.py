@@ -14,9 +14,10 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from fedllm.adapters.spec import Arrays
 from fedllm.config import RunConfig, WireConfig
 from fedllm.privacy.ledger import Ledger, PrivacySettings
-from fedllm.privacy.mechanism import SecureGenerator
+from fedllm.privacy.mechanism import SecureGenerator, Vector
 from fedllm.strategy.build import make_strategy
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
@@ -24,8 +25,6 @@ from fedllm.strategy.server_optimizer import ServerOptimizer
 from fedllm.wire.messages import ARRAYS, METRICS, array_record, encoded_record
 from fedllm.wire.task_identity import set_task_identity
 
-Vector = npt.NDArray[np.float64]
-Arrays = dict[str, npt.NDArray[np.float32]]
 Contents = Iterable[tuple[int, RecordDict | Error]]
 
 MakeStrategy = Callable[

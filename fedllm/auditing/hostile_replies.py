@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
 
+from fedllm.adapters.spec import Arrays
 from fedllm.config import Encoding
 from fedllm.wire.encoding import PACKED, pack
 from fedllm.wire.messages import ARRAYS, ERROR, METRICS, array_record, error_content
 
-Arrays = Mapping[str, npt.NDArray[np.float32]]
 Content = RecordDict | Error
 
 

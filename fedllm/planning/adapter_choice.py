@@ -8,7 +8,7 @@ ranking needs less than a prediction does (`fedllm.planning.prediction`).
 import math
 from dataclasses import dataclass, replace
 
-from fedllm.adapters.kinds import KINDS
+from fedllm.adapters.kinds import KINDS, kind_of
 from fedllm.adapters.resolve import with_kind
 from fedllm.config import AdapterKind, RunConfig
 from fedllm.planning.frontier import (
@@ -55,9 +55,13 @@ def choose_adapter(
         frontier: The measured federations; None: those that come with the package.
     """
     frontier = load_frontier() if frontier is None else frontier
-    # IA3 has no rank; of the others only what was measured with this one counts.
+    # Of the kinds that have a rank only what was measured with this one counts.
     rank = config.adapter.rank
-    rows = tuple(r for r in frontier.rows if r.rank == rank or r.kind == "ia3")
+    rows = tuple(
+        row
+        for row in frontier.rows
+        if row.rank == rank or not kind_of(row.kind).has_rank
+    )
     frontier = replace(frontier, rows=rows)
     level, noise = 0.0, "no noise"
     if config.privacy.unit != "none":

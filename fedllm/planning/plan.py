@@ -24,10 +24,6 @@ _WORTH_A_CHANGE = 0.02
 # Epsilons that differ by less than this share are the same.
 _SAME_EPSILON = 0.01
 
-# What adapter.target-modules "auto" means for models of Llama's kind.
-_LORA_MODULES = (("q_proj", "v_proj"), ())
-_IA3_MODULES = (("k_proj", "v_proj", "down_proj"), ("down_proj",))
-
 
 def count_trainable(config: RunConfig) -> int:
     """Return the number of trained values d, without loading the model.
@@ -37,8 +33,8 @@ def count_trainable(config: RunConfig) -> int:
         AdapterError: The adapter does not fit the model.
     """
     shapes = linear_shapes(config.model.name)
-    defaults = _IA3_MODULES if config.adapter.kind == "ia3" else _LORA_MODULES
-    return resolve(config.adapter, shapes, (), defaults, config.seed).num_trainable
+    # Every model that `linear_shapes` knows has its layers named as Llama's.
+    return resolve(config.adapter, shapes, (), "llama", config.seed).num_trainable
 
 
 def plan_run(config: RunConfig, settings: PrivacySettings) -> dict[str, Any]:

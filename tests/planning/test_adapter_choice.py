@@ -125,7 +125,7 @@ def test_a_gain_between_two_measurements_lies_between_theirs():
     assert expected_gain("ia3", levels[0], FRONTIER) is None
 
 
-@given(st.sampled_from(KINDS), st.floats(1e-9, 1e9))
+@given(st.sampled_from(list(KINDS)), st.floats(1e-9, 1e9))
 def test_any_noise_has_a_known_gain_or_none(kind, level):
     gain = expected_gain(kind, level, FRONTIER)
 
