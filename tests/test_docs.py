@@ -12,7 +12,7 @@ import pytest
 from flwr.common.config import parse_config_args
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
-from fedllm.commands.options import typed_config
+from fedllm.commands.options import read_settings
 from fedllm.config import parse_run_config
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +64,7 @@ def test_a_command_that_is_shown_can_be_typed(page, command, monkeypatch):
     for typed in values(words, "--run-config"):
         if typed.startswith("~"):
             continue  # A file that the page has just had the reader write.
-        parse_run_config(typed_config([typed]))
+        parse_run_config(read_settings([typed]))
     for typed in values(words, "--federation-config"):
         assert parse_config_args([typed])["num-supernodes"] > 0
 

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fedllm.commands.options import typed_config
+from fedllm.commands.options import read_settings
 from fedllm.config import RunConfig, parse_run_config
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.planning.adapter_choice import choose_adapter, with_choice
@@ -71,7 +71,7 @@ def _say(args: argparse.Namespace, plan: dict[str, Any], lines: list[str]) -> No
 
 def _config(args: argparse.Namespace) -> RunConfig:
     """Return the run config with what the flags say in its place."""
-    settings = typed_config(args.run_config or [])
+    settings = read_settings(args.run_config or [])
     flags = {
         "strategy.num-clients": args.clients,
         "num-server-rounds": args.rounds,

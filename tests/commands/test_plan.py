@@ -47,7 +47,7 @@ def test_the_blueprints_own_setting_is_called_no_protection(capsys):
         (["--model", "someone/some-model"], "--trainable"),
         (["--trainable", "0"], "--trainable"),
         (["--run-config", "missing.toml"], "cannot be read"),
-        (["--run-config", "what"], "neither a .toml nor key=value"),
+        (["--run-config", "what"], "needs a .toml file or key=value"),
         (["--run-config", "configs/no-privacy.toml"], "privacy.unit"),
         (["--plot", "/nowhere/plan.svg"], "--plot"),
         (["--plot", "plan.what"], "--plot"),
