@@ -10,8 +10,9 @@ torch. Then every module of fedllm is imported and the fast tests run, in an env
 that is deleted afterwards. It borrows from the environment at hand what that has in the
 right version, so run this in one that was installed with `-c deploy/constraints.txt`.
 
-The last form writes deploy/constraints.txt, the tested set, anew. A version stays as it
-is unless the ranges exclude it or --upgrade names the package.
+The last form writes deploy/constraints.txt, the tested set, anew, and the part of it in
+pyproject.toml that `flwr run` keeps to. A version stays as it is unless the ranges exclude
+it or --upgrade names the package.
 """
 
 import argparse
@@ -21,11 +22,14 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import tomllib
 from pathlib import Path
 
+from packaging.requirements import Requirement
 from uv import find_uv_bin
 
 ROOT = Path(__file__).parent.parent
+PROJECT = ROOT / "pyproject.toml"
 CONSTRAINTS = ROOT / "deploy" / "constraints.txt"
 ENDS = ("lowest-direct", "highest")
 FAST_TESTS = (
@@ -82,6 +86,27 @@ def write_constraints(upgraded: list[str]) -> None:
     """Write one version for each package that fedllm or one of its extras needs."""
     more = [word for name in upgraded for word in ("--upgrade-package", name)]
     compile_pins("--all-extras", *more, "--output-file", str(CONSTRAINTS))
+    text = PROJECT.read_text(encoding="utf-8")
+    head, start, rest = text.partition("constraint-dependencies = [\n")
+    assert start, f"{PROJECT}: no constraint-dependencies"
+    lines = "".join(f'    "{pin}",\n' for pin in direct_pins())
+    tail = rest[rest.index("]\n") :]
+    PROJECT.write_text(head + start + lines + tail, encoding="utf-8")
+
+
+def direct_pins() -> list[str]:
+    """Return the tested set, of the packages that fedllm itself names.
+
+    Flower never installs itself into the environment of a run, and torch is left out.
+    """
+    asked = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    names = {Requirement(line).name for line in asked["dependencies"]}
+    pins = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    return [
+        pin
+        for pin in pins
+        if pin.partition("==")[0] in names - {"flwr", "torch", "pip"}
+    ]
 
 
 def compile_pins(*options: str) -> None:
