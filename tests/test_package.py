@@ -192,7 +192,7 @@ def test_every_range_holds_the_tested_version_and_more_than_one():
             assert "==" not in {part.operator for part in wanted.specifier}, wanted
 
 
-def test_what_flower_installs_for_a_run_is_the_pinned_set_without_torch():
+def test_what_flower_installs_for_a_run_is_the_tested_set_without_torch():
     uv = PROJECT["tool"]["uv"]
     pins = (ROOT / "deploy" / "constraints.txt").read_text("utf-8").splitlines()
     assert set(uv["constraint-dependencies"]) <= set(pins)

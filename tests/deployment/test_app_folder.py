@@ -74,10 +74,10 @@ def test_the_folder_is_made_once_and_anew_for_another_content(tmp_path, installe
     assert app_folder(tmp_path / "home") == first
     assert (first / "LICENSE").stat().st_ino == made
 
-    (installed / "__init__.py").write_text("newer")
+    (installed / "__init__.py").write_text("of 1 length")
     second = app_folder(tmp_path / "home")
     assert second != first
-    assert content(second)["fedllm/__init__.py"] == "newer"
+    assert content(second)["fedllm/__init__.py"] == "of 1 length"
     assert content(first)["fedllm/__init__.py"] == "__init__.py"
 
 
