@@ -145,7 +145,7 @@ class Bench:
         self, config: RunConfig, num_clients: int, benchmark: str | None
     ) -> None:
         from fedllm.adapters.peft_model import initial_arrays
-        from fedllm.client.cache import _load
+        from fedllm.client.cache import resident_model
         from fedllm.evaluation.multiple_choice import load_questions
         from fedllm.evaluation.public_rows import PublicRows
         from fedllm.models.loading import locate
@@ -158,7 +158,7 @@ class Bench:
         self.config = config
         self.num_clients = num_clients
         home = fedllm_home()
-        self._resident = _load(config)
+        self._resident = resident_model(config)
         self.spec = self._resident.spec
         self._start = initial_arrays(self.spec)
         base_name = locate(config.model.name, home)
