@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from overhead import _resolved, _say_machine
 
-from fedllm.adapters.peft_model import attach, initial_arrays
-from fedllm.adapters.resolve import adapter_spec
+from fedllm.adapters.adapted_model import load_adapted_model
+from fedllm.adapters.peft_model import initial_arrays
 from fedllm.config import fedllm_home
 from fedllm.data.partitions import partition
 from fedllm.data.rows import load_rows
-from fedllm.data.tokens import labelled, tokenize
+from fedllm.data.tokens import tokenize
 from fedllm.models import attention, packing
-from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
-from fedllm.training.sft import train_adapter, training_seed
+from fedllm.training.sft import train_adapter
+from fedllm.training.task import RoundTask, training_seed
 
 # Which attention, which models are computed without padding, and whether they share.
 SETTINGS: dict[str, tuple[str, tuple[str, ...], bool]] = {
@@ -51,8 +51,8 @@ def main() -> None:
     args = parser.parse_args()
     _say_machine()
     client = Client()
-    exact = copy.deepcopy(client.model).float()
-    for module in exact.modules():
+    exact = copy.deepcopy(client.adapted)
+    for module in exact.model.float().modules():
         if hasattr(module, "compute_dtype"):
             module.compute_dtype = torch.float32
     references = [client.update(exact, "sdpa", (), False, i)[1] for i in range(CLIENTS)]
@@ -67,7 +67,7 @@ def main() -> None:
         for _ in range(args.repeats):
             for name, setting in SETTINGS.items():
                 made = [
-                    client.update(client.model, *setting, i) for i in range(CLIENTS)
+                    client.update(client.adapted, *setting, i) for i in range(CLIENTS)
                 ]
                 seconds[name].append(sum(took for took, _ in made) / CLIENTS)
                 distance[name] = statistics.mean(
@@ -96,26 +96,22 @@ class Client:
 
     def __init__(self) -> None:
         self.config = _resolved({})
-        location = locate(self.config.model.name, fedllm_home())
-        self.spec = adapter_spec(
-            self.config.adapter, load_config(location), self.config.seed
-        )
-        self.model = attach(load_base(location, 4, fedllm_home(), "cpu"), self.spec)
-        self.tokenizer = load_tokenizer(location)
+        self.adapted = load_adapted_model(self.config, fedllm_home(), "cpu")
         rows = load_rows(self.config.data, None)
         self.examples = []
         for index in range(CLIENTS):
             mine = partition(self.config.data, rows, index, 20, self.config.seed)
-            self.examples.append(
-                labelled(tokenize(mine, self.tokenizer, self.config.data, 512))
-            )
-        self.initial = initial_arrays(self.spec)
+            tokenized = tokenize(mine, self.adapted.tokenizer, self.config.data, 512)
+            self.examples.append(tokenized.examples)
+        self.initial = initial_arrays(self.adapted.spec)
 
     def update(
-        self, model: Any, kind: str, packed: tuple[str, ...], share: bool, index: int
+        self, adapted: Any, kind: str, packed: tuple[str, ...], share: bool, index: int
     ) -> tuple[float, Any]:
         """Return the seconds of one client's training, and its update as a vector."""
-        model.set_attn_implementation(kind)
+        adapted.model.set_attn_implementation(kind)
+        seed = training_seed(self.config.seed, 1, index)
+        task = RoundTask(self.initial, self.config.train.learning_rate, seed)
         found = packing._num_shared if share else lambda *_: 0
         with (
             patch.object(packing, "MODEL_TYPES", packed),
@@ -123,9 +119,7 @@ class Client:
         ):
             began = time.perf_counter()
             arrays = train_adapter(
-                *(model, self.spec, self.tokenizer, self.examples[index], self.initial),
-                *(self.config.train, self.config.train.learning_rate),
-                training_seed(self.config.seed, 1, index),
+                adapted, self.examples[index], self.config.train, task
             ).arrays
             took = time.perf_counter() - began
         moved = [(arrays[k] - self.initial[k]).ravel() for k in sorted(arrays)]

@@ -23,32 +23,38 @@ from typing import Any
 
 import numpy as np
 
-from fedllm.adapters.peft_model import attach, initial_arrays, set_trained
-from fedllm.adapters.resolve import adapter_spec
-from fedllm.config import AdapterConfig, DataConfig, TrainConfig, fedllm_home
+from fedllm.adapters.adapted_model import load_adapted_model
+from fedllm.adapters.peft_model import initial_arrays
+from fedllm.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    fedllm_home,
+)
 from fedllm.data.partitions import partition
 from fedllm.data.rows import load_public, load_rows
-from fedllm.data.tokens import labelled, tokenize
+from fedllm.data.tokens import tokenize
 from fedllm.evaluation.held_out_loss import held_out
-from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
 from fedllm.privacy.accounting import calibrate
 from fedllm.strategy.server_optimizer import cosine
-from fedllm.training.sft import train_adapter, training_seed
+from fedllm.training.sft import train_adapter
+from fedllm.training.task import RoundTask, training_seed
 
 
 class Bench:
     """The base with an adapter, the clients' examples and the public rows."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        home = fedllm_home()
-        location = locate("smollm2-135m-instruct", home)
         adapter = AdapterConfig(
             kind=args.kind, rank=args.rank, target_modules=args.target_modules
         )
         self.args = args
-        self.spec = adapter_spec(adapter, load_config(location), args.seed)
-        self.tokenizer = load_tokenizer(location)
-        self.model = attach(load_base(location, args.quantization, home), self.spec)
+        base = ModelConfig(quantization=args.quantization)
+        config = RunConfig(model=base, adapter=adapter, seed=args.seed)
+        self.adapted = load_adapted_model(config, fedllm_home())
+        self.spec, tokenizer = self.adapted.spec, self.adapted.tokenizer
         self.train = TrainConfig(
             batch_size=args.batch_size,
             local_steps=args.local_steps,
@@ -60,12 +66,11 @@ class Bench:
         self.clients = []
         for index in range(args.clients):
             part = partition(data, rows, index, args.clients, args.seed)
-            self.clients.append(labelled(tokenize(part, self.tokenizer, data, 512)))
+            self.clients.append(tokenize(part, tokenizer, data, 512).examples)
         public = load_public(data, "validation").shuffle(seed=42).select(range(128))
-        self.validation = labelled(tokenize(public, self.tokenizer, data, 512))
-        self.test = labelled(
-            tokenize(load_public(data, "test"), self.tokenizer, data, 512)
-        )
+        self.validation = tokenize(public, tokenizer, data, 512).examples
+        test = load_public(data, "test")
+        self.test = tokenize(test, tokenizer, data, 512).examples
 
     def updates(self, arrays: dict[str, Any], server_round: int, lr: float) -> Any:
         """Return (clients, d) updates of one round."""
@@ -73,22 +78,15 @@ class Bench:
         out = []
         for index, examples in enumerate(self.clients):
             seed = training_seed(self.args.seed, server_round, index)
-            trained = train_adapter(
-                self.model,
-                self.spec,
-                self.tokenizer,
-                examples,
-                arrays,
-                self.train,
-                lr,
-                seed,
-            )
+            task = RoundTask(arrays, lr, seed)
+            trained = train_adapter(self.adapted, examples, self.train, task)
             out.append(flatten(trained.arrays) - start)
         return np.stack(out)
 
     def loss(self, vector: Any, examples: Any) -> float:
-        set_trained(self.model, self.spec, self.unflatten(vector))
-        return held_out(self.model, examples, self.tokenizer.pad_token_id).loss
+        adapted = self.adapted
+        adapted.set(self.unflatten(vector))
+        return held_out(adapted.model, examples, adapted.pad_token_id).loss
 
     def unflatten(self, vector: Any) -> dict[str, Any]:
         arrays, start = {}, 0

@@ -33,13 +33,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedllm.adapters.peft_model import attach, initial_arrays, set_trained
+from fedllm.adapters.adapted_model import AdaptedModel
+from fedllm.adapters.peft_model import attach, initial_arrays
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.adapters.spec import AdapterSpec
 from fedllm.config import AdapterConfig, DataConfig, TrainConfig, fedllm_home
 from fedllm.data.partitions import partition
 from fedllm.data.rows import load_public, load_rows
-from fedllm.data.tokens import labelled, tokenize
+from fedllm.data.tokens import tokenize
 from fedllm.evaluation.held_out_loss import held_out
 from fedllm.models.answer_loss import answer_losses, collate
 from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
@@ -63,37 +64,29 @@ class Bench:
             kind=args.kind, rank=args.rank, target_modules=args.target_modules
         )
         self.spec: AdapterSpec = adapter_spec(adapter, load_config(location), seed)
-        self.tokenizer = load_tokenizer(location)
+        tokenizer = load_tokenizer(location)
         base = load_base(location, 4, home)
         _multiply_out(base)
         # On a CPU, faster than the fused kernel for sequences of this length.
         base.set_attn_implementation("eager")
         self.model = attach(base, self.spec)
+        self.adapted = AdaptedModel(self.model, tokenizer, self.spec)
         data = DataConfig(partition=args.partition)
         rows = load_rows(data)
         self.clients = [
-            labelled(
-                tokenize(
-                    partition(data, rows, index, args.clients, seed),
-                    self.tokenizer,
-                    data,
-                    512,
-                )
-            )
+            self._examples(partition(data, rows, index, args.clients, seed))
             for index in range(args.clients)
         ]
         public = load_public(data, "validation").shuffle(seed=42).select(range(128))
-        self.validation = labelled(tokenize(public, self.tokenizer, data, 512))
-        test = load_public(data, "test")
-        self.test = labelled(tokenize(test, self.tokenizer, data, 512))
+        self.validation = self._examples(public)
+        self.test = self._examples(load_public(data, "test"))
         self._inputs: dict[str, torch.Tensor] = {}
         self._owner = torch.zeros(0, dtype=torch.long)
         self._sums: dict[str, torch.Tensor] = {}
         self._hook()
 
-    @property
-    def pad(self) -> int:
-        return int(self.tokenizer.pad_token_id or 0)
+    def _examples(self, rows: Any) -> list[dict[str, Any]]:
+        return tokenize(rows, self.adapted.tokenizer, DataConfig(), 512).examples
 
     def updates(self, vector: Vector, batch_size: int, seed: int) -> Vector:
         """Return (clients, d): every client's one SGD step at learning rate 1.
@@ -115,7 +108,7 @@ class Bench:
         self, vector: Vector, drawn: list[tuple[int, dict[str, Any]]]
     ) -> Vector:
         """Return (clients, d): minus the gradient of each client's mean token loss."""
-        set_trained(self.model, self.spec, unflatten(self.spec, vector))
+        self.adapted.set(unflatten(self.spec, vector))
         count = len(self.clients)
         tokens = np.zeros(count)
         for owner, example in drawn:
@@ -127,7 +120,9 @@ class Bench:
         self.model.eval()
         for part in _batches(drawn):
             self._owner = torch.tensor([owner for owner, _ in part])
-            inputs = collate([example for _, example in part], self.pad)
+            inputs = collate(
+                [example for _, example in part], self.adapted.pad_token_id
+            )
             losses = answer_losses(self.model, **inputs)
             owners = [
                 owner
@@ -143,8 +138,8 @@ class Bench:
         return torch.cat(flat, dim=1).numpy()
 
     def loss(self, vector: Vector, examples: Any) -> float:
-        set_trained(self.model, self.spec, unflatten(self.spec, vector))
-        return held_out(self.model, examples, self.pad).loss
+        self.adapted.set(unflatten(self.spec, vector))
+        return held_out(self.model, examples, self.adapted.pad_token_id).loss
 
     def take_public_subspace(self) -> float:
         """Set A of ffa-lora to the leading directions of the gradient on public rows.
@@ -156,7 +151,7 @@ class Bench:
         public = (
             load_public(data, "validation").shuffle(seed=42).select(range(128, 256))
         )
-        examples = labelled(tokenize(public, self.tokenizer, data, 512))
+        examples = self._examples(public)
         base = self.model.get_base_model()
         whole: dict[str, Any] = {}
         with contextlib.ExitStack() as stack:
@@ -170,7 +165,9 @@ class Bench:
                 hook = layer.register_forward_hook(_summed_gradient(name, whole))
                 stack.callback(hook.remove)
             for part in _batches([(0, example) for example in examples]):
-                inputs = collate([example for _, example in part], self.pad)
+                inputs = collate(
+                    [example for _, example in part], self.adapted.pad_token_id
+                )
                 answer_losses(self.model, **inputs).sum().backward()
                 self.model.zero_grad(set_to_none=True)
         shares = []
@@ -356,6 +353,7 @@ def federate(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 def check(args: argparse.Namespace) -> None:
     """Compare a shared pass with what fedllm's trainer makes of the same examples."""
     from fedllm.training.sft import train_adapter
+    from fedllm.training.task import RoundTask
 
     for kind in ("ffa-lora", "lora-core", "lora", "ia3"):
         args.kind, args.clients = kind, 600
@@ -364,16 +362,9 @@ def check(args: argparse.Namespace) -> None:
         start = initial_arrays(bench.spec)
         shared = bench.updates(flatten(start), 8, 0)
         for index, examples in enumerate(bench.clients):
-            trained = train_adapter(
-                bench.model,
-                bench.spec,
-                bench.tokenizer,
-                examples,
-                start,
-                TrainConfig(batch_size=8, local_steps=1),
-                1.0,
-                0,
-            )
+            config = TrainConfig(batch_size=8, local_steps=1)
+            task = RoundTask(start, 1.0)
+            trained = train_adapter(bench.adapted, examples, config, task)
             update = flatten(trained.arrays) - flatten(start)
             error = np.linalg.norm(update - shared[index]) / np.linalg.norm(update)
             tell(kind=kind, client=index, relative_error=float(error))

@@ -278,25 +278,26 @@ def _load(folder: Path, setting: str, device: str) -> Any:
 
 
 def _step(folder: Path, base: Any, sparing: dict[str, bool]) -> None:
+    from fedllm.adapters.adapted_model import AdaptedModel
     from fedllm.adapters.peft_model import attach, initial_arrays
     from fedllm.adapters.resolve import adapter_spec
     from fedllm.config import AdapterConfig, TrainConfig
     from fedllm.models.loading import load_config, load_tokenizer
     from fedllm.training.sft import train_adapter
+    from fedllm.training.task import RoundTask
 
     location = str(folder / "base")
     settings = AdapterConfig(kind="lora", target_modules="q_proj,v_proj")
     spec = adapter_spec(settings, load_config(location), 0)
-    model = attach(base, spec)
-    tokenizer = load_tokenizer(location)
+    adapted = AdaptedModel(attach(base, spec), load_tokenizer(location), spec)
     ids = torch.randint(
         VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(1)
     ).tolist()
     train = TrainConfig(batch_size=1, local_steps=1, **sparing)
     examples = [{"input_ids": ids, "labels": ids}]
-    arrays = initial_arrays(spec)
+    task = RoundTask(initial_arrays(spec), 1.0)
     began = time.monotonic()
-    result = train_adapter(model, spec, tokenizer, examples, arrays, train, 1.0, 0)
+    result = train_adapter(adapted, examples, train, task)
     seconds = time.monotonic() - began
     print(f"loss {result.loss:.4f}, {seconds:.1f} s", file=sys.stderr)
 
@@ -307,7 +308,7 @@ def tell_losses() -> None:
 
     from fedllm.config import DataConfig, fedllm_home
     from fedllm.data.rows import load_public
-    from fedllm.data.tokens import labelled, tokenize
+    from fedllm.data.tokens import tokenize
     from fedllm.evaluation.held_out_loss import held_out
     from fedllm.models.loading import BUILT_IN, load_base, load_tokenizer, locate
 
@@ -315,7 +316,7 @@ def tell_losses() -> None:
     tokenizer = load_tokenizer(location)
     rows = load_public(data, "validation")
     assert rows is not None
-    examples = labelled(tokenize(rows, tokenizer, data, LENGTH))
+    examples = tokenize(rows, tokenizer, data, LENGTH).examples
     with tempfile.TemporaryDirectory(prefix="fedllm-memory-") as name:
         folder = Path(name)
         model = AutoModelForCausalLM.from_pretrained(location, dtype=torch.bfloat16)

@@ -282,34 +282,29 @@ def bare(
     import numpy as np
     import torch
 
-    from fedllm.adapters.peft_model import attach, get_trained, initial_arrays
-    from fedllm.adapters.resolve import adapter_spec
+    from fedllm.adapters.adapted_model import load_adapted_model
+    from fedllm.adapters.peft_model import get_trained, initial_arrays
     from fedllm.config import fedllm_home
     from fedllm.data.partitions import partition
     from fedllm.data.rows import load_rows
-    from fedllm.data.tokens import labelled, tokenize
-    from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
-    from fedllm.training.sft import train_adapter, training_seed
+    from fedllm.data.tokens import tokenize
+    from fedllm.training.sft import train_adapter
+    from fedllm.training.task import RoundTask, training_seed
 
     config = _resolved(run_config)
     if config.adapter.kind == "auto" or config.train.optimizer != "sgd":
         sys.exit("the bare loop knows a fixed kind of adapter and plain SGD")
     torch.set_num_threads(_threads())
-    location = locate(config.model.name, fedllm_home())
-    spec = adapter_spec(config.adapter, load_config(location), config.seed)
-    base = load_base(location, config.model.quantization, fedllm_home())
-    model = attach(base, spec)
-    tokenizer = load_tokenizer(location)
+    adapted = load_adapted_model(config, fedllm_home())
+    model, spec = adapted.model, adapted.spec
     rows = load_rows(config.data, None)
     examples = [
-        labelled(
-            tokenize(
-                partition(config.data, rows, index, clients, config.seed),
-                tokenizer,
-                config.data,
-                config.train.max_length,
-            )
-        )
+        tokenize(
+            partition(config.data, rows, index, clients, config.seed),
+            adapted.tokenizer,
+            config.data,
+            config.train.max_length,
+        ).examples
         for index in range(taken)
     ]
     initial = initial_arrays(spec)
@@ -317,14 +312,12 @@ def bare(
     rate = config.train.learning_rate
 
     def trained_by_client() -> dict[str, Any]:
-        return train_adapter(
-            *(model, spec, tokenizer, examples[0], initial, config.train),
-            *(rate, seeds[0]),
-        ).arrays
+        task = RoundTask(initial, rate, seeds[0])
+        return train_adapter(adapted, examples[0], config.train, task).arrays
 
-    pad = tokenizer.pad_token_id or 0
+    pad = adapted.pad_token_id
     wanted = trained_by_client()  # also warms up what is compiled at first use
-    client_attention = base.config._attn_implementation
+    client_attention = model.config._attn_implementation
     seconds = dict.fromkeys(LOOPS, 0.0)
     first: dict[str, dict[str, Any]] = {}
     for loop in LOOPS:

@@ -28,31 +28,36 @@ from typing import Any
 
 import numpy as np
 
-from fedllm.adapters.peft_model import attach, initial_arrays, set_trained
-from fedllm.adapters.resolve import adapter_spec
-from fedllm.config import AdapterConfig, DataConfig, TrainConfig, fedllm_home
+from fedllm.adapters.adapted_model import load_adapted_model
+from fedllm.adapters.peft_model import initial_arrays
+from fedllm.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    PrivacyConfig,
+    RunConfig,
+    TrainConfig,
+    fedllm_home,
+)
 from fedllm.data.partitions import partition
 from fedllm.data.rows import load_public, load_rows
-from fedllm.data.tokens import labelled, tokenize
+from fedllm.data.tokens import tokenize
 from fedllm.evaluation.held_out_loss import held_out
-from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
 from fedllm.privacy.record_ledger import RecordPlan, make_plan
 from fedllm.training.dp_sgd import train_privately
+from fedllm.training.task import RoundTask
 
 
 class Bench:
     """The base with an adapter, the clients' examples and the public rows."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        home = fedllm_home()
-        location = locate("smollm2-135m-instruct", home)
         adapter = AdapterConfig(
             kind=args.kind, rank=args.rank, target_modules=args.target_modules
         )
-        self.spec = adapter_spec(adapter, load_config(location), args.seed)
-        self.tokenizer = load_tokenizer(location)
-        self.pad = self.tokenizer.pad_token_id or 0
-        self.model = attach(load_base(location, args.quantization, home), self.spec)
+        base = ModelConfig(quantization=args.quantization)
+        config = RunConfig(model=base, adapter=adapter, seed=args.seed)
+        self.adapted = load_adapted_model(config, fedllm_home())
         data = DataConfig()
         rows = load_rows(data)
         self.clients = [
@@ -65,31 +70,23 @@ class Bench:
         self.test = self.tokens(load_public(data, "test"))
 
     def tokens(self, rows: Any) -> list[dict[str, Any]]:
-        return labelled(tokenize(rows, self.tokenizer, DataConfig(), 512))
+        return tokenize(rows, self.adapted.tokenizer, DataConfig(), 512).examples
 
     def loss(self, arrays: Any, examples: Any) -> float:
-        set_trained(self.model, self.spec, arrays)
-        return held_out(self.model, examples, self.pad).loss
+        adapted = self.adapted
+        adapted.set(arrays)
+        return held_out(adapted.model, examples, adapted.pad_token_id).loss
 
 
 def client_round(
     bench: Bench, args: argparse.Namespace, examples: Any, arrays: Any, plan: RecordPlan
 ) -> Any:
-    config = TrainConfig(
+    train = TrainConfig(
         batch_size=args.micro_batch, optimizer=args.optimizer, learning_rate=args.lr
     )
-    trained = train_privately(
-        bench.model,
-        bench.spec,
-        bench.pad,
-        examples,
-        arrays,
-        config,
-        args.norm,
-        args.lr,
-        plan,
-    )
-    return trained.arrays
+    config = RunConfig(train=train, privacy=PrivacyConfig(max_grad_norm=args.norm))
+    task = RoundTask(arrays, args.lr)
+    return train_privately(bench.adapted, examples, config, plan, task).arrays
 
 
 def plan_of(args: argparse.Namespace, num_records: int) -> RecordPlan:
@@ -114,7 +111,7 @@ def gain(args: argparse.Namespace) -> None:
     ):
         return
     bench = Bench(args)
-    arrays = initial_arrays(bench.spec)
+    arrays = initial_arrays(bench.adapted.spec)
     base = bench.loss(arrays, bench.validation)
     plans = [plan_of(args, len(examples)) for examples in bench.clients]
     validation, began = [round(base, 4)], time.monotonic()
@@ -128,7 +125,7 @@ def gain(args: argparse.Namespace) -> None:
         sys.stderr.write(f"{time.monotonic() - began:.0f} s {validation}\n")
     row |= {"z": plans[0].noise_multiplier, "validation": validation}
     if args.test:
-        row["test_before"] = bench.loss(initial_arrays(bench.spec), bench.test)
+        row["test_before"] = bench.loss(initial_arrays(bench.adapted.spec), bench.test)
         row["test_after"] = bench.loss(arrays, bench.test)
     row["seconds"] = round(time.monotonic() - began)
     line = json.dumps(row)
@@ -163,7 +160,7 @@ def one_step(args: argparse.Namespace, way: str) -> tuple[float, float]:
 
     bench = Bench(args)
     examples = random.Random(0).sample(bench.clients[0], args.batch)
-    arrays = initial_arrays(bench.spec)
+    task = RoundTask(initial_arrays(bench.adapted.spec), 1.0)
     config = TrainConfig(
         batch_size=args.micro_batch,
         gradient_accumulation=args.batch // args.micro_batch,
@@ -174,23 +171,13 @@ def one_step(args: argparse.Namespace, way: str) -> tuple[float, float]:
     def run(rows: Any, settings: TrainConfig) -> float:
         began = time.monotonic()
         if way == "sft":
-            train_adapter(
-                bench.model, bench.spec, bench.tokenizer, rows, arrays, settings, 1.0, 0
-            )
+            train_adapter(bench.adapted, rows, settings, task)
         else:
             # Probability 1: the batch is the examples, as for SFT.
             plan = RecordPlan(1.0, 1.0, 1, len(rows), 1e-5)
-            train_privately(
-                bench.model,
-                bench.spec,
-                bench.pad,
-                rows,
-                arrays,
-                settings,
-                1.0,
-                1.0,
-                plan,
-            )
+            privacy = PrivacyConfig(max_grad_norm=1.0)
+            config = RunConfig(train=settings, privacy=privacy)
+            train_privately(bench.adapted, rows, config, plan, task)
         return time.monotonic() - began
 
     warm = TrainConfig(batch_size=args.micro_batch, local_steps=1)

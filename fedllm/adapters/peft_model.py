@@ -101,7 +101,7 @@ def check_arrays(spec: AdapterSpec, arrays: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """ZeroNoise a warning of transformers that is PEFT's to mend: a renamed attribute."""
+    """Silence a warning that is for PEFT to mend: it uses a renamed attribute."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield

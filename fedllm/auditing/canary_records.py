@@ -8,12 +8,12 @@ epsilon from below (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from fedllm.adapters.peft_model import initial_arrays, set_trained
-from fedllm.adapters.spec import AdapterSpec
+from fedllm.adapters.adapted_model import AdaptedModel, load_adapted_model
+from fedllm.adapters.peft_model import initial_arrays
 from fedllm.config import RunConfig
 from fedllm.evaluation.held_out_loss import held_out
 from fedllm.planning.record_noise import client_plan
@@ -25,9 +25,7 @@ from fedllm.privacy.lower_bounds import (
 )
 from fedllm.privacy.mechanism import SecureGenerator
 from fedllm.privacy.record_ledger import RecordPlan
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from fedllm.training.task import RoundTask
 
 _PROMPT_TOKENS = 8
 _ANSWER_TOKENS = 16
@@ -84,50 +82,28 @@ def audit_first_client(
     Raises:
         FedllmError: Model or data cannot be had, or the client has too few records.
     """
-    from fedllm.adapters.peft_model import attach
-    from fedllm.adapters.resolve import adapter_spec
     from fedllm.config import fedllm_home
     from fedllm.data.partitions import partition
     from fedllm.data.rows import load_rows
-    from fedllm.data.tokens import labelled, tokenize
-    from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
+    from fedllm.data.tokens import tokenize
     from fedllm.training.dp_sgd import train_privately
 
-    home = fedllm_home()
-    location = locate(config.model.name, home)
-    spec = adapter_spec(config.adapter, load_config(location), config.seed)
-    base = load_base(
-        location,
-        config.model.quantization,
-        home,
-        quantize_embeddings=config.model.quantize_embeddings,
-    )
-    model = attach(base, spec)
-    tokenizer = load_tokenizer(location)
+    adapted = load_adapted_model(config, fedllm_home())
     rows = partition(config.data, load_rows(config.data), 0, num_clients, config.seed)
-    examples = labelled(tokenize(rows, tokenizer, config.data, config.train.max_length))
+    length = config.train.max_length
+    examples = tokenize(rows, adapted.tokenizer, config.data, length).examples
     expected = len(examples) + num_canaries // 2
     plan = client_plan(config, expected, config.privacy.target_epsilon)
 
     def train(records: Sequence[Example], arrays: Mapping[str, Any]) -> Any:
-        return train_privately(
-            model,
-            spec,
-            tokenizer.pad_token_id or 0,
-            records,
-            arrays,
-            config.train,
-            config.privacy.max_grad_norm,
-            config.train.learning_rate,
-            plan,
-        ).arrays
+        task = RoundTask(arrays, config.train.learning_rate)
+        return train_privately(adapted, records, config, plan, task).arrays
 
-    return audit_records(model, spec, examples, config, plan, num_canaries, train)
+    return audit_records(adapted, examples, config, plan, num_canaries, train)
 
 
 def audit_records(
-    model: "PeftModel",
-    spec: AdapterSpec,
+    adapted: AdaptedModel,
     examples: Sequence[Example],
     config: RunConfig,
     plan: RecordPlan,
@@ -137,8 +113,7 @@ def audit_records(
     """Train one client on its records and planted canaries, and guess which were planted.
 
     Args:
-        model: The base model with the adapter on it; its trained values are overwritten.
-        spec: The adapter.
+        adapted: The model; its trained values are overwritten.
         examples: The client's own tokenised, labelled records.
         config: Gives the number of rounds.
         plan: The client's noise and batches, fixed before the coins fell.
@@ -146,18 +121,18 @@ def audit_records(
         train: One round.
     """
     generator = SecureGenerator()
-    vocabulary = int(model.get_base_model().config.vocab_size)
+    vocabulary = int(adapted.model.get_base_model().config.vocab_size)
     canaries = [_canary(generator, vocabulary) for _ in range(num_canaries)]
     planted = generator.bernoulli(0.5, num_canaries)
     records = [
         *examples,
         *(c for c, coin in zip(canaries, planted, strict=True) if coin),
     ]
-    arrays: Mapping[str, Any] = initial_arrays(spec)
-    before = _losses(model, spec, arrays, canaries)
+    arrays: Mapping[str, Any] = initial_arrays(adapted.spec)
+    before = _losses(adapted, arrays, canaries)
     for _ in range(config.num_server_rounds):
         arrays = train(records, arrays)
-    change = _losses(model, spec, arrays, canaries) - before
+    change = _losses(adapted, arrays, canaries) - before
     z, q, steps = plan.event
     events = [(z, q, steps * config.num_server_rounds)]
     return RecordFindings(
@@ -188,11 +163,10 @@ def _canary(generator: SecureGenerator, vocabulary: int) -> dict[str, list[int]]
 
 
 def _losses(
-    model: "PeftModel",
-    spec: AdapterSpec,
+    adapted: AdaptedModel,
     arrays: Mapping[str, Any],
     canaries: Sequence[Example],
 ) -> Any:
     """Return (canaries,) losses, nats per token."""
-    set_trained(model, spec, arrays)
-    return np.array([held_out(model, [canary], 0).loss for canary in canaries])
+    adapted.set(arrays)
+    return np.array([held_out(adapted.model, [canary], 0).loss for canary in canaries])

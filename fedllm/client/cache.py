@@ -17,9 +17,9 @@ from fedllm.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from peft import PeftModel
 
-    from fedllm.adapters.spec import AdapterSpec
+    from fedllm.adapters.adapted_model import AdaptedModel
+    from fedllm.data.tokens import Example
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,15 @@ class ClientRows:
             else empty.
     """
 
-    examples: list[dict[str, Any]]
+    examples: list["Example"]
     digests: list[bytes]
 
 
 @dataclass
 class ResidentModel:
-    """The base model with one run's adapter on it, and the rows seen with it."""
+    """The base model with one run's adapter, and the rows tokenised for it."""
 
-    model: "PeftModel"
-    tokenizer: Any
-    spec: "AdapterSpec"
+    adapted: "AdaptedModel"
     rows: dict[Any, ClientRows] = field(default_factory=dict)
 
 
@@ -57,9 +55,7 @@ def resident_model(config: RunConfig) -> ResidentModel:
     """
     key = (config.model, config.adapter, config.seed)
     if key not in _resident:
-        from fedllm.adapters.peft_model import attach
-        from fedllm.adapters.resolve import adapter_spec
-        from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
+        from fedllm.adapters.adapted_model import load_adapted_model
 
         import_libraries(
             quantized=bool(
@@ -69,17 +65,7 @@ def resident_model(config: RunConfig) -> ResidentModel:
         )
         # Another adapter kind would wrap the same base twice: keep one at a time.
         _resident.clear()
-        home = fedllm_home()
-        location = locate(config.model.name, home)
-        spec = adapter_spec(config.adapter, load_config(location), config.seed)
-        base = load_base(
-            location,
-            config.model.quantization,
-            home,
-            quantize_embeddings=config.model.quantize_embeddings,
-        )
-        model = attach(base, spec)
-        _resident[key] = ResidentModel(model, load_tokenizer(location), spec)
+        _resident[key] = ResidentModel(load_adapted_model(config, fedllm_home()))
         # Every trainer that is built collects garbage, which walks all that imports and
         # the model left: a good part of a short training. None of it is garbage.
         gc.collect()
@@ -112,7 +98,7 @@ def client_rows(
     if key not in resident.rows:
         loaded = _load_rows(node, config, held_out)
         digests = _digests(loaded) if is_record else []
-        examples = _tokenize(loaded, resident.tokenizer, config, log)
+        examples = _tokenize(loaded, resident.adapted.tokenizer, config, log)
         resident.rows[key] = ClientRows(examples, digests)
     rows = resident.rows[key]
     if not rows.examples:
@@ -148,15 +134,15 @@ def _digests(rows: "Dataset") -> list[bytes]:
 
 def _tokenize(
     rows: "Dataset", tokenizer: Any, config: RunConfig, log: ClientLog
-) -> list[dict[str, Any]]:
+) -> "list[Example]":
     """Return labelled tokens, and log how many rows the length limit cut."""
-    from fedllm.data.tokens import labelled, tokenize
+    from fedllm.data.tokens import tokenize
 
     tokenized = tokenize(rows, tokenizer, config.data, config.train.max_length)
     if tokenized.num_truncated or tokenized.num_without_answer:
         log.write(
             f"client {log.number}: train.max-length {config.train.max_length} cut "
-            f"{tokenized.num_truncated} of {tokenized.num_examples} examples; "
+            f"{tokenized.num_truncated} of {len(tokenized.examples)} examples; "
             f"{tokenized.num_without_answer} without an answer are not used"
         )
-    return labelled(tokenized)
+    return tokenized.examples

@@ -15,7 +15,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 
 from fedllm.adapters.resolve import with_kind
-from fedllm.client.cache import ClientRows, ResidentModel, client_rows, resident_model
+from fedllm.client.cache import ClientRows, client_rows, resident_model
 from fedllm.client.log import ClientLog
 from fedllm.client.node_config import (
     NodeConfig,
@@ -31,6 +31,7 @@ from fedllm.errors import (
     FedllmError,
     TimeLimitError,
 )
+from fedllm.training.task import RoundTask, training_seed
 from fedllm.wire.messages import (
     ADAPTER_KIND,
     ARRAYS,
@@ -44,6 +45,7 @@ from fedllm.wire.messages import (
 from fedllm.wire.resumed_run import original_context
 
 if TYPE_CHECKING:
+    from fedllm.adapters.adapted_model import AdaptedModel
     from fedllm.training.result import Trained
 
 _CODES: tuple[tuple[type[Exception], str], ...] = (
@@ -151,29 +153,21 @@ def _train(message: Message, client: _Client) -> RecordDict:
     resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
     loaded = time.monotonic()
     rows = client_rows(resident, node, config, client.log)
-    arrays = _received(message, resident, config)
+    arrays = _received(message, resident.adapted, config)
     server_round = int(record["server-round"])  # type: ignore[arg-type]
     learning_rate = float(record["learning-rate"])  # type: ignore[arg-type]
+    seed = training_seed(config.seed, server_round, node.partition_id)
+    task = RoundTask(arrays, learning_rate, seed, deadline)
     ready = time.monotonic()
     metrics: dict[str, Any] = {}
     if config.privacy.unit == "record":
         trained, metrics["epsilon"] = _train_privately(
-            client, resident, rows, arrays, learning_rate, deadline
+            client, resident.adapted, rows, task
         )
     else:
-        from fedllm.training.sft import train_adapter, training_seed
+        from fedllm.training.sft import train_adapter
 
-        trained = train_adapter(
-            resident.model,
-            resident.spec,
-            resident.tokenizer,
-            rows.examples,
-            arrays,
-            config.train,
-            learning_rate,
-            training_seed(config.seed, server_round, node.partition_id),
-            deadline,
-        )
+        trained = train_adapter(resident.adapted, rows.examples, config.train, task)
     ended = time.monotonic()
     began = ready if trained.began is None else trained.began
     sent = _encoded(trained.arrays, arrays, config, server_round, node.partition_id)
@@ -190,12 +184,7 @@ def _train(message: Message, client: _Client) -> RecordDict:
 
 
 def _train_privately(
-    client: _Client,
-    resident: ResidentModel,
-    rows: ClientRows,
-    arrays: Mapping[str, Any],
-    learning_rate: float,
-    deadline: float,
+    client: _Client, adapted: "AdaptedModel", rows: ClientRows, task: RoundTask
 ) -> tuple["Trained", float]:
     """Train by DP-SGD, and pay on this client's disk before anything leaves.
 
@@ -215,23 +204,12 @@ def _train_privately(
         config, client.node, client.run_id, rows.digests, len(rows.examples)
     )
     budget.require()
-    trained = train_privately(
-        resident.model,
-        resident.spec,
-        resident.tokenizer.pad_token_id or 0,
-        rows.examples,
-        arrays,
-        config.train,
-        config.privacy.max_grad_norm,
-        learning_rate,
-        budget.plan,
-        deadline,
-    )
+    trained = train_privately(adapted, rows.examples, config, budget.plan, task)
     return trained, budget.spend()
 
 
 def _received(
-    message: Message, resident: ResidentModel, config: RunConfig
+    message: Message, adapted: "AdaptedModel", config: RunConfig
 ) -> dict[str, Any]:
     """Decode the server's arrays.
 
@@ -239,7 +217,7 @@ def _received(
         ValueError: They are not those of the adapter.
     """
     record = message.content.array_records[ARRAYS]
-    return read_global(record, resident.spec.trained_shapes, config.wire.encoding)
+    return read_global(record, adapted.spec.trained_shapes, config.wire.encoding)
 
 
 def _encoded(
@@ -291,7 +269,6 @@ def _log_training(
 
 def _evaluate(message: Message, client: _Client) -> RecordDict:
     """Return the loss of the server's adapter on this client's held-out rows."""
-    from fedllm.adapters.peft_model import set_trained
     from fedllm.evaluation.held_out_loss import held_out
 
     config = client.config
@@ -303,10 +280,10 @@ def _evaluate(message: Message, client: _Client) -> RecordDict:
     record = message.content.config_records[CONFIG]
     resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
     rows = client_rows(resident, client.node, config, client.log, held_out=True)
-    arrays = _received(message, resident, config)
-    set_trained(resident.model, resident.spec, arrays)
+    adapted = resident.adapted
+    adapted.set(_received(message, adapted, config))
     examples = rows.examples[: config.strategy.evaluate_examples or None]
-    score = held_out(resident.model, examples, resident.tokenizer.pad_token_id or 0)
+    score = held_out(adapted.model, examples, adapted.pad_token_id)
     metrics = MetricRecord({"num-examples": score.num_examples})
     metrics["eval-loss"] = score.loss
     return RecordDict({METRICS: metrics})

@@ -148,7 +148,6 @@ class Bench:
         from fedllm.client.cache import resident_model
         from fedllm.evaluation.multiple_choice import load_questions
         from fedllm.evaluation.public_rows import PublicRows
-        from fedllm.models.loading import locate
         from fedllm.planning.adapter_choice import choose_adapter, with_choice
         from fedllm.wire.task_identity import set_task_identity
 
@@ -159,12 +158,9 @@ class Bench:
         self.num_clients = num_clients
         home = fedllm_home()
         self._resident = resident_model(config)
-        self.spec = self._resident.spec
+        self.spec = self._resident.adapted.spec
         self._start = initial_arrays(self.spec)
-        base_name = locate(config.model.name, home)
-        self._public = PublicRows(
-            config, base_name, self.spec, home, self._resident.model
-        )
+        self._public = PublicRows(config, home, self._resident.adapted)
         self._questions = load_questions(Path(benchmark)) if benchmark else None
 
     def measure(self, arm: str, folder: Path) -> dict[str, Any]:
@@ -275,7 +271,6 @@ class Bench:
         self, arrays: Any, best_round: int, losses: list[Any], began: float
     ) -> dict[str, Any]:
         """Score the chosen adapter on test rows and questions; the only time."""
-        from fedllm.adapters.peft_model import set_trained
         from fedllm.data.prompts import chat_prompt
         from fedllm.evaluation.multiple_choice import multiple_choice
 
@@ -298,10 +293,14 @@ class Bench:
             "accuracy": None,
         }
         if self._questions is not None:
-            model, tokenizer = self._resident.model, self._resident.tokenizer
-            set_trained(model, self.spec, arrays)
+            adapted = self._resident.adapted
+            adapted.set(arrays)
+            tokenizer = adapted.tokenizer
             choice = multiple_choice(
-                model, tokenizer, self._questions, lambda q: chat_prompt(tokenizer, q)
+                adapted.model,
+                tokenizer,
+                self._questions,
+                lambda q: chat_prompt(tokenizer, q),
             )
             row |= {"accuracy": choice.accuracy, "chance": choice.chance}
         return row

@@ -102,7 +102,7 @@ def _answer(
 def _held_out(args: argparse.Namespace, asker: ChatModel) -> dict[str, Any]:
     """Measure loss and perplexity on the run's public test rows."""
     from fedllm.data.rows import load_public
-    from fedllm.data.tokens import labelled, tokenize
+    from fedllm.data.tokens import tokenize
 
     config = asker.subject.config
     data = config.data if config else DataConfig()
@@ -112,7 +112,7 @@ def _held_out(args: argparse.Namespace, asker: ChatModel) -> dict[str, Any]:
         raise DataError(
             "--held-out: this run has no public test rows (data.public-test)"
         )
-    examples = labelled(tokenize(rows, asker.tokenizer, data, length))
+    examples = tokenize(rows, asker.tokenizer, data, length).examples
     return _losses(args, asker, examples, "test rows", _names(args, asker))
 
 
@@ -120,13 +120,13 @@ def _off_topic(args: argparse.Namespace, asker: ChatModel) -> dict[str, Any]:
     """Measure the loss of base and tuned model on general knowledge: forgetting shows."""
     from datasets import Dataset
 
-    from fedllm.data.tokens import labelled, tokenize
+    from fedllm.data.tokens import tokenize
     from fedllm.evaluation.open_answers import off_topic_rows
 
     data = DataConfig(prompt_column="question", response_column="answer")
     length = RunConfig().train.max_length
     rows = Dataset.from_list(off_topic_rows())
-    examples = labelled(tokenize(rows, asker.tokenizer, data, length))
+    examples = tokenize(rows, asker.tokenizer, data, length).examples
     return _losses(args, asker, examples, "off-topic questions", asker.both())
 
 

@@ -232,7 +232,7 @@ def _probe(config: RunConfig, settings: PrivacySettings) -> dict[str, float]:
     home = fedllm_home()
     location = locate(config.model.name, home)
     spec = adapter_spec(config.adapter, load_config(location), config.seed)
-    public = PublicRows(config, location, spec, home)
+    public = PublicRows(config, home)
     arrays = initial_arrays(spec)
     before = public.validation_loss(arrays)
     if before is None:

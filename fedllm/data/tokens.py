@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedllm.config import DataConfig
 from fedllm.data.prompts import (
@@ -19,23 +19,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Example = dict[str, list[int]]
+"""One row for the model: `input_ids` and `labels`."""
+
+
 @dataclass(frozen=True)
 class Tokenized:
-    """Rows as tokens, and what was lost on the way."""
+    """Rows as labelled tokens, and what was lost on the way."""
 
-    dataset: "Dataset"
-    """Columns `input_ids` and `completion_mask` (1 in the answer, else 0): lists of the
-    same length, at most max_length, with at least one 1."""
+    examples: list[Example]
+    """Each with `input_ids` and, of the same length, `labels`: the token id in the answer,
+    else -100. At most max_length tokens, at least one of them of the answer."""
     num_truncated: int
-    """Rows of `dataset` whose end the length limit cut."""
+    """Examples whose end the length limit cut."""
     num_without_answer: int
     """Rows left out: the question or the answer is missing or blank, or the length
     limit cut the whole answer."""
-
-    @property
-    def num_examples(self) -> int:
-        """Rows of `dataset`."""
-        return len(self.dataset)
 
 
 def tokenize(
@@ -44,7 +43,7 @@ def tokenize(
     config: DataConfig,
     max_length: int,
 ) -> Tokenized:
-    """Turn rows into tokens as TRL's SFTTrainer does, and mark the answer.
+    """Turn rows into tokens as TRL's SFTTrainer does, and label the answer.
 
     With a chat template: the conversation as the template renders it, where the answer
     begins at the first token that differs from the prompt rendered alone (TRL 1.16,
@@ -60,9 +59,7 @@ def tokenize(
     Raises:
         DataError: A row has not the right form, or the chat template refuses it.
     """
-    from datasets import Dataset
-
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
+    examples: list[Example] = []
     num_truncated = num_without_answer = 0
     texts: list[str] = []
     for number, row in enumerate(_each(rows), start=1):
@@ -81,10 +78,9 @@ def tokenize(
             num_without_answer += 1
             continue
         num_truncated += len(ids) > max_length
-        mask = [0] * start + [1] * (len(ids) - start)
-        columns["input_ids"].append(ids[:max_length])
-        columns["completion_mask"].append(mask[:max_length])
-    return Tokenized(Dataset.from_dict(columns), num_truncated, num_without_answer)
+        ids = ids[:max_length]
+        examples.append({"input_ids": ids, "labels": [-100] * start + ids[start:]})
+    return Tokenized(examples, num_truncated, num_without_answer)
 
 
 def _each(rows: "Dataset") -> Iterator[Row]:
@@ -92,19 +88,3 @@ def _each(rows: "Dataset") -> Iterator[Row]:
     for columns in rows.iter(batch_size=1000):
         for cells in zip(*columns.values(), strict=True):
             yield dict(zip(columns, cells, strict=True))
-
-
-def labelled(tokenized: Any) -> list[dict[str, list[int]]]:
-    """Return tokenised rows with labels: the token id in the answer, else -100."""
-    return [
-        {
-            "input_ids": list(row["input_ids"]),
-            "labels": [
-                token if answer else -100
-                for token, answer in zip(
-                    row["input_ids"], row["completion_mask"], strict=True
-                )
-            ],
-        }
-        for row in tokenized.dataset
-    ]

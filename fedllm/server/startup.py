@@ -125,7 +125,7 @@ def _assemble(
         population=population,
         spec=spec,
         directory=directory,
-        public=PublicRows(config, base_name, spec, home),
+        public=PublicRows(config, home),
         account=account,
         strategy=strategy,
         saver=saver,

@@ -11,15 +11,14 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import get_constant_schedule_with_warmup
 
-from fedllm.adapters.peft_model import get_trained, set_trained
-from fedllm.adapters.spec import AdapterSpec
-from fedllm.config import TrainConfig
+from fedllm.adapters.adapted_model import AdaptedModel
+from fedllm.config import RunConfig, TrainConfig
 from fedllm.privacy.mechanism import (
     FixedPointSum,
     SecureGenerator,
@@ -30,40 +29,30 @@ from fedllm.privacy.mechanism import (
 from fedllm.privacy.record_ledger import RecordPlan
 from fedllm.training.mapped_weights import release_mapped_pages
 from fedllm.training.per_example_gradients import PerExample
-from fedllm.training.result import Trained, check_deadline, restoring
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from fedllm.training.result import Trained, restoring
+from fedllm.training.task import RoundTask
 
 
 def train_privately(
-    model: "PeftModel",
-    spec: AdapterSpec,
-    pad_token_id: int,
+    adapted: AdaptedModel,
     examples: Sequence[Mapping[str, Any]],
-    arrays: Mapping[str, Any],
-    config: TrainConfig,
-    max_grad_norm: float,
-    learning_rate: float,
+    config: RunConfig,
     plan: RecordPlan,
-    deadline: float = math.inf,
+    task: RoundTask,
 ) -> Trained:
     """Fine-tune the adapter from given values by DP-SGD on one client's examples.
 
     Args:
-        model: The resident base model with the adapter on it; its trained values are
-            overwritten, everything else is left as it was.
-        spec: The adapter.
-        pad_token_id: Any token id.
+        adapted: The resident model; its trained values are overwritten, everything else
+            is left as it was.
         examples: Rows with `input_ids` and `labels`; at least one.
-        arrays: The global adapter's trained values.
-        config: Settings of the training; a micro-batch has `batch_size` examples.
-        max_grad_norm: Largest L2 norm of one example's gradient.
-        learning_rate: The round's learning rate.
+        config: Gives `train`, of which a micro-batch has `batch_size` examples, and
+            `privacy.max_grad_norm`, the largest L2 norm of one example's gradient.
         plan: Noise multiplier, sampling probability, steps, expected batch size.
-        deadline: `time.monotonic()` after which no step is begun.
+        task: Where to start, the learning rate and the deadline.
 
     Raises:
+        AdapterError: The task's arrays are not those of this adapter.
         TimeLimitError: The deadline passed before the last step.
 
     Guarantee:
@@ -76,26 +65,26 @@ def train_privately(
         with every other example of a batch.
     """
     generator = SecureGenerator()
+    model, train = adapted.model, config.train
+    norm = config.privacy.max_grad_norm
     # fork_rng puts torch's own generator back, so nobody sees what was drawn.
-    sparing = release_mapped_pages(model) if config.gradient_checkpointing else None
+    sparing = release_mapped_pages(model) if train.gradient_checkpointing else None
     with restoring(model), sparing or nullcontext(), torch.random.fork_rng():
         torch.manual_seed(secrets.randbits(63))
-        if config.gradient_checkpointing:
+        if train.gradient_checkpointing:
             model.get_base_model().activation_checkpointing_enable()
         model.train()
-        set_trained(model, spec, arrays)
-        per_example = PerExample(model, pad_token_id)
-        update = _Update(per_example.trained, config, learning_rate)
+        adapted.set(task.arrays)
+        per_example = PerExample(model, adapted.pad_token_id)
+        update = _Update(per_example.trained, train, task.learning_rate)
         for step in range(plan.steps):
-            check_deadline(deadline, step)
+            task.check_deadline(step)
             coins = generator.bernoulli(plan.sampling_probability, len(examples))
             batch = [row for row, coin in zip(examples, coins, strict=True) if coin]
-            total = clipped_sum(per_example, batch, config.batch_size, max_grad_norm)
-            released = noised_sum(
-                total, plan.noise_multiplier, max_grad_norm, generator
-            )
+            total = clipped_sum(per_example, batch, train.batch_size, norm)
+            released = noised_sum(total, plan.noise_multiplier, norm, generator)
             update.step(released / plan.expected_batch_size)
-        trained = get_trained(model, spec)
+        trained = adapted.get()
     return Trained(trained, math.nan, len(examples), plan.steps)
 
 

@@ -1,13 +1,11 @@
 """What every way of training an adapter shares: its result, and a model left clean."""
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedllm.adapters.spec import Arrays
-from fedllm.errors import TimeLimitError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,21 +55,3 @@ def restoring(model: "PeftModel") -> Iterator[None]:
                 del module._forward_hooks[key]
         model.zero_grad(set_to_none=True)
         model.eval()
-
-
-def check_deadline(deadline: float, num_steps: int) -> None:
-    """Refuse to go on after a deadline.
-
-    Args:
-        deadline: `time.monotonic()` after which no step is begun.
-        num_steps: Steps that were taken.
-
-    Raises:
-        TimeLimitError: It has passed.
-    """
-    if time.monotonic() > deadline:
-        raise TimeLimitError(
-            f"strategy.round-timeout: is over after {num_steps} steps of training, so "
-            "the update would come too late to count; raise it, or lower "
-            "train.local-steps"
-        )

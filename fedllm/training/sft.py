@@ -1,30 +1,24 @@
 """Supervised fine-tuning of an adapter on one partition: the only importer of TRL."""
 
 import logging
-import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from fedllm.adapters.peft_model import get_trained, set_trained
-from fedllm.adapters.spec import AdapterSpec
+from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.config import TrainConfig
 from fedllm.models.answer_loss import answer_losses, collate
 from fedllm.training.activation_compression import compressed_activations
 from fedllm.training.mapped_weights import release_mapped_pages
-from fedllm.training.result import Trained, check_deadline, restoring
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+from fedllm.training.result import Trained, restoring
+from fedllm.training.task import RoundTask
 
 logger = logging.getLogger(__name__)
 
@@ -81,35 +75,27 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc] # TRL has no types
 
 
 def train_adapter(
-    model: "PeftModel",
-    spec: AdapterSpec,
-    tokenizer: "PreTrainedTokenizerBase",
+    adapted: AdaptedModel,
     examples: Sequence[Mapping[str, Any]],
-    arrays: Mapping[str, Any],
     config: TrainConfig,
-    learning_rate: float,
-    seed: int,
-    deadline: float = math.inf,
+    task: RoundTask,
 ) -> Trained:
     """Fine-tune the adapter from given values on one client's examples.
 
     Args:
-        model: The resident base model with the adapter on it; its trained values are
-            overwritten, everything else is left as it was.
-        spec: The adapter.
-        tokenizer: The base model's tokenizer.
+        adapted: The resident model; its trained values are overwritten, everything else
+            is left as it was.
         examples: Rows with `input_ids` and `labels`; at least one.
-        arrays: The global adapter's trained values.
         config: Settings of the training.
-        learning_rate: The round's learning rate.
-        seed: Order of the examples and dropout.
-        deadline: `time.monotonic()` after which no step is begun.
+        task: Where to start, the learning rate, the seed and the deadline.
 
     Raises:
+        AdapterError: The task's arrays are not those of this adapter.
         TimeLimitError: The deadline passed before the last step.
     """
+    model, tokenizer = adapted.model, adapted.tokenizer
     base = model.get_base_model()
-    # Else the trainer says, each round, that it aligned them.
+    # Else the trainer logs, each round, that it aligned them.
     base.config.pad_token_id = tokenizer.pad_token_id
     base.generation_config.pad_token_id = tokenizer.pad_token_id
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -121,25 +107,25 @@ def train_adapter(
     ):
         trainer = AdapterTrainer(
             model=model,
-            args=_sft_config(config, learning_rate, seed, folder, model.device.type),
+            args=_sft_config(config, task, folder, model.device.type),
             train_dataset=Dataset.from_list([dict(row) for row in examples]),
             processing_class=tokenizer,
-            data_collator=lambda rows: collate(rows, tokenizer.pad_token_id or 0),
+            data_collator=lambda rows: collate(rows, adapted.pad_token_id),
             proximal_mu=config.proximal_mu,
             compress=config.activation_compression,
         )
         trainer.remove_callback(PrinterCallback)
-        clock = _Deadline(deadline)
+        clock = _Deadline(task)
         trainer.add_callback(clock)
         # On a quantised base SFTTrainer rounds the adapter to bfloat16, whose 8 bits
         # lose small updates; ours stays in float32.
         for parameter in trained:
             parameter.data = parameter.data.float()
-        set_trained(model, spec, arrays)
+        adapted.set(task.arrays)
         trainer.remember_reference(trained)
         result = trainer.train()
     return Trained(
-        arrays=get_trained(model, spec),
+        arrays=adapted.get(),
         loss=float(result.training_loss),
         num_examples=len(examples),
         num_steps=int(trainer.state.global_step),
@@ -150,24 +136,18 @@ def train_adapter(
 class _Deadline(TrainerCallback):  # type: ignore[misc] # transformers has no types
     """Give up a training whose result would come too late; note when it began."""
 
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
+    def __init__(self, task: RoundTask) -> None:
+        self._task = task
         self.began: float | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        check_deadline(self._deadline, state.global_step)
+        self._task.check_deadline(state.global_step)
         if self.began is None:
             self.began = time.monotonic()
 
 
-def training_seed(seed: int, server_round: int, partition_id: int) -> int:
-    """Return the seed of one client's training in one round, below 2**32."""
-    sequence = np.random.SeedSequence((seed, server_round, partition_id))
-    return int(sequence.generate_state(1)[0])
-
-
 def _sft_config(
-    config: TrainConfig, learning_rate: float, seed: int, folder: str, device: str
+    config: TrainConfig, task: RoundTask, folder: str, device: str
 ) -> SFTConfig:
     """Make TRL's settings; nothing is saved, reported or drawn."""
     settings = SFTConfig(
@@ -178,13 +158,13 @@ def _sft_config(
         num_train_epochs=config.local_epochs if config.local_steps == 0 else 1.0,
         activation_checkpointing=config.gradient_checkpointing,
         optim="sgd" if config.optimizer == "sgd" else "adamw_torch",
-        learning_rate=learning_rate,
+        learning_rate=task.learning_rate,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        seed=seed,
-        data_seed=seed,
+        seed=task.seed,
+        data_seed=task.seed,
         max_length=None,
         # The base already computes in its own type and the adapter in float32: autocast
         # would only add casts.

@@ -9,15 +9,17 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.adapters.peft_model import attach
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.auditing.canary_records import audit_records, most_certifiable
 from fedllm.config import DataConfig, parse_run_config
-from fedllm.data.tokens import labelled, tokenize
+from fedllm.data.tokens import tokenize
 from fedllm.models.loading import load_config, load_tokenizer
 from fedllm.planning.record_noise import client_plan
 from fedllm.privacy.record_ledger import RecordPlan
 from fedllm.training.dp_sgd import train_privately
+from fedllm.training.task import RoundTask
 from tests.helpers.tiny_models import SENTENCES
 
 CONFIG = parse_run_config(
@@ -39,31 +41,30 @@ CANARIES = 60
 
 
 @pytest.fixture(scope="module")
-def client(tiny_chat_llama: Path) -> tuple[Any, Any, Any]:
+def client(tiny_chat_llama: Path) -> tuple[AdaptedModel, Any]:
     base = AutoModelForCausalLM.from_pretrained(tiny_chat_llama, dtype=torch.float32)
     base.requires_grad_(False)
     spec = adapter_spec(CONFIG.adapter, load_config(str(tiny_chat_llama)), 5)
     rows = [{"instruction": t[:20], "response": t[20:]} for t in SENTENCES]
     tokenizer = load_tokenizer(str(tiny_chat_llama))
-    examples = labelled(tokenize(Dataset.from_list(rows), tokenizer, DataConfig(), 512))
-    return attach(base, spec).eval(), spec, examples
+    examples = tokenize(Dataset.from_list(rows), tokenizer, DataConfig(), 512).examples
+    return AdaptedModel(attach(base, spec).eval(), tokenizer, spec), examples
 
 
-def audited(client: tuple[Any, Any, Any], trained_with: RecordPlan) -> Any:
+def audited(client: tuple[AdaptedModel, Any], trained_with: RecordPlan) -> Any:
     """Audit what is promised, where the client trains by another plan."""
-    model, spec, examples = client
+    adapted, examples = client
     promised = client_plan(CONFIG, len(examples) + CANARIES // 2, 1.0)
 
     def train(records: Any, arrays: Any) -> Any:
-        return train_privately(
-            model, spec, 0, records, arrays, CONFIG.train, 1.0, 0.02, trained_with
-        ).arrays
+        task = RoundTask(arrays, 0.02)
+        return train_privately(adapted, records, CONFIG, trained_with, task).arrays
 
-    return audit_records(model, spec, examples, CONFIG, promised, CANARIES, train)
+    return audit_records(adapted, examples, CONFIG, promised, CANARIES, train)
 
 
 def test_what_keeps_its_promise_passes(client):
-    promised = client_plan(CONFIG, len(client[2]) + CANARIES // 2, 1.0)
+    promised = client_plan(CONFIG, len(client[1]) + CANARIES // 2, 1.0)
 
     found = audited(client, promised)
 
@@ -73,7 +74,7 @@ def test_what_keeps_its_promise_passes(client):
 
 
 def test_training_without_noise_is_convicted(client):
-    promised = client_plan(CONFIG, len(client[2]) + CANARIES // 2, 1.0)
+    promised = client_plan(CONFIG, len(client[1]) + CANARIES // 2, 1.0)
 
     found = audited(client, replace(promised, noise_multiplier=1e-6, steps=30))
 

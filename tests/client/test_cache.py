@@ -16,15 +16,15 @@ from tests.helpers.flower_messages import train_instruction
 
 
 def test_the_base_is_loaded_and_the_partition_tokenised_once(answer, monkeypatch):
+    from fedllm.adapters import adapted_model
     from fedllm.data import tokens
-    from fedllm.models import loading
 
     answer()
 
     def again(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("again")
 
-    monkeypatch.setattr(loading, "load_base", again)
+    monkeypatch.setattr(adapted_model, "load_adapted_model", again)
     monkeypatch.setattr(tokens, "tokenize", again)
     assert ARRAYS in answer().content
 

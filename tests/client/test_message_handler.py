@@ -227,9 +227,9 @@ def test_without_dp_a_client_evaluates_on_rows_that_it_does_not_train_on(
         seen["scored"] = [tuple(e["input_ids"]) for e in examples]
         return score(model, examples, pad)
 
-    def trained(model, spec, tokenizer, examples, *rest):
+    def trained(adapted, examples, *rest):
         seen["trained"] = [tuple(e["input_ids"]) for e in examples]
-        return train(model, spec, tokenizer, examples, *rest)
+        return train(adapted, examples, *rest)
 
     monkeypatch.setattr(held_out_loss, "held_out", scored)
     monkeypatch.setattr(sft, "train_adapter", trained)

@@ -51,8 +51,8 @@ def test_a_question_is_asked_in_the_tokens_that_training_showed(
 
     tokenizer = load_tokenizer(request.getfixturevalue(kind))
     tokenized = tokenize(Dataset.from_list(ROWS[:1]), tokenizer, DataConfig(), 512)
-    row = tokenized.dataset[0]
-    shown = row["input_ids"][: row["completion_mask"].index(1)]
+    row = tokenized.examples[0]
+    shown = row["input_ids"][: row["labels"].count(-100)]
     text = chat_prompt(tokenizer, ROWS[0]["instruction"])
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == shown
 
@@ -71,7 +71,7 @@ def test_earlier_turns_are_in_the_prompt_also_without_a_template(
     ]
     tokenizer = load_tokenizer(tiny_llama)
     rows = Dataset.from_list([{"messages": turns}])
-    ids = tokenize(rows, tokenizer, DataConfig(), 512).dataset[0]["input_ids"]
+    ids = tokenize(rows, tokenizer, DataConfig(), 512).examples[0]["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == (
         "Be brief.\n\n### Instruction:\nWhat is asthma?\n\n### Response:\nA disorder."
         "\n\n### Instruction:\nOf what?\n\n### Response:\nOf the lungs."

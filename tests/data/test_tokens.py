@@ -18,7 +18,7 @@ def test_rows_without_an_answer_are_counted_and_left_out(tiny_llama: Path) -> No
 
     rows = Dataset.from_list([*ROWS, {"instruction": "q", "response": "", "n": 4}])
     tokenized = tokenize(rows, load_tokenizer(tiny_llama), DataConfig(), 512)
-    assert (tokenized.num_examples, tokenized.num_without_answer) == (3, 1)
+    assert (len(tokenized.examples), tokenized.num_without_answer) == (3, 1)
     assert tokenized.num_truncated == 0
 
 
@@ -28,9 +28,9 @@ def test_a_client_without_a_usable_row_has_no_examples(tiny_llama: Path) -> None
     rows = Dataset.from_list([{"instruction": "q", "response": ""}])
     tokenizer = load_tokenizer(tiny_llama)
     tokenized = tokenize(rows, tokenizer, DataConfig(), 512)
-    assert (tokenized.num_examples, list(tokenized.dataset)) == (0, [])
+    assert tokenized.examples == []
     empty = tokenize(rows.select([]), tokenizer, DataConfig(), 512)
-    assert empty.num_examples == 0
+    assert empty.examples == []
 
 
 def test_many_rows_become_the_tokens_of_each_alone_and_nothing_is_said(
@@ -47,12 +47,12 @@ def test_many_rows_become_the_tokens_of_each_alone_and_nothing_is_said(
     tokenizer = load_tokenizer(tiny_chat_llama)
     tokenizer.model_max_length = 256
 
-    together = tokenize(Dataset.from_list(rows), tokenizer, DataConfig(), 4096).dataset
+    together = tokenize(Dataset.from_list(rows), tokenizer, DataConfig(), 4096).examples
 
     assert len(together) == len(rows)
     for number in (0, 999, 1000, 2001, 2002):
         alone = Dataset.from_list(rows[number : number + 1])
-        (expected,) = tokenize(alone, tokenizer, DataConfig(), 4096).dataset
+        (expected,) = tokenize(alone, tokenizer, DataConfig(), 4096).examples
         assert together[number] == expected
     assert len(together[2002]["input_ids"]) > 256
     assert caplog.messages == []
@@ -113,18 +113,7 @@ def trl_examples(folder: Path, rows: Any, max_length: int, output: Path) -> list
 
 
 def our_examples(tokenized: Any) -> list[Any]:
-    return [
-        (
-            row["input_ids"],
-            [
-                token if answer else -100
-                for token, answer in zip(
-                    row["input_ids"], row["completion_mask"], strict=True
-                )
-            ],
-        )
-        for row in tokenized.dataset
-    ]
+    return [(row["input_ids"], row["labels"]) for row in tokenized.examples]
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -159,9 +148,9 @@ def test_the_tokens_are_those_of_sft_trainer(
         Dataset.from_list(plain), load_tokenizer(folder), DataConfig(), max_length
     )
     assert our_examples(tokenized) == theirs
-    assert tokenized.num_examples + tokenized.num_without_answer == len(rows)
+    assert len(tokenized.examples) + tokenized.num_without_answer == len(rows)
     assert tokenized.num_without_answer >= 1
-    assert tokenized.num_examples >= 10
+    assert len(tokenized.examples) >= 10
     assert (tokenized.num_truncated > 0) == (max_length < 512)
 
 
@@ -173,9 +162,7 @@ def test_only_the_answer_and_its_end_are_scored(
 
     tokenizer = load_tokenizer(request.getfixturevalue(kind))
     tokenized = tokenize(Dataset.from_list(ROWS[:1]), tokenizer, DataConfig(), 512)
-    row = tokenized.dataset[0]
-    pairs = zip(row["input_ids"], row["completion_mask"], strict=True)
-    scored = [token for token, answer in pairs if answer]
+    scored = [label for label in tokenized.examples[0]["labels"] if label != -100]
     assert tokenizer.eos_token_id in scored
     text = tokenizer.decode(scored, skip_special_tokens=True)
     assert text.strip() == ROWS[0]["response"]

@@ -12,7 +12,7 @@ def test_a_server_without_public_rows_never_loads_the_base(settings, monkeypatch
 
     server = {**settings, "data.public-validation": "", "data.public-test": ""}
     federation, _ = start(server, answer=lambda m, c: None if False else _echo(m))
-    monkeypatch.setattr("fedllm.models.loading.load_base", refuse)
+    monkeypatch.setattr("fedllm.adapters.adapted_model.load_base", refuse)
     result = federation.run()
 
     assert result["test_loss_before"] is None

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.adapters.peft_model import initial_arrays
-from fedllm.adapters.spec import AdapterSpec
 from fedllm.config import TrainConfig
 from fedllm.training.result import Trained
 from fedllm.training.sft import train_adapter
+from fedllm.training.task import RoundTask
 from tests.helpers.tiny_models import SENTENCES
 
 PLAIN = TrainConfig(batch_size=4, local_steps=3, learning_rate=0.5)
@@ -25,13 +26,10 @@ def rows() -> list[dict[str, str]]:
     return [{"instruction": q, "response": a} for q, _, a in cut]
 
 
-@dataclass
-class Client:
+@dataclass(frozen=True, eq=False)
+class Client(AdaptedModel):
     """A resident model and its examples."""
 
-    model: Any
-    spec: AdapterSpec
-    tokenizer: Any
     examples: list[dict[str, Any]]
 
     def start(self, seed: int = 0) -> dict[str, Any]:
@@ -43,16 +41,9 @@ class Client:
         }
 
     def train(self, config: TrainConfig = PLAIN, seed: int = 1, **more: Any) -> Trained:
-        return train_adapter(
-            self.model,
-            self.spec,
-            self.tokenizer,
-            more.get("examples", self.examples),
-            more.get("arrays", self.start()),
-            config,
-            config.learning_rate,
-            seed,
-        )
+        arrays = more.get("arrays", self.start())
+        task = RoundTask(arrays, config.learning_rate, seed)
+        return train_adapter(self, more.get("examples", self.examples), config, task)
 
 
 Make = Callable[..., Client]

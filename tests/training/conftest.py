@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from fedllm.adapters.peft_model import attach
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.config import AdapterConfig, DataConfig
-from fedllm.data.tokens import labelled, tokenize
+from fedllm.data.tokens import tokenize
 from fedllm.models.loading import load_config, load_tokenizer
 from tests.helpers.clients import Client, Make, rows
 
@@ -29,6 +29,7 @@ def make_client(tiny_chat_llama: Path) -> Make:
         spec = adapter_spec(config, load_config(str(tiny_chat_llama)), 5)
         tokenizer = load_tokenizer(str(tiny_chat_llama))
         tokenized = tokenize(Dataset.from_list(rows()), tokenizer, DataConfig(), 512)
-        return Client(attach(base, spec).eval(), spec, tokenizer, labelled(tokenized))
+        model = attach(base, spec).eval()
+        return Client(model, tokenizer, spec, tokenized.examples)
 
     return make

@@ -12,15 +12,23 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.adapters.peft_model import attach, initial_arrays
 from fedllm.adapters.resolve import adapter_spec
-from fedllm.config import AdapterConfig, DataConfig, TrainConfig
-from fedllm.data.tokens import labelled, tokenize
+from fedllm.config import (
+    AdapterConfig,
+    DataConfig,
+    PrivacyConfig,
+    RunConfig,
+    TrainConfig,
+)
+from fedllm.data.tokens import tokenize
 from fedllm.models.loading import load_base, load_config, load_tokenizer
 from fedllm.privacy.record_ledger import RecordPlan
 from fedllm.training import dp_sgd
 from fedllm.training.dp_sgd import clipped_sum, train_privately
 from fedllm.training.per_example_gradients import PerExample
+from fedllm.training.task import RoundTask
 from tests.helpers.tiny_models import SENTENCES
 
 PLAIN = TrainConfig(batch_size=4, learning_rate=1.0)
@@ -33,20 +41,21 @@ Run = Callable[..., dict[str, Any]]
 def examples(tiny_chat_llama: Path) -> list[dict[str, Any]]:
     rows = [{"instruction": t[:20], "response": t[20:]} for t in SENTENCES]
     tokenizer = load_tokenizer(str(tiny_chat_llama))
-    return labelled(tokenize(Dataset.from_list(rows), tokenizer, DataConfig(), 512))
+    return tokenize(Dataset.from_list(rows), tokenizer, DataConfig(), 512).examples
 
 
 @pytest.fixture(scope="module")
-def client(tiny_chat_llama: Path) -> tuple[Any, Any]:
+def client(tiny_chat_llama: Path) -> AdaptedModel:
     return make_client(tiny_chat_llama)
 
 
-def make_client(folder: Path, base: Any = None, **adapter: Any) -> tuple[Any, Any]:
+def make_client(folder: Path, base: Any = None, **adapter: Any) -> AdaptedModel:
     if base is None:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         base.requires_grad_(False)
     spec = adapter_spec(AdapterConfig(rank=4, **adapter), load_config(str(folder)), 5)
-    return attach(base, spec).eval(), spec
+    model, tokenizer = attach(base, spec).eval(), load_tokenizer(str(folder))
+    return AdaptedModel(model, tokenizer, spec)
 
 
 def start(spec: Any) -> dict[str, Any]:
@@ -58,31 +67,27 @@ def start(spec: Any) -> dict[str, Any]:
 
 
 def moved(
-    client: tuple[Any, Any],
+    client: AdaptedModel,
     examples: list[dict[str, Any]],
     plan: RecordPlan = QUIET,
     config: TrainConfig = PLAIN,
     norm: float = 100.0,
 ) -> Any:
     """Return (d,) trained values after minus before."""
-    model, spec = client
-    arrays = start(spec)
-    trained = train_privately(
-        model, spec, 0, examples, arrays, config, norm, config.learning_rate, plan
-    )
+    arrays = start(client.spec)
+    settings = RunConfig(train=config, privacy=PrivacyConfig(max_grad_norm=norm))
+    task = RoundTask(arrays, config.learning_rate)
+    trained = train_privately(client, examples, settings, plan, task)
     assert math.isnan(trained.loss)
     return np.concatenate(
         [(trained.arrays[n].astype(np.float64) - arrays[n]).ravel() for n in arrays]
     )
 
 
-def gradients(client: tuple[Any, Any], examples: list[dict[str, Any]]) -> Any:
+def gradients(client: AdaptedModel, examples: list[dict[str, Any]]) -> Any:
     """Return (examples, d) gradients at the start, in the order of the arrays."""
-    from fedllm.adapters.peft_model import set_trained
-
-    model, spec = client
-    set_trained(model, spec, start(spec))
-    rows = list(PerExample(model, 0).gradients(examples, 4))
+    client.set(start(client.spec))
+    rows = list(PerExample(client.model, 0).gradients(examples, 4))
     return torch.cat(rows).double().numpy()
 
 
@@ -118,9 +123,8 @@ def test_every_gradient_is_clipped_before_it_is_summed(
 
 
 def test_one_example_more_changes_the_sum_by_no_more_than_the_norm(client, examples):
-    model, _ = client
     gradients(client, examples)
-    per_example = PerExample(model, 0)
+    per_example = PerExample(client.model, 0)
     norm = 1e-3
     whole = clipped_sum(per_example, examples, 4, norm).total()
 
@@ -265,7 +269,7 @@ def test_dropout_masks_do_not_come_from_a_seed_that_the_server_knows(
 
 
 def test_the_model_is_left_as_it_was(client, examples):
-    model, _ = client
+    model = client.model
     hooks = {m: len(m._forward_hooks) for m in model.modules()}
 
     moved(client, examples, config=replace(PLAIN, gradient_checkpointing=True))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from fedllm.adapters.peft_model import attach, initial_arrays, set_trained
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.config import AdapterConfig, DataConfig
-from fedllm.data.tokens import labelled, tokenize
+from fedllm.data.tokens import tokenize
 from fedllm.models import loading
 from fedllm.models.answer_loss import answer_losses, collate
 from fedllm.models.loading import load_base, load_config, load_tokenizer
@@ -32,7 +32,7 @@ def examples(tiny_chat_llama: Path) -> list[dict[str, Any]]:
         for i, t in enumerate(SENTENCES)
     ]
     tokenizer = load_tokenizer(str(tiny_chat_llama))
-    return labelled(tokenize(Dataset.from_list(rows), tokenizer, DataConfig(), 512))
+    return tokenize(Dataset.from_list(rows), tokenizer, DataConfig(), 512).examples
 
 
 @pytest.fixture

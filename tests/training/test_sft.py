@@ -17,7 +17,7 @@ from fedllm.config import TrainConfig
 from fedllm.models import loading
 from fedllm.models.loading import load_base
 from fedllm.training import sft
-from fedllm.training.sft import training_seed
+from fedllm.training.task import RoundTask, training_seed
 from tests.helpers.clients import PLAIN, Client, Make, assert_same, rows
 
 KINDS = ["ffa-lora", "lora-core", "lora", "ia3", "vera"]
@@ -184,14 +184,14 @@ def test_a_client_that_sees_several_gpus_takes_one_batch_a_step(tmp_path, monkey
             self._n_gpu = 4
 
     monkeypatch.setattr(sft, "SFTConfig", Several)
-    settings = sft._sft_config(PLAIN, 0.5, 1, str(tmp_path), "cpu")
+    settings = sft._sft_config(PLAIN, RoundTask({}, 0.5), str(tmp_path), "cpu")
 
     assert settings.train_batch_size == PLAIN.batch_size
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_model_is_trained_where_it_lies(tmp_path, device):
-    settings = sft._sft_config(PLAIN, 0.5, 1, str(tmp_path), device)
+    settings = sft._sft_config(PLAIN, RoundTask({}, 0.5), str(tmp_path), device)
 
     assert settings.use_cpu == (device == "cpu")
 

@@ -1,0 +1,75 @@
+"""A run's base model with its adapter: found, loaded and joined in one place."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedllm.adapters.peft_model import attach, get_trained, set_trained
+from fedllm.adapters.resolve import adapter_spec
+from fedllm.adapters.spec import AdapterSpec, Arrays
+from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from fedllm.config import RunConfig
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedModel:
+    """A frozen base model with one adapter on it.
+
+    Attributes:
+        model: The base with the adapter attached; only the trained values need grad.
+        tokenizer: The base model's tokenizer.
+        spec: The adapter.
+    """
+
+    model: "PeftModel"
+    tokenizer: Any
+    spec: AdapterSpec
+
+    @property
+    def pad_token_id(self) -> int:
+        """Return the id that fills short rows; the attention mask marks padding."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def set(self, arrays: Mapping[str, Any]) -> None:
+        """Copy trained values into the model.
+
+        Raises:
+            AdapterError: A name is missing or foreign, or a shape differs.
+        """
+        set_trained(self.model, self.spec, arrays)
+
+    def get(self) -> Arrays:
+        """Copy the trained values out of the model."""
+        return get_trained(self.model, self.spec)
+
+
+def load_adapted_model(
+    config: "RunConfig", home: Path, device: str | None = None
+) -> AdaptedModel:
+    """Load a run's base model and attach a fresh adapter, which leaves it unchanged.
+
+    Args:
+        config: The run config, with an adapter kind that is not `auto`.
+        home: The program's folder, where models are cached.
+        device: As in `load_base`.
+
+    Raises:
+        AdapterError: The adapter does not fit the model.
+        ModelError: The base model cannot be found or loaded.
+    """
+    location = locate(config.model.name, home)
+    # Before the weights: an adapter that does not fit is reported in a second.
+    spec = adapter_spec(config.adapter, load_config(location), config.seed)
+    base = load_base(
+        location,
+        config.model.quantization,
+        home,
+        device,
+        quantize_embeddings=config.model.quantize_embeddings,
+    )
+    return AdaptedModel(attach(base, spec), load_tokenizer(location), spec)
