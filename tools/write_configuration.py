@@ -1,8 +1,8 @@
 """Write docs/configuration.md from fedllm/config.py, so that the page cannot drift.
 
 Every key, its type, what is allowed, its default and its attribute docstring are read
-from the sections themselves; the sentences on refused combinations are what
-`parse_run_config` really says.
+from the sections themselves; the errors of combinations are those that
+`parse_run_config` really raises.
 
     python tools/write_configuration.py
     python tools/write_configuration.py --check
@@ -29,21 +29,21 @@ HEAD = """# Configuration
 
 <!-- Written by tools/write_configuration.py from fedllm/config.py: edit those. -->
 
-A run is told what to do by dotted keys. Their defaults stand in `[tool.flwr.app.config]` of
-`pyproject.toml`; a run overrides them with `--run-config`, which takes either a TOML file or
+A run is configured by dotted keys. Their defaults stand in `[tool.flwr.app.config]` of
+`pyproject.toml`. A run overrides them with `--run-config`, which takes either a TOML file or
 `key=value` pairs, not both:
 
 ```bash
-flwr run . --stream --run-config "num-server-rounds=5 privacy.target-epsilon=4.0"
+fedllm simulate --num-supernodes 20 --run-config "num-server-rounds=5 privacy.target-epsilon=4.0"
 ```
 
-Text values need quotes of their own (`model.name='...'`); write a float with its point (`8.0`).
-An unknown key, a wrong type or a value out of range is refused, with all bad keys named at once,
-before a model is loaded or a client is asked. Flower's run config has no null, so 0, 0.0 or an
-empty text means "not set" where the explanation says so.
+Text values need quotes of their own (`model.name='...'`). Write a float with its point (`8.0`).
+An unknown key, a wrong type or a value out of range raises an error that names all bad keys at
+once, before a model is loaded or a client is asked. Flower's run config has no null, so 0, 0.0 or
+an empty text means "not set" if the explanation says so.
 """
 
-# Each is refused; the page quotes the refusal.
+# Each raises a ConfigError; the page quotes it.
 REFUSED: list[dict[str, Scalar]] = [
     {"adapter.kind": "ia3", "adapter.dropout": 0.1},
     {"train.local-steps": 0, "train.local-epochs": 0.0},
@@ -64,39 +64,39 @@ REFUSED: list[dict[str, Scalar]] = [
 ]
 
 TAIL = """
-## What a SuperNode is told
+## The node's config
 
-The node's own config, `flower-supernode --node-config '...'`. A simulation sets `partition-id` and
-`num-partitions` itself.
+Each SuperNode has a config of its own, `fedllm supernode --node-config '...'`. A simulation sets
+`partition-id` and `num-partitions` itself.
 
 | key | explanation |
 |---|---|
 | `data-path` | The client's own file or folder, instead of `data.name`. It is not partitioned. |
-| `partition-id`, `num-partitions` | Which share of `data.name` this node holds, where it has no file. |
-| `privacy-unit` | Floor: the run's `privacy.unit` must be this. |
-| `max-epsilon` | Floor: the run must bound its zero-out epsilon (`privacy.target-epsilon` or `privacy.max-epsilon`) by at most this, at a delta of at most 1e-5 where the node sets none. With `privacy-unit='record'`: this node trains no further once a record has spent this in all runs, whatever the run says. |
-| `delta` | Floor: the run must set `privacy.delta`, to at most this. |
+| `partition-id`, `num-partitions` | Which share of `data.name` this node holds, if it has no file. |
+| `privacy-unit` | Limit: the run's `privacy.unit` must be this. |
+| `max-epsilon` | Limit: the run must bound its zero-out epsilon (`privacy.target-epsilon` or `privacy.max-epsilon`) by at most this, at a delta of at most 1e-5 if the node sets none. With `privacy-unit='record'`: this node stops training once a record has spent this in all runs, whatever the run config says. |
+| `delta` | Limit: the run must set `privacy.delta`, to at most this. |
 
-A run that misses a floor gets no update from that node: code `bad-config`, which counts as a zero
-update. A key that speaks of privacy, epsilon or delta and is none of these floors is refused in the
-same way, so that no floor is lost by a slip of the pen. The check is code of the app, which Flower ships from the server: it guards against a
+A run outside a limit gets no update from that node: code `bad-config`, which counts as a zero
+update. Any other key has the same effect, and the node's log names it, so that no limit is lost by a
+typing error. The check is code of the app, which Flower ships from the server: it guards against a
 careless run, not against a hostile server.
 
 ## Environment variables
 
-None is needed. These change something:
+None has to be set. These change something:
 
 | variable | what it does |
 |---|---|
-| `FEDLLM_HOME` | The one folder that everything is written under; `~/.fedllm` otherwise. |
-| `FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1` | Keeps the Flower daemon that `flwr run` starts from installing the dependencies for each run. It counts in the environment of the process that starts the daemon. `fedllm.commands.simulate` sets it. |
-| `RAY_raylet_start_wait_time_s` | Seconds that Ray's node may take to come up; we set 120 where it is not set. |
-| `HF_HOME`, `HF_HUB_OFFLINE` | The model hub's own: its cache, and whether it may be asked at all. |
+| `FEDLLM_HOME` | The one folder that everything is written under; by default `~/.fedllm`. |
+| `FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1` | Keeps the Flower daemon that `flwr run` starts from installing the dependencies for each run. It counts in the environment of the process that starts the daemon. `fedllm simulate`, `superlink` and `supernode` set it. |
+| `RAY_raylet_start_wait_time_s` | Seconds that Ray's node may take to start; if it is not set, we set 120. |
+| `HF_HOME`, `HF_HUB_OFFLINE` | The model hub's own: its cache, and whether it may be reached at all. |
 """
 
 
 def _allowed(info: FieldInfo, kind: str) -> str:
-    """Say in one cell which values a field takes."""
+    """Return a cell with the values that a field takes."""
     options = get_args(info.annotation)
     if options:
         return ", ".join(f"`{option}`" for option in options)
@@ -163,8 +163,8 @@ def _table(section: Any, prefix: str) -> list[str]:
     return rows
 
 
-def _refusals() -> list[str]:
-    lines = ["| together | refused with |", "|---|---|"]
+def _errors() -> list[str]:
+    lines = ["| together | error |", "|---|---|"]
     for mapping in REFUSED:
         try:
             parse_run_config(mapping)
@@ -172,7 +172,7 @@ def _refusals() -> list[str]:
             settings = ", ".join(f"`{key}={value}`" for key, value in mapping.items())
             lines.append(f"| {settings} | {str(error).replace(chr(10), '; ')} |")
         else:
-            sys.exit(f"no longer refused: {mapping}")
+            sys.exit(f"no longer an error: {mapping}")
     return lines
 
 
@@ -186,9 +186,9 @@ def page() -> str:
             about = (type(section).__doc__ or "").strip()
             lines += ["", f"## {entry.name}", "", about, ""]
             lines += _table(section, f"{entry.name}.")
-    lines += ["", "## Combinations that are refused", ""]
-    lines += ["Each line sets what is named and leaves the rest at its default.", ""]
-    lines += _refusals()
+    lines += ["", "## Combinations that raise an error", ""]
+    lines += ["Each line sets these keys and leaves the rest at their defaults.", ""]
+    lines += _errors()
     return "\n".join(lines) + "\n" + TAIL
 
 
@@ -200,7 +200,7 @@ def main() -> None:
     if not parser.parse_args().check:
         PAGE.write_text(text, encoding="utf-8")
     elif not PAGE.exists() or PAGE.read_text("utf-8") != text:
-        sys.exit(f"{PAGE} is not what fedllm/config.py says: run this without --check")
+        sys.exit(f"{PAGE} differs from fedllm/config.py: run this without --check")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tests.helpers.rows import EMBEDDED, ROOT
 
 @pytest.fixture(scope="module")
 def build_script() -> ModuleType:
-    path = ROOT / "benchmarks" / "build_wordnet_medical.py"
+    path = ROOT / "tools" / "build_wordnet_medical.py"
     spec = importlib.util.spec_from_file_location("build_wordnet_medical", path)
     assert spec is not None
     assert spec.loader is not None
