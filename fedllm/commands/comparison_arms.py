@@ -1,29 +1,17 @@
-"""The arms of a comparison: their settings, and the real round loop that trains each.
+"""The arms of a comparison: their names, settings and clients."""
 
-All arms share one resident base model, in this process, and one set of public rows.
-"""
-
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from fedllm.config import ResumeConfig, RunConfig, fedllm_home, flat, parse_run_config
-from fedllm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from fedllm.adapters.spec import Arrays
-    from fedllm.evaluation.held_out_loss import HeldOut
-    from fedllm.evaluation.public_rows import PublicRows
-    from fedllm.server.federation import Federation
+from fedllm.config import RunConfig, flat, parse_run_config
 
 ARMS = ("base", "federated", "federated-dp", "centralised", "alone")
-_RUN_ID = 1
-"""A simulated client keeps nothing by it that outlives an arm."""
+"""Each kind of arm; there is one of `alone` for each client."""
 
 
-def arms(config: RunConfig, num_clients: int, alone: int | None = None) -> list[str]:
+def arm_names(
+    config: RunConfig, num_clients: int, alone: int | None = None
+) -> list[str]:
     """Return the names of the arms, the most expensive last.
 
     Args:
@@ -111,7 +99,7 @@ def make_arm(name: str, config: RunConfig, num_clients: int) -> Arm:
     """Return the settings and clients of a trained arm.
 
     Args:
-        name: One of `arms`, but not the base.
+        name: One of `arm_names`, but not the base.
         config: The run config, with an adapter kind that is not `auto`.
         num_clients: N.
     """
@@ -128,135 +116,3 @@ def make_arm(name: str, config: RunConfig, num_clients: int) -> Arm:
 
 def _node(partition_id: int, num_partitions: int) -> dict[str, int]:
     return {"partition-id": partition_id, "num-partitions": num_partitions}
-
-
-class Bench:
-    """One seed's clients, public rows and resident base model.
-
-    Args:
-        config: The run config, with the seed.
-        num_clients: N.
-        benchmark: File of multiple choice questions, or None.
-
-    Raises:
-        ConfigError: There are no public test rows.
-    """
-
-    def __init__(
-        self, config: RunConfig, num_clients: int, benchmark: str | None
-    ) -> None:
-        from fedllm.adapters.peft_model import initial_arrays
-        from fedllm.client.cache import resident_model
-        from fedllm.evaluation.multiple_choice import load_questions
-        from fedllm.planning.adapter_choice import choose_adapter, with_choice
-
-        config = replace(config, resume=ResumeConfig())
-        if config.adapter.kind == "auto":
-            config = with_choice(config, choose_adapter(config, num_clients))
-        self.config = config
-        self.num_clients = num_clients
-        self._adapted = resident_model(config).adapted
-        self._base = initial_arrays(self._adapted.spec)
-        self._public = _shared_rows(config, self._adapted, self._base)
-        self._questions = load_questions(Path(benchmark)) if benchmark else None
-        if self._public.test_loss(self._base) is None:
-            raise ConfigError(
-                "data.public-test: compare needs public test rows: name a file"
-            )
-
-    def measure(self, arm: str, folder: Path) -> dict[str, Any]:
-        """Train an arm, let validation choose its round, and score that once.
-
-        Args:
-            arm: One of `arms`.
-            folder: Gets the arm's run folder.
-
-        Raises:
-            FederationError: No client returned a usable update.
-        """
-        if arm == "base":
-            return self._row(self._base)
-        federation = self._train(make_arm(arm, self.config, self.num_clients), folder)
-        best = federation.progress.best
-        chosen = federation.progress.arrays if best is None else best.arrays
-        return {**self._row(chosen), **_figures(federation)}
-
-    def _train(self, arm: Arm, folder: Path) -> "Federation":
-        """Run an arm's federation to its end."""
-        from fedllm.client.message_handler import reply_to
-        from fedllm.runs.directory import RunDirectory
-        from fedllm.server.local_grid import LocalGrid
-        from fedllm.server.startup import set_up
-
-        grid = LocalGrid(reply_to, arm.nodes, flat(arm.config), _RUN_ID)
-        federation = set_up(
-            arm.server_config,
-            grid,
-            _RUN_ID,
-            least_clients=1,
-            directory=RunDirectory(_new_folder(folder)),
-        )
-        federation.public = self._public
-        federation.run()
-        return federation
-
-    def _row(self, arrays: "Arrays") -> dict[str, Any]:
-        """Return the scores of the chosen adapter, and the figures of no training."""
-        score = self._public.test_loss(arrays)
-        assert score is not None  # there are test rows, or __init__ had raised
-        row: dict[str, Any] = {
-            "validation_losses": [],
-            "best_round": 0,
-            "test_loss": score.loss,
-            "perplexity": score.perplexity,
-            "test_examples": score.num_examples,
-            "seconds": 0.0,
-            "megabytes": None,
-            "failed_replies": 0,
-            "epsilon": None,
-            "accuracy": None,
-        }
-        if self._questions is not None:
-            row |= self._accuracy(arrays)
-        return row
-
-    def _accuracy(self, arrays: "Arrays") -> dict[str, float]:
-        """Return the accuracy on multiple choice, and that of guessing."""
-        from fedllm.data.prompts import chat_prompt
-        from fedllm.evaluation.multiple_choice import multiple_choice
-
-        assert self._questions is not None
-        self._adapted.set(arrays)
-        tokenizer = self._adapted.tokenizer
-        choice = multiple_choice(
-            self._adapted.model,
-            tokenizer,
-            self._questions,
-            lambda question: chat_prompt(tokenizer, question),
-        )
-        return {"accuracy": choice.accuracy, "chance": choice.chance}
-
-
-def _figures(federation: "Federation") -> dict[str, Any]:
-    """Return what a training was: its losses, cost and privacy."""
-    from fedllm.runs.directory import METRICS_FILE, read_metrics
-
-    lines = read_metrics(federation.directory.path / METRICS_FILE)
-    rounds = lines[1:]
-    losses = [line["validation_loss"] for line in lines]
-    best, config = federation.progress.best, federation.config
-    secret = config.cohorts_are_secret
-    figures: dict[str, Any] = {
-        "validation_losses": [loss for loss in losses if loss is not None],
-        "best_round": len(rounds) if best is None else best.server_round,
-        # How many failed and how long a cohort takes depend on how many it has.
-        "seconds": None if secret else _total(rounds, _seconds),
-        "failed_replies": None if secret else _total(rounds, _rejected),
-    }
-    if not secret and len(federation.population) > 1:
-        figures["megabytes"] = _total(rounds, _megabytes)
-    if federation.account.ledger is not None:
-        spent = federation.account.ledger.epsilons()
-        figures["epsilon"] = spent.zero_out
-        figures["epsilon_replace_one"] = spent.replace_one
-    return figures
