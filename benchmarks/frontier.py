@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fedllm.adapters.adapted_model import AdaptedModel
@@ -46,9 +45,9 @@ from fedllm.models.answer_loss import answer_losses, collate
 from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
 from fedllm.planning.frontier import load_frontier
 from fedllm.privacy.accounting import calibrate
+from fedllm.privacy.mechanism import Vector
 from fedllm.strategy.server_optimizer import cosine
 
-Vector = npt.NDArray[np.float64]
 _DELTA = 1e-5
 _RESULTS = Path(__file__).with_suffix(".jsonl")
 _TOKENS_PER_BATCH = 1536
@@ -430,6 +429,7 @@ def publish(args: argparse.Namespace) -> None:
             "clipping_norm": rows[0]["clip"],
             "server_learning_rate": rows[0]["server_lr"],
             "server_learning_rate_min": rows[0]["server_lr_min"],
+            "batch_size": rows[0]["batch_size"],
             "test_losses": [round(row["test_after"], 3) for row in rows],
         }
         for rows in groups.values()
@@ -439,6 +439,7 @@ def publish(args: argparse.Namespace) -> None:
         "data": "wordnet-medical",
         "loss_before": args.loss_before,
         "loss_without_privacy": args.loss_without_privacy,
+        "settings": _SETTINGS_OF_ALL,
     }
     lines = [f"  {json.dumps(k)}: {json.dumps(v)}," for k, v in head.items()]
     rows = ",\n".join("    " + json.dumps(row) for row in found)
@@ -528,6 +529,30 @@ _SETTINGS = (
     "momentum",
     "seed",
 )
+
+
+# What all rows have in common, by the keys of the run config: the planner expects
+# nothing of a run that differs.
+_SETTINGS_OF_ALL: dict[str, int | float | str] = {
+    "model.quantization": 4,
+    "adapter.alpha": 16.0,
+    "adapter.dropout": 0.0,
+    "adapter.target-modules": "auto",
+    "data.partition": "iid",
+    "train.local-steps": 1,
+    "train.gradient-accumulation": 1,
+    "train.max-length": 512,
+    "train.optimizer": "sgd",
+    "train.learning-rate": 1.0,
+    "train.learning-rate-min": 1.0,
+    "train.warmup-steps": 0,
+    "train.weight-decay": 0.0,
+    "train.max-grad-norm": 0.0,
+    "train.proximal-mu": 0.0,
+    "strategy.sampling": "all",
+    "strategy.aggregator": "mean",
+    "strategy.server-optimizer": "none",
+}
 
 
 def flatten(arrays: dict[str, Any]) -> Vector:

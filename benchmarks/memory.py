@@ -306,13 +306,13 @@ def tell_losses() -> None:
     """Print the built-in model's loss without and with quantised embeddings and head."""
     from transformers import AutoModelForCausalLM
 
-    from fedllm.config import DataConfig, fedllm_home
+    from fedllm.config import DataConfig, RunConfig, fedllm_home
     from fedllm.data.rows import load_public
     from fedllm.data.tokens import tokenize
     from fedllm.evaluation.held_out_loss import held_out
-    from fedllm.models.loading import BUILT_IN, load_base, load_tokenizer, locate
+    from fedllm.models.loading import load_base, load_tokenizer, locate
 
-    data, location = DataConfig(), locate(BUILT_IN, fedllm_home())
+    data, location = DataConfig(), locate(RunConfig().model.name, fedllm_home())
     tokenizer = load_tokenizer(location)
     rows = load_public(data, "validation")
     assert rows is not None

@@ -212,12 +212,13 @@ def naive_seconds(job: Job, clients: int, own: dict[str, Any]) -> float:
     """One warm round of a few clients of the naive app, scaled to the job."""
     config = _resolved(job.run_config)
     from fedllm.config import fedllm_home
+    from fedllm.data.embedded import BUILT_IN_DATA
     from fedllm.models.loading import locate
 
-    folder = ROOT / "fedllm" / "datasets" / "wordnet_medical"
     rows = config.data.name
-    if rows == "wordnet-medical":
-        rows = ",".join(str(path) for path in sorted(folder.glob("train-*.jsonl")))
+    if rows == BUILT_IN_DATA.name:
+        shards = sorted(BUILT_IN_DATA.folder.glob("train-*.jsonl"))
+        rows = ",".join(str(path) for path in shards)
     told = {
         "model": locate(config.model.name, fedllm_home()),
         "rows": rows,

@@ -38,6 +38,8 @@ _SECTION = ConfigDict(
 )
 
 AdapterKind = Literal["ffa-lora", "lora-core", "lora", "ia3", "vera", "auto"]
+WITHOUT_DROPOUT = ("ia3",)
+"""Kinds without dropout, as `fedllm.adapters.kinds` declares them (a test compares)."""
 Encoding = Literal["float32", "float16", "int8"]
 Text = Annotated[str, Strict()]
 Name = Annotated[str, Strict(), Field(min_length=1)]
@@ -58,7 +60,7 @@ def _key(name: str) -> str:
 
 
 def _bits(value: int) -> int:
-    """Refuse a width that bitsandbytes does not have."""
+    """Raise if bitsandbytes does not have this width."""
     if value not in (0, 4, 8):
         raise ValueError("must be 0, 4 or 8")
     return value
@@ -71,15 +73,15 @@ def fedllm_home() -> Path:
 
 @dataclass(frozen=True, config=_SECTION)
 class ModelConfig:
-    """The base model, which nobody trains."""
+    """The base model, which stays frozen."""
 
     name: Name = "smollm2-135m-instruct"
     """`smollm2-135m-instruct`, a local folder, or a hub id."""
     quantization: Annotated[int, Strict(), AfterValidator(_bits)] = 4
     """Bits of the base model's linear layers: 4 (nf4), 8, or 0 (not quantised)."""
     quantize_embeddings: Flag = False
-    """Keep the input embeddings in nf4 and the output head in 8 bit; only for a base where
-    they are two matrices (OpenLLaMA; not SmolLM2)."""
+    """Keep the input embeddings in nf4 and the output head in 8 bit; only for a base in
+    which they are two matrices (OpenLLaMA; not SmolLM2)."""
 
 
 @dataclass(frozen=True, config=_SECTION)
@@ -95,7 +97,7 @@ class AdapterConfig:
     alpha: PositiveAmount = 16.0
     """The update is scaled by alpha / rank; `ia3` and `vera` do not use it."""
     dropout: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input while training; `ia3` has none and refuses it."""
+    """Dropout on the adapter's input while training; `ia3` has none and allows only 0.0."""
     target_modules: Name = "auto"
     """Names of linear layers, separated by commas, or `all-linear`. `auto`: `q_proj` and
     `v_proj`; for `ia3` PEFT's choice for the architecture (Llama: `k_proj`, `v_proj` and
@@ -111,7 +113,7 @@ class DataConfig:
     split: Name = "train"
     """Split of a hub data set."""
     prompt_column: Name = "instruction"
-    """Column with the question; ignored where a `messages` column exists."""
+    """Column with the question; ignored if there is a `messages` column."""
     response_column: Name = "response"
     """Column with the answer, the only part that the loss sees."""
     partition: Literal["iid", "dirichlet", "natural", "size-skew"] = "iid"
@@ -138,7 +140,7 @@ class TrainConfig:
     local_steps: Count = 1
     """Optimiser steps a round; 0: `train.local-epochs` counts instead."""
     local_epochs: Amount = 1.0
-    """Passes over the client's examples a round, where local-steps is 0."""
+    """Passes over the client's examples a round, if local-steps is 0."""
     gradient_accumulation: Positive = 1
     """Micro-batches in one optimiser step."""
     gradient_checkpointing: Flag = False
@@ -146,7 +148,7 @@ class TrainConfig:
     activation_compression: Flag = False
     """Keep activations in 8 bit until the backward pass; gradients are approximate."""
     max_length: Annotated[int, Strict(), Field(ge=8)] = 512
-    """Longest example in tokens; what it cuts is counted and said."""
+    """Longest example in tokens; the client's log has how many it cuts."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Optimiser on the client; its state lasts one round."""
     learning_rate: PositiveAmount = 1.0
@@ -258,16 +260,16 @@ class OutputConfig:
 
 @dataclass(frozen=True, config=_SECTION)
 class ResumeConfig:
-    """Going on with a run that was cut off."""
+    """Resuming a run that was interrupted."""
 
     from_: Text = ""
     """Empty: a new run; `latest`: the newest run folder; or the absolute path of a run
-    folder. The run goes on in that folder with the settings of its config.json."""
+    folder. The run resumes in that folder with the settings of its config.json."""
 
 
 @dataclass(frozen=True, config=_SECTION)
 class RunConfig:
-    """Everything that one run is told."""
+    """Every setting of one run."""
 
     num_server_rounds: Annotated[int, Strict(), Field(ge=1, le=100_000)] = 5
     """Rounds of federated training."""
@@ -287,7 +289,7 @@ class RunConfig:
     def cohorts_may_be_empty(self) -> bool:
         """Whether a round without a usable update is a release all the same.
 
-        A client-level round of Poisson sampling may have drawn nobody.
+        A client-level round of Poisson sampling may have drawn no client.
         """
         return self.strategy.sampling == "poisson" and self.privacy.unit != "record"
 
@@ -324,10 +326,10 @@ def parse_run_config(mapping: Mapping[str, Scalar]) -> RunConfig:
         config = _ADAPTER.validate_python(nested, by_name=False, by_alias=True)
     except ValidationError as error:
         for detail in error.errors():
-            where = ".".join(str(part) for part in detail["loc"])
+            key = ".".join(str(part) for part in detail["loc"])
             got = detail["input"]
             got_text = "" if isinstance(got, dict) else f" (got {got!r})"
-            problems.append(f"{where}: {_reason(detail)}{got_text}")
+            problems.append(f"{key}: {_reason(detail)}{got_text}")
     else:
         problems += _contradictions(config)
     if problems:
@@ -363,7 +365,7 @@ def flat(config: RunConfig) -> dict[str, Scalar]:
 
 
 def _reason(detail: Any) -> str:
-    """Say in plain words what one pydantic error means."""
+    """Return one pydantic error in plain words."""
     kind = detail["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"unknown key{_similar_key(detail['loc'])}"
@@ -383,24 +385,43 @@ def _similar_key(location: tuple[str | int, ...]) -> str:
     """Return a hint naming the key that was probably meant, or nothing."""
     from difflib import get_close_matches
 
-    wanted = ".".join(str(part) for part in location)
-    near = get_close_matches(wanted, flat(RunConfig()), n=1)
+    typed = ".".join(str(part) for part in location)
+    near = get_close_matches(typed, flat(RunConfig()), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def _contradictions(config: RunConfig) -> list[str]:
-    """Name the settings that are each allowed, but not together."""
+    """Return the settings that are each allowed, but not together."""
+    problems = [
+        *_adapter_problems(config.adapter),
+        *_train_problems(config.train),
+        *_strategy_problems(config.strategy),
+        *_evaluation_problems(config),
+        *_resume_problems(config.resume),
+    ]
+    match config.privacy.unit:
+        case "none":
+            return problems + _leftovers_without_privacy(config.privacy)
+        case "record":
+            return problems + _noise_problems(config) + _record_problems(config)
+        case _:
+            return problems + _noise_problems(config) + _client_problems(config)
+
+
+def _adapter_problems(adapter: AdapterConfig) -> list[str]:
+    if adapter.dropout > 0 and adapter.kind in (*WITHOUT_DROPOUT, "auto"):
+        return [
+            f"adapter.dropout: must be 0.0 if adapter.kind is {adapter.kind!r} "
+            f"(got {adapter.dropout}): {', '.join(WITHOUT_DROPOUT)} has no dropout"
+            + (", and auto may choose it" if adapter.kind == "auto" else "")
+        ]
+    return []
+
+
+def _train_problems(train: TrainConfig) -> list[str]:
     problems = []
-    adapter, train = config.adapter, config.train
-    strategy, privacy = config.strategy, config.privacy
-    if adapter.dropout > 0 and adapter.kind in ("ia3", "auto"):
-        problems.append(
-            f"adapter.dropout: must be 0.0 where adapter.kind is {adapter.kind!r} "
-            f"(got {adapter.dropout}): ia3 has no dropout"
-            + (", and auto may take it" if adapter.kind == "auto" else "")
-        )
     if train.local_steps == 0 and train.local_epochs == 0:
-        problems.append("train.local-epochs: must be > 0 where train.local-steps is 0")
+        problems.append("train.local-epochs: must be > 0 if train.local-steps is 0")
     if 0 < train.local_steps <= train.warmup_steps:
         problems.append(
             "train.warmup-steps: must be below train.local-steps "
@@ -409,7 +430,7 @@ def _contradictions(config: RunConfig) -> list[str]:
         )
     if train.activation_compression and train.gradient_checkpointing:
         problems.append(
-            "train.activation-compression: must be false where "
+            "train.activation-compression: must be false if "
             "train.gradient-checkpointing is true (got true for both): what is computed "
             "again is not kept"
         )
@@ -418,6 +439,11 @@ def _contradictions(config: RunConfig) -> list[str]:
             "train.learning-rate-min: must be <= train.learning-rate "
             f"{train.learning_rate} (got {train.learning_rate_min})"
         )
+    return problems
+
+
+def _strategy_problems(strategy: StrategyConfig) -> list[str]:
+    problems = []
     if strategy.server_learning_rate_min > strategy.server_learning_rate:
         problems.append(
             "strategy.server-learning-rate-min: must be <= "
@@ -426,26 +452,45 @@ def _contradictions(config: RunConfig) -> list[str]:
         )
     if strategy.sampling == "all" and strategy.fraction_train != 1.0:
         problems.append(
-            "strategy.fraction-train: must be 1.0 where strategy.sampling is 'all' "
+            "strategy.fraction-train: must be 1.0 if strategy.sampling is 'all' "
             f"(got {strategy.fraction_train}); for a part of the clients set "
             "strategy.sampling to 'fixed' or 'poisson'"
         )
-    resume = config.resume.from_
-    if resume not in ("", "latest") and not Path(resume).is_absolute():
-        problems.append(
-            "resume.from: must be empty, 'latest', or the absolute path of a run folder "
-            f"(got {resume!r})"
-        )
-    if (strategy.fraction_evaluate > 0) != (config.data.held_out_fraction > 0):
-        problems.append(
-            "data.held-out-fraction: must be above 0.0 where strategy.fraction-evaluate "
-            f"is, and nowhere else (got {config.data.held_out_fraction} and "
-            f"{strategy.fraction_evaluate}): clients evaluate on rows that none trains on"
-        )
     if strategy.num_clients == 1:
         problems.append("strategy.num-clients: must be 0 or at least 2 (got 1)")
-    if privacy.unit == "none":
-        return problems + _leftovers_without_privacy(privacy)
+    return problems
+
+
+def _evaluation_problems(config: RunConfig) -> list[str]:
+    held_out, share = config.data.held_out_fraction, config.strategy.fraction_evaluate
+    problems = []
+    if (share > 0) != (held_out > 0):
+        problems.append(
+            "data.held-out-fraction: must be above 0.0 if strategy.fraction-evaluate "
+            f"is, and 0.0 otherwise (got {held_out} and {share}): clients evaluate on "
+            "rows that none trains on"
+        )
+    if share > 0 and config.privacy.unit != "none":
+        problems.append(
+            "strategy.fraction-evaluate: must be 0.0 under "
+            f"privacy.unit={config.privacy.unit!r} (got {share}): clients' losses would "
+            "leave without noise"
+        )
+    return problems
+
+
+def _resume_problems(resume: ResumeConfig) -> list[str]:
+    if resume.from_ in ("", "latest") or Path(resume.from_).is_absolute():
+        return []
+    return [
+        "resume.from: must be empty, 'latest', or the absolute path of a run folder "
+        f"(got {resume.from_!r})"
+    ]
+
+
+def _noise_problems(config: RunConfig) -> list[str]:
+    """Return what is wrong with the noise settings, under either unit."""
+    privacy, problems = config.privacy, []
     if privacy.target_epsilon > 0 and privacy.noise_multiplier > 0:
         problems.append(
             "privacy.noise-multiplier: set either this or privacy.target-epsilon, not "
@@ -462,36 +507,40 @@ def _contradictions(config: RunConfig) -> list[str]:
             "privacy.max-epsilon: must be 0.0 or at least privacy.target-epsilon "
             f"{privacy.target_epsilon} (got {privacy.max_epsilon})"
         )
-    if privacy.unit == "record" and config.model.quantization == 8:
+    return problems
+
+
+def _record_problems(config: RunConfig) -> list[str]:
+    problems = []
+    if config.model.quantization == 8:
         problems.append(
             "model.quantization: must be 0 or 4 under privacy.unit='record' (got 8): in "
             "8 bit the outliers of one example change how its whole batch is rounded"
         )
-    if privacy.unit == "record" and train.activation_compression:
+    if config.train.activation_compression:
         problems.append(
             "train.activation-compression: must be false under privacy.unit='record' (got "
             "true): examples that share a block would change one another's gradients"
         )
-    if privacy.unit == "record" and config.adapter.kind == "auto":
+    if config.adapter.kind == "auto":
         problems.append(
             "adapter.kind: name one under privacy.unit='record' (got 'auto', which knows "
             "what was measured at client level); 'lora-core' bears noise best"
         )
-    if privacy.unit == "client" and strategy.aggregator != "mean":
-        problems.append(
-            "strategy.aggregator: must be 'mean' under privacy.unit='client' "
-            f"(got {strategy.aggregator!r}): the bound is proved for a sum"
-        )
-    if strategy.fraction_evaluate > 0:
-        problems.append(
-            f"strategy.fraction-evaluate: must be 0.0 under privacy.unit={privacy.unit!r} "
-            f"(got {strategy.fraction_evaluate}): clients' losses would leave un-noised"
-        )
     return problems
 
 
+def _client_problems(config: RunConfig) -> list[str]:
+    if config.strategy.aggregator == "mean":
+        return []
+    return [
+        "strategy.aggregator: must be 'mean' under privacy.unit='client' "
+        f"(got {config.strategy.aggregator!r}): the bound is proved for a sum"
+    ]
+
+
 def _leftovers_without_privacy(privacy: PrivacyConfig) -> list[str]:
-    """Refuse a noise setting that privacy.unit='none' would silently ignore."""
+    """Return an error for a noise setting that privacy.unit='none' would ignore."""
     if privacy.noise_multiplier > 0 or privacy.max_epsilon > 0:
         return [
             "privacy.unit: 'none' adds no noise, but privacy.noise-multiplier or "

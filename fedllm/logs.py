@@ -1,4 +1,4 @@
-"""What a person sees of a run."""
+"""The package's log on standard output, and errors as one line."""
 
 import logging
 import sys
@@ -12,9 +12,9 @@ _LOGGER = logging.getLogger("fedllm")
 def show_log() -> None:
     """Write the package's log to standard output, plainly, once a process.
 
-    Flower mirrors standard output to whoever streams the run.
+    Flower mirrors standard output to the user who streams the run.
     """
-    # torch says it of itself, once a process, whatever we call.
+    # torch warns about its own code, once a process, whatever we call.
     warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
     if not _LOGGER.handlers:
         handler = logging.StreamHandler(sys.stdout)
@@ -25,7 +25,7 @@ def show_log() -> None:
 
 
 def one_line_failure(error: FedllmError) -> None:
-    """Say what stopped the run, and keep Flower from adding a traceback to it.
+    """Log what stopped the run, and keep Flower from adding a traceback to it.
 
     The error still propagates, so that the run ends as failed.
     """
@@ -35,14 +35,14 @@ def one_line_failure(error: FedllmError) -> None:
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Drop the traceback of an error that is the user's to mend."""
+    """Drop the traceback of an error that the user can mend."""
     if record.exc_info and isinstance(record.exc_info[1], FedllmError):
         record.exc_info = None
     return True
 
 
 class _Plain(logging.Formatter):
-    """A line as it is; warnings and errors say so first."""
+    """Format a line as it is, with the level before warnings and errors."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()

@@ -8,6 +8,11 @@ import pytest
 
 from tests.helpers.tiny_models import CHAT_TEMPLATE, save_llama
 
+# Workers with as many threads each as there are cores are many times slower than one
+# worker. Set before anything imports NumPy or torch, which read it once.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 

@@ -101,10 +101,10 @@ def test_a_preset_says_its_whole_command(preset: Path):
         (
             "strategy.fraction-train",
             0.5,
-            "must be 1.0 where strategy.sampling is 'all'",
+            "must be 1.0 if strategy.sampling is 'all'",
         ),
         ("strategy.fraction-evaluate", 0.5, "clients' losses would leave un-noised"),
-        ("data.held-out-fraction", 0.5, "must be above 0.0 where strategy.fraction"),
+        ("data.held-out-fraction", 0.5, "must be above 0.0 if strategy.fraction"),
         ("data.held-out-fraction", 1.0, "data.held-out-fraction: must be less than 1"),
         ("strategy.aggregator", "krum", "the bound is proved for a sum"),
         ("strategy.num-clients", 1, "strategy.num-clients"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from fedllm.adapters.kinds.ia3 import match_input_dtype
+from fedllm.adapters.kinds import KINDS, mend_layers
 from fedllm.adapters.peft_model import peft_arrays, peft_config, quiet_peft
 from fedllm.adapters.spec import PREFIX, AdapterSpec
 from fedllm.errors import AdapterError
@@ -22,13 +22,10 @@ _CONFIG_FILE = "adapter_config.json"
 _ORIGIN_FILE = "fedllm.json"
 
 # Last part of a weight's name in PEFT -> the shapes that it may have.
-_SIDES: dict[str, list[tuple[str, ...]]] = {
-    "lora_A": [("r", "in")],
-    "lora_B": [("out", "r")],
-    "ia3_l": [("out", "1"), ("1", "in")],
-    "vera_lambda_b": [("out",)],
-    "vera_lambda_d": [("r",)],
+_FILE_SHAPES = {
+    side: shapes for kind in KINDS.values() for side, shapes in kind.file_shapes.items()
 }
+_METHODS = list(dict.fromkeys(kind.peft_method for kind in KINDS.values()))
 
 
 def save_adapter(
@@ -125,7 +122,7 @@ def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
             f"{folder}: PEFT cannot open it on this base model: "
             f"{type(error).__name__}: {text[0] if text else ''}"
         ) from None
-    match_input_dtype(model)
+    mend_layers(model)
     return model
 
 
@@ -141,7 +138,7 @@ def _check_shapes(
     for key, shape in shapes.items():
         name = key.removeprefix(PREFIX).removesuffix(".weight")
         module, _, side = name.rpartition(".")
-        if side not in _SIDES:
+        if side not in _FILE_SHAPES:
             continue
         known += 1
         try:
@@ -154,7 +151,7 @@ def _check_shapes(
         inward = getattr(layer, "in_features", None)
         outward = getattr(layer, "out_features", None)
         sizes = {"in": inward, "out": outward, "r": None, "1": 1}
-        expected = [[sizes[word] for word in form] for form in _SIDES[side]]
+        expected = [[sizes[word] for word in form] for form in _FILE_SHAPES[side]]
         if not any(_is_like(shape, form) for form in expected):
             raise AdapterError(
                 f"{folder}: made for another base model: {key} has shape {shape}, and "
@@ -162,8 +159,8 @@ def _check_shapes(
             )
     if not known:
         raise AdapterError(
-            f"{folder / _WEIGHTS_FILE}: holds no LoRA, IA3 or VeRA weights under PEFT's "
-            "names"
+            f"{folder / _WEIGHTS_FILE}: holds no {', '.join(_METHODS[:-1])} or "
+            f"{_METHODS[-1]} weights under PEFT's names"
         )
 
 

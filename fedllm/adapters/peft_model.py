@@ -1,7 +1,6 @@
-"""One adapter on one base model: resolved, attached, its trained values in and out.
+"""One adapter on one base model as PEFT's model: attach it, set and get its values.
 
-What the kinds are, and how each hangs on a model and lies on disk, is in
-`fedllm.adapters.kinds`. Fixed factors come from the public seed, so they never travel and
+How each kind sits on a model and in a file is in `fedllm.adapters.kinds`. Fixed factors come from the public seed, so they never travel and
 every process makes the same ones.
 """
 
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedllm.adapters.kinds import family_of
+from fedllm.adapters.kinds import kind_of
 from fedllm.adapters.spec import PREFIX, AdapterSpec, Arrays
 from fedllm.errors import AdapterError
 
@@ -25,21 +24,21 @@ if TYPE_CHECKING:
 
 def initial_arrays(spec: AdapterSpec) -> Arrays:
     """Return the trained values of an adapter that leaves the base unchanged."""
-    return family_of(spec.kind).initial_arrays(spec)
+    return kind_of(spec.kind).initial_arrays(spec)
 
 
 def peft_arrays(spec: AdapterSpec, trained: Mapping[str, npt.NDArray[Any]]) -> Arrays:
     """Return all that PEFT needs under PEFT's names, fixed factors included."""
-    return family_of(spec.kind).peft_arrays(spec, trained)
+    return kind_of(spec.kind).peft_arrays(spec, trained)
 
 
 def peft_config(spec: AdapterSpec, base_name: str | None = None) -> "PeftConfig":
-    """Make PEFT's configuration of this adapter."""
-    return family_of(spec.kind).peft_config(spec, base_name)
+    """Return PEFT's configuration of this adapter."""
+    return kind_of(spec.kind).peft_config(spec, base_name)
 
 
 def attach(base: "PreTrainedModel", spec: AdapterSpec) -> "PeftModel":
-    """Put the adapter, in float32, on a base model; only the trained values need grad.
+    """Attach the adapter, in float32, to a base model; only the trained values need grad.
 
     Args:
         base: The (quantised) base model; its linear layers are wrapped in place.
@@ -50,7 +49,7 @@ def attach(base: "PreTrainedModel", spec: AdapterSpec) -> "PeftModel":
     with quiet_peft():
         model = get_peft_model(base, peft_config(spec))
     model.requires_grad_(False)
-    family_of(spec.kind).freeze_factors(model, spec)
+    kind_of(spec.kind).freeze_factors(model, spec)
     for parameter in _trained_parameters(model, spec).values():
         parameter.requires_grad_(True)
     set_trained(model, spec, initial_arrays(spec))
@@ -82,7 +81,7 @@ def get_trained(model: "PeftModel", spec: AdapterSpec) -> Arrays:
 
 
 def check_arrays(spec: AdapterSpec, arrays: Mapping[str, Any]) -> None:
-    """Refuse arrays that are not exactly the trained ones of this adapter.
+    """Check that arrays are exactly the trained ones of this adapter.
 
     Raises:
         AdapterError: Names the first array that is missing, foreign or misshapen.
@@ -112,11 +111,11 @@ def _trained_parameters(
 ) -> dict[str, "torch.nn.Parameter"]:
     """Return the model's parameters under the names that travel."""
     base = model.get_base_model()
-    family = family_of(spec.kind)
+    kind = kind_of(spec.kind)
     parameters = {}
     for module in spec.modules:
         layer = base.get_submodule(module)
         start = f"{PREFIX}{module}."
         for side in spec.trained_tensors(module):
-            parameters[start + side] = family.parameter(layer, side)
+            parameters[start + side] = kind.parameter(layer, side)
     return parameters

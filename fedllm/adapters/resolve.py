@@ -4,7 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedllm.adapters.kinds import KINDS, ia3
+from fedllm.adapters.kinds import KINDS
+from fedllm.adapters.kinds.kind import Shape
 from fedllm.adapters.spec import AdapterSpec
 from fedllm.config import AdapterConfig, RunConfig
 from fedllm.errors import AdapterError, ConfigError
@@ -48,15 +49,14 @@ def adapter_spec(
         AdapterError: No module matches, or the rank is above a module's size.
     """
     linears, heads = _linear_shapes(model_config)
-    defaults = _default_modules(config.kind, model_config.model_type)
-    return resolve(config, linears, heads, defaults, seed)
+    return resolve(config, linears, heads, model_config.model_type, seed)
 
 
 def resolve(
     config: AdapterConfig,
-    linears: Mapping[str, tuple[int, int]],
+    linears: Mapping[str, Shape],
     heads: Collection[str],
-    defaults: tuple[Collection[str], Collection[str]],
+    model_type: str,
     seed: int,
 ) -> AdapterSpec:
     """Resolve an adapter against a base model's linear layers, without torch.
@@ -65,47 +65,22 @@ def resolve(
         config: The adapter's settings, with a kind that is not `auto`.
         linears: Full name of every linear layer -> (out features, in features).
         heads: Names of output heads, which are not adapted.
-        defaults: Last parts of the names of the modules that `auto` means, and of those
-            whose input is rescaled (IA3).
+        model_type: The architecture, as in a model's config.json.
         seed: Public seed of what is fixed.
 
     Raises:
         AdapterError: No module matches, or the rank is above a module's size.
     """
-    by_default, feedforward = defaults
-    wanted = {part.strip() for part in config.target_modules.split(",") if part.strip()}
-    if wanted == {"auto"}:
-        wanted = set(by_default)
-    if wanted == {"all-linear"}:
-        modules = {name: shape for name, shape in linears.items() if name not in heads}
-    else:
-        matched = {t: [n for n in linears if _matches(n, t)] for t in wanted}
-        missing = sorted(target for target, names in matched.items() if not names)
-        if missing or not wanted:
-            known = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            raise AdapterError(
-                f"adapter.target-modules: {', '.join(missing) or 'nothing named'}: no "
-                f"such linear layer in this model; it has {', '.join(known)}"
-            )
-        chosen = {name for names in matched.values() for name in names}
-        if met := sorted(chosen.intersection(heads)):
-            raise AdapterError(
-                f"adapter.target-modules: {', '.join(met)} is the "
-                "output head, which is not adapted; leave it out"
-            )
-        modules = {name: linears[name] for name in chosen}
-    if not modules:
-        raise AdapterError(
-            "adapter.target-modules: this model has no linear layer to adapt"
-        )
-    largest = min(min(shape) for shape in modules.values())
-    # IA3 has no rank, and VeRA's may pass a side: its factors are not a decomposition.
-    if config.kind not in ("ia3", "vera") and config.rank > largest:
+    kind = KINDS[config.kind]
+    defaults, rescaled = kind.default_modules(model_type)
+    modules = _adapted_modules(_targets(config, defaults), linears, heads)
+    largest = kind.max_rank(modules.values())
+    if largest is not None and config.rank > largest:
         raise AdapterError(
             f"adapter.rank: must be at most {largest}, the smallest side of the target "
             f"modules (got {config.rank})"
         )
-    inward = {m for m in modules if any(_matches(m, f) for f in feedforward)}
+    inward = {m for m in modules if any(_matches(m, f) for f in rescaled)}
     inward_targets = _peft_targets(inward, set(linears))
     outward_targets = _peft_targets(set(modules) - inward, set(linears))
     return AdapterSpec(
@@ -120,16 +95,49 @@ def resolve(
     )
 
 
-def _default_modules(kind: str, model_type: str) -> tuple[list[str], list[str]]:
-    """Return what `auto` means for a kind, and which modules have their input adapted."""
-    if kind == "ia3":
-        return ia3.default_modules(model_type)
-    return ["q_proj", "v_proj"], []
+def _targets(config: AdapterConfig, defaults: Collection[str]) -> set[str]:
+    """Return the names in `adapter.target-modules`; `auto` becomes the kind's defaults."""
+    parts = (part.strip() for part in config.target_modules.split(","))
+    targets = {part for part in parts if part}
+    return set(defaults) if targets == {"auto"} else targets
+
+
+def _adapted_modules(
+    targets: set[str], linears: Mapping[str, Shape], heads: Collection[str]
+) -> dict[str, Shape]:
+    """Return the linear layers that targets name, full name -> (out, in).
+
+    Raises:
+        AdapterError: A target names no layer or an output head, or nothing is left.
+    """
+    if targets == {"all-linear"}:
+        modules = {name: shape for name, shape in linears.items() if name not in heads}
+    else:
+        matched = {t: [n for n in linears if _matches(n, t)] for t in targets}
+        missing = sorted(target for target, names in matched.items() if not names)
+        if missing or not targets:
+            known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise AdapterError(
+                f"adapter.target-modules: {', '.join(missing) or 'nothing named'}: no "
+                f"such linear layer in this model; it has {', '.join(known)}"
+            )
+        chosen = {name for names in matched.values() for name in names}
+        if named_heads := sorted(chosen.intersection(heads)):
+            raise AdapterError(
+                f"adapter.target-modules: {', '.join(named_heads)} is the "
+                "output head, which is not adapted; leave it out"
+            )
+        modules = {name: linears[name] for name in chosen}
+    if not modules:
+        raise AdapterError(
+            "adapter.target-modules: this model has no linear layer to adapt"
+        )
+    return modules
 
 
 def _linear_shapes(
     model_config: "PretrainedConfig",
-) -> tuple[dict[str, tuple[int, int]], set[str]]:
+) -> tuple[dict[str, Shape], set[str]]:
     """Return every linear layer's (out, in), and the names of output heads."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -147,12 +155,12 @@ def _linear_shapes(
 
 
 def _peft_targets(chosen: set[str], linears: set[str]) -> tuple[str, ...]:
-    """Return names by which PEFT adapts exactly the chosen modules: short, if they do."""
+    """Return names by which PEFT adapts exactly the chosen modules; short ones if they do."""
     short = {name.rsplit(".", 1)[-1] for name in chosen}
     meant = {name for name in linears if name.rsplit(".", 1)[-1] in short}
     return tuple(sorted(short if meant == chosen else chosen))
 
 
 def _matches(name: str, target: str) -> bool:
-    """Tell whether PEFT would take `target` to mean this module."""
+    """Return whether PEFT takes `target` to mean this module."""
     return name == target or name.endswith("." + target)

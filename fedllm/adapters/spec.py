@@ -18,12 +18,12 @@ class AdapterSpec:
     """One adapter, fully resolved for one base model.
 
     Attributes:
-        kind: `ffa-lora`, `lora-core`, `lora`, `ia3` or `vera`.
+        kind: A name in `fedllm.adapters.kinds.KINDS`.
         rank: Rank r; without meaning for `ia3`.
         alpha: The update is scaled by alpha / rank; LoRA's kinds only.
         dropout: Dropout on the adapter's input while training; not for `ia3`.
-        target_modules: The adapted modules as PEFT is told: last parts of their names
-            where those mean no other module, else whole names.
+        target_modules: The adapted modules under the names that PEFT gets: the last parts
+            if those mean no other module, else whole names.
         modules: Full module name -> (out features, in features), sorted by name.
         seed: Public seed of the fixed factors and of the first A of `lora`.
         feedforward: Those of target_modules whose input `ia3` rescales, not the output.
@@ -53,29 +53,15 @@ class AdapterSpec:
         return sum(int(np.prod(shape)) for shape in self.trained_shapes.values())
 
     def rescales_input(self, module: str) -> bool:
-        """Tell whether `ia3` rescales what goes into a module, not what comes out."""
+        """Return whether `ia3` rescales what goes into a module, not what comes out."""
         return any(module.endswith(name) for name in self.feedforward)
 
     def trained_tensors(self, module: str) -> dict[str, tuple[int, ...]]:
-        """Last part of the name -> shape of each array that is trained in a module."""
-        out_features, in_features = self.modules[module]
-        match self.kind:
-            case "ffa-lora":
-                return {"lora_B.weight": (out_features, self.rank)}
-            case "lora-core":
-                return {"lora_core.weight": (self.rank, self.rank)}
-            case "lora":
-                return {
-                    "lora_A.weight": (self.rank, in_features),
-                    "lora_B.weight": (out_features, self.rank),
-                }
-            case "ia3":
-                inward = self.rescales_input(module)
-                return {"ia3_change": (in_features if inward else out_features,)}
-            case "vera":
-                return {"vera_lambda_b": (out_features,), "vera_lambda_d": (self.rank,)}
-            case _:
-                raise ValueError(f"unknown kind of adapter {self.kind!r}")
+        """Return last part of the name -> shape of each trained array of a module."""
+        # Here, since every kind imports this module.
+        from fedllm.adapters.kinds import kind_of
+
+        return kind_of(self.kind).trained_tensors(self, module)
 
 
 def generator_of(seed: int, name: str) -> np.random.Generator:

@@ -1,8 +1,8 @@
-"""The audit of client-level privacy: what can be checked exactly, and canaries.
+"""The audit of client-level privacy: deterministic checks, statistical checks, canaries.
 
 Every check runs rounds of the strategy that `make_strategy` makes for the settings of a
-run, on a toy adapter and without a base model. What it finds is true of the code that
-runs here: it says nothing of a server that runs other code.
+run, on a toy adapter and without a base model. Its result holds for the code that runs here,
+and not for a server that runs other code.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from fedllm.privacy.wording import plain
 from fedllm.strategy.build import make_strategy
 
 _MOST_REHEARSED = 10
-# Above its expectation by so many standard deviations, an estimate is no chance.
+# An estimate that exceeds its expectation by so many standard deviations is not chance.
 _SIGMAS = 6.0
 
 
@@ -40,9 +40,9 @@ class Check:
     """One line of an audit.
 
     Attributes:
-        name: What is checked.
+        name: Name of the check.
         passed: Whether it holds.
-        text: What was found, with numbers.
+        text: Its result, with numbers.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Audit:
-    """All that an audit found.
+    """The result of an audit.
 
     Attributes:
-        checks: In the order in which they ran.
-        rehearsal: The canaries of the whole run; None where it could not be rehearsed.
+        checks: The checks, in the order in which they ran.
+        rehearsal: The canaries of the whole run; None if it could not be rehearsed.
     """
 
     checks: list[Check]
@@ -90,11 +90,11 @@ class Auditor:
 
     Args:
         config: The run config, under `privacy.unit="client"`.
-        settings: What the run promises: z, C, delta and the rounds are taken from it.
+        settings: The settings that the run promises: z, C, delta and the rounds.
         num_clients: Honest clients of the rehearsal.
         num_canaries: Canary clients m.
         dimension: d of the toy adapter of noise checks and canaries.
-        make: Makes the strategy.
+        make: The function that makes the strategy.
 
     Raises:
         PrivacyError: The settings leave nothing to audit, or cannot be audited.
@@ -116,25 +116,25 @@ class Auditor:
         self._num_canaries = num_canaries
         self._rehearsal: Findings | None = None
 
-    def run(self, say: Callable[[Check], None] = lambda check: None) -> Audit:
+    def run(self, report: Callable[[Check], None] = lambda check: None) -> Audit:
         """Run all checks.
 
         Args:
-            say: Called with each check when it is done.
+            report: Called with each check when it is done.
         """
         checks = []
-        for name, check in self._all().items():
+        for name, check in self._checks().items():
             try:
                 passed, text = check()
             except NotAsPromisedError as error:
                 passed, text = False, str(error)
-            except Exception as error:  # noqa: BLE001 - whatever breaks is a finding
+            except Exception as error:  # noqa: BLE001 - an error is a finding
                 passed, text = False, f"{type(error).__name__}: {error}"
             checks.append(Check(name, passed, text))
-            say(checks[-1])
+            report(checks[-1])
         return Audit(checks, self._rehearsal)
 
-    def _all(self) -> dict[str, Callable[[], Finding]]:
+    def _checks(self) -> dict[str, Callable[[], Finding]]:
         setup = self._setup
         checks: dict[str, Callable[[], Finding]] = {
             "sensitivity": lambda: sensitivity(setup),
@@ -147,37 +147,37 @@ class Auditor:
         }
         if setup.settings.sampling == "poisson":
             checks["secret coins"] = lambda: secret_coins(setup)
-        checks["canaries, one release"] = self._mechanism
+        checks["canaries, one release"] = self._one_release
         checks["canaries, the run"] = self._whole_run
         return checks
 
-    def _mechanism(self) -> Finding:
-        return self._judged(self._canaries(1, honest=False))
+    def _one_release(self) -> Finding:
+        return self._compared(self._canaries(1, honest=False))
 
     def _whole_run(self) -> Finding:
         rounds = min(self._setup.settings.planned_rounds, _MOST_REHEARSED)
         self._rehearsal = self._canaries(rounds, honest=True)
-        return self._judged(self._rehearsal)
+        return self._compared(self._rehearsal)
 
     def _canaries(self, num_rounds: int, honest: bool) -> Findings:
         clients = self._num_clients + self._num_canaries
         with self._setup.bench(self._setup.dimension, clients) as bench:
             return run_canaries(bench, self._num_canaries, num_rounds, honest)
 
-    def _judged(self, found: Findings) -> Finding:
-        """Hold what the canaries say against the ledger."""
-        passed = found.certified.epsilon <= found.accounted
+    def _compared(self, findings: Findings) -> Finding:
+        """Compare the canaries' bound and estimate with the ledger."""
+        passed = findings.certified.epsilon <= findings.accounted
         text = (
-            f"{found.rounds} round{'s' if found.rounds > 1 else ''} of "
-            f"{self._setup.settings.planned_rounds}: epsilon {plain(found.accounted)} "
-            f"accounted, at least {found.certified.epsilon:.2f} certified "
-            f"({found.certified.num_correct} of {found.certified.num_guesses} guesses "
+            f"{findings.rounds} round{'s' if findings.rounds > 1 else ''} of "
+            f"{self._setup.settings.planned_rounds}: epsilon {plain(findings.accounted)} "
+            f"accounted, at least {findings.certified.epsilon:.2f} certified "
+            f"({findings.certified.num_correct} of {findings.certified.num_guesses} guesses "
             f"right)"
         )
-        estimate = found.estimate
+        estimate = findings.estimate
         if estimate is None:
             return passed, text
-        excess = (estimate.mu - found.expected_mu) / estimate.mu_stddev
+        excess = (estimate.mu - findings.expected_mu) / estimate.mu_stddev
         return passed and excess < _SIGMAS, (
             f"{text}, {estimate.epsilon:.2f} estimated ({estimate.low:.2f} to "
             f"{estimate.high:.2f})"

@@ -1,4 +1,4 @@
-"""Canary clients in rounds of the real strategy, and what they say about epsilon."""
+"""Canary clients in rounds of the real strategy, and the bound on epsilon that they give."""
 
 import math
 import secrets
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import RecordDict
 
-from fedllm.auditing.harness import Bench, Vector
+from fedllm.auditing.harness import Bench
 from fedllm.privacy.lower_bounds import (
     CertifiedBound,
     Estimate,
@@ -19,9 +19,10 @@ from fedllm.privacy.lower_bounds import (
     one_shot_estimate,
     planned_guesses,
 )
+from fedllm.privacy.mechanism import Vector
 from fedllm.wire.messages import ARRAYS, array_record
 
-# A canary sends more than it may, so that a strategy that does not clip is found out.
+# A canary sends more than C, so that a strategy that does not clip is detected.
 _EXCESS = 10.0
 # Clipped updates of honest clients had a mean of norm 0.78 to 0.91 C: two of them have a
 # cosine of about this.
@@ -30,7 +31,7 @@ _HONEST_COSINE = 0.7
 
 @dataclass(frozen=True)
 class Findings:
-    """What the canaries of some rounds say.
+    """The epsilons that the canaries of some rounds give.
 
     Attributes:
         rounds: Rounds that they took part in.
@@ -38,7 +39,7 @@ class Findings:
         certified: Lower bound on epsilon at the ledger's delta.
         estimate: The estimate; None under Poisson sampling, whose releases are a mixture
             that it does not describe.
-        expected_mu: What `estimate.mu` would be were epsilon the accounted one.
+        expected_mu: The `estimate.mu` of a mechanism with the accounted epsilon.
     """
 
     rounds: int
@@ -49,7 +50,7 @@ class Findings:
 
 
 class _Directions:
-    """Random unit vectors, made anew when they are needed: all would fill the memory."""
+    """Random unit vectors, made again each time: all together would fill the memory."""
 
     def __init__(self, dimension: int) -> None:
         self._dimension = dimension
@@ -67,14 +68,14 @@ def run_canaries(
 ) -> Findings:
     """Run rounds in which each canary takes part if its own fair coin says so.
 
-    A canary that does not take part sends nothing: the zero-out relation. The score of
-    a canary is the cosine of its direction with the sum of all releases, which is the
-    most that anybody can know of it who sees nothing but releases of Gaussian noise.
+    A canary that does not take part sends nothing: the zero-out relation. The score of a
+    canary is the cosine of its direction with the sum of all releases. An attacker who sees
+    nothing but the releases of a Gaussian mechanism can learn no more about it.
 
     Args:
         bench: Its last `num_canaries` clients are the canaries, the others are honest.
         num_canaries: m, at least 1.
-        num_rounds: Rounds, fewer where `privacy.max-epsilon` ends them.
+        num_rounds: Rounds, fewer if `privacy.max-epsilon` ends them.
         honest: Whether the other clients send anything.
 
     Raises:
@@ -94,7 +95,7 @@ def run_canaries(
         if not honest:
             cohort = [node for node in cohort if node in taking_part]
         if settings.sampling == "fixed":
-            # No amplification is claimed, so the epsilon holds for whoever is chosen.
+            # No amplification is claimed, so the epsilon holds for the clients chosen here.
             rest = [node for node in cohort if node < canaries[0]]
             cohort = rest + sorted(taking_part)
         sent = _contents(bench, cohort, canaries[0], taking_part, directions)
@@ -121,7 +122,7 @@ def _contents(
     taking_part: set[int],
     directions: _Directions,
 ) -> Iterator[tuple[int, RecordDict]]:
-    """Yield each client's reply of one round, made when it is asked for."""
+    """Yield each client's reply of one round, made only when it is needed."""
     clipping_norm = bench.settings.clipping_norm
     common = math.sqrt(_HONEST_COSINE) * directions[0]
     own = math.sqrt(1 - _HONEST_COSINE)

@@ -1,9 +1,9 @@
-"""Canary examples in one client's records: what its DP-SGD lets a membership test see.
+"""Canary examples among one client's records: a membership test of its DP-SGD.
 
 The client trains as in a run, by the code of a run, on its own records and on canaries:
-examples of random tokens, each planted or not by a fair coin. Who sees only the adapter
-guesses which were planted from how much their losses fell. How often that is right bounds
-epsilon from below (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846).
+examples of random tokens, each planted or not by a fair coin. An attacker who sees only the
+adapter guesses from the fall of their losses which were planted. The number of right guesses
+bounds epsilon from below (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +15,7 @@ import numpy as np
 from fedllm.adapters.adapted_model import AdaptedModel, load_adapted_model
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.config import RunConfig
+from fedllm.data.tokens import Example
 from fedllm.evaluation.held_out_loss import held_out
 from fedllm.planning.record_noise import client_plan
 from fedllm.privacy.accounting import record_epsilon
@@ -30,19 +31,18 @@ from fedllm.training.task import RoundTask
 _PROMPT_TOKENS = 8
 _ANSWER_TOKENS = 16
 
-Example = Mapping[str, Any]
 Train = Callable[[Sequence[Example], Mapping[str, Any]], Mapping[str, Any]]
 """One round of one client: examples and the adapter's trained values -> new values."""
 
 
 @dataclass(frozen=True)
 class RecordFindings:
-    """What a membership test found.
+    """The result of a membership test.
 
     Attributes:
         accounted: Epsilon by accounting, add-or-remove of one record.
         certified: Lower bound on epsilon from the guesses.
-        most: What as many canaries could certify at most, were every guess right.
+        most: The bound if every guess were right: the largest for as many canaries.
         num_canaries: Canaries, planted or not.
         num_records: Records of the client, without canaries.
         num_rounds: Rounds that the client trained in.
@@ -61,7 +61,7 @@ class RecordFindings:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing found contradicts the accounting."""
+        """Whether the bound does not contradict the accounting."""
         return self.certified.epsilon <= self.accounted
 
     def as_dict(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def audit_first_client(
         num_canaries: Canaries, at least 1.
 
     Raises:
-        FedllmError: Model or data cannot be had, or the client has too few records.
+        FedllmError: Model or data cannot be loaded, or the client has too few records.
     """
     from fedllm.config import fedllm_home
     from fedllm.data.partitions import partition
@@ -116,7 +116,7 @@ def audit_records(
         adapted: The model; its trained values are overwritten.
         examples: The client's own tokenised, labelled records.
         config: Gives the number of rounds.
-        plan: The client's noise and batches, fixed before the coins fell.
+        plan: The client's noise and batches, fixed before the coins are thrown.
         num_canaries: Canaries, at least 1.
         train: One round.
     """
@@ -148,7 +148,7 @@ def audit_records(
 
 
 def most_certifiable(num_canaries: int, delta: float) -> float:
-    """Return the bound if every canary were guessed, and every guess right."""
+    """Return the bound if every canary is guessed and every guess is right."""
     return certified_bound(num_canaries, num_canaries, num_canaries, delta).epsilon
 
 

@@ -1,4 +1,4 @@
-"""What an audit can check without chance: the sum, its divisor, its ledger."""
+"""The checks without chance: the sum, its divisor, its ledger."""
 
 import itertools
 import warnings
@@ -12,33 +12,33 @@ from fedllm.auditing.harness import (
     NUM_CLIENTS,
     Finding,
     Setup,
-    Vector,
     honest_reply,
     norm_of,
 )
 from fedllm.auditing.hostile_replies import Content, hostile_replies, packed_replies
 from fedllm.config import Encoding, WireConfig
 from fedllm.privacy.ledger import PrivacySettings
+from fedllm.privacy.mechanism import Vector
 
 _MOST_COUNTED = 100
 # Sums of a few C in float64, and the division by n.
 _ROUNDING = 1e-9
 _SMALL = 64
-# The kind of hostile reply that is clipped to C along what all others send.
+# The kind of hostile reply that is clipped to C along the direction of all others.
 _COUNTS_WHOLE = "far along the others"
 
 
 def sensitivity(setup: Setup) -> Finding:
-    """Put each hostile reply among honest ones that all pull the same way."""
+    """Add each hostile reply to honest ones that all point the same way."""
     with setup.bench(_SMALL, silent=True) as bench:
         reference = bench.start
     plain = hostile_replies(reference, setup.settings.clipping_norm)
-    found = [_moved_by(setup, "float32", plain)]
+    moves = [_moved_by(setup, "float32", plain)]
     encodings: tuple[Encoding, ...] = ("float16", "int8")
     for encoding in encodings:
         packed = packed_replies(reference, encoding)
-        found.append(_moved_by(setup, encoding, packed))
-    (one, worst), two = max(one for one, _ in found), max(two for _, two in found)
+        moves.append(_moved_by(setup, encoding, packed))
+    (one, worst), two = max(one for one, _ in moves), max(two for _, two in moves)
     count = len(plain) + sum(len(packed_replies(reference, e)) for e in encodings)
     passed = one <= 1 + _ROUNDING and two <= 2 + _ROUNDING
     return passed, (
@@ -51,7 +51,7 @@ def sensitivity(setup: Setup) -> Finding:
 def _moved_by(
     setup: Setup, encoding: Encoding, kinds: Mapping[str, Content]
 ) -> tuple[tuple[float, str], float]:
-    """Return the most that a reply moved the sum by, its kind, and the most by a swap.
+    """Return the largest move of the sum by a reply, its kind, and the largest by a swap.
 
     Both in units of C.
     """
@@ -68,7 +68,7 @@ def _moved_by(
 
 
 def weights(setup: Setup) -> Finding:
-    """Let one client claim more and more examples."""
+    """Compare the sums of a client that claims more and more examples."""
     claims = (None, 1, 1_000_000)
     sums = []
     for claim in claims:
@@ -85,7 +85,7 @@ def weights(setup: Setup) -> Finding:
 
 
 def denominator(setup: Setup) -> Finding:
-    """Make the same sum with all clients, with silent ones and with failed ones."""
+    """Compare the sums with all clients, with silent ones and with failed ones."""
     sums, expected = [], 0.5 * (NUM_CLIENTS // 2)
     for others in ("zero", "silent", "failed"):
         with setup.bench(_SMALL, silent=True) as bench:
@@ -110,7 +110,7 @@ def denominator(setup: Setup) -> Finding:
 
 
 def ledger(setup: Setup) -> Finding:
-    """Count the rounds, and recompute epsilon by dp-accounting alone."""
+    """Compare the ledger with the rounds and with dp-accounting's epsilon."""
     with setup.bench(_SMALL) as bench:
         planned = min(setup.settings.planned_rounds, _MOST_COUNTED)
         done = []
@@ -134,8 +134,8 @@ def recomputed_epsilon(settings: PrivacySettings, content: Mapping[str, Any]) ->
 
     Args:
         settings: Noise multiplier, delta and sampling.
-        content: A ledger's: rounds, sampling probability, and which accountant it names
-            where amplification counts.
+        content: A ledger's: rounds, sampling probability, and the accountant, which counts
+            if amplification is claimed.
     """
     import dp_accounting as dp
     from dp_accounting import pld, rdp
@@ -158,7 +158,7 @@ def recomputed_epsilon(settings: PrivacySettings, content: Mapping[str, Any]) ->
 
 
 def _sum_with(setup: Setup, sent: Sequence[Content], encoding: Encoding) -> Vector:
-    """Return the noiseless sum of honest replies and what one more client sent."""
+    """Return the noiseless sum of honest replies and the replies of one more client."""
     config = replace(setup.config, wire=WireConfig(encoding=encoding))
     with setup.bench(_SMALL, silent=True, config=config) as bench:
         first, *others = bench.population

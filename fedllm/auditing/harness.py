@@ -1,4 +1,10 @@
-"""The real strategy of a run on a bench, where an auditor sees what goes in and out."""
+"""The test bench of an audit: the real strategy, with its inputs and outputs recorded.
+
+All that leaves a round is a function of what enters the server optimiser, which is itself a
+check. So the bench puts a recorder before the optimiser of a real ClientLevelDP. Nothing in
+the strategy knows of it. To see the sum before the noise, the bench gives the strategy a
+generator of zeros; the strategy has no argument for one, so no run can be given one.
+"""
 
 import contextlib
 import json
@@ -14,9 +20,10 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from fedllm.adapters.spec import Arrays
 from fedllm.config import RunConfig, WireConfig
 from fedllm.privacy.ledger import Ledger, PrivacySettings
-from fedllm.privacy.mechanism import SecureGenerator
+from fedllm.privacy.mechanism import SecureGenerator, Vector
 from fedllm.strategy.build import make_strategy
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
@@ -24,8 +31,6 @@ from fedllm.strategy.server_optimizer import ServerOptimizer
 from fedllm.wire.messages import ARRAYS, METRICS, array_record, encoded_record
 from fedllm.wire.task_identity import set_task_identity
 
-Vector = npt.NDArray[np.float64]
-Arrays = dict[str, npt.NDArray[np.float32]]
 Contents = Iterable[tuple[int, RecordDict | Error]]
 
 MakeStrategy = Callable[
@@ -33,14 +38,14 @@ MakeStrategy = Callable[
 ]
 
 NUM_CLIENTS = 6
-"""Clients of a check that needs no more."""
+"""Clients of a check that does not need more."""
 
 Finding = tuple[bool, str]
-"""Whether a check passed, and what it found."""
+"""Whether a check passed, and its result in words."""
 
 
 class NotAsPromisedError(Exception):
-    """The strategy did something that no release explains: the audit fails."""
+    """The strategy released something other than it promised: the audit fails."""
 
 
 class ZeroNoise(SecureGenerator):
@@ -53,13 +58,13 @@ class ZeroNoise(SecureGenerator):
 
 @dataclass(frozen=True)
 class Setup:
-    """What is audited.
+    """The settings of an audit.
 
     Attributes:
         config: The run config.
-        settings: What the run promises.
-        dimension: d of the toy adapter where noise is measured.
-        make: Makes the strategy.
+        settings: The privacy settings that the run promises.
+        dimension: d of the toy adapter when noise is measured.
+        make: The function that makes the strategy.
     """
 
     config: RunConfig
@@ -75,7 +80,7 @@ class Setup:
         silent: bool = False,
         config: RunConfig | None = None,
     ) -> "Iterator[Bench]":
-        """Put a fresh strategy, with a ledger of its own, on the bench."""
+        """Yield a bench with a fresh strategy and a ledger of its own."""
         with tempfile.TemporaryDirectory(prefix="fedllm-audit-") as folder:
             yield Bench(
                 # Replies are made in the plain encoding, unless a check asks for another.
@@ -90,18 +95,18 @@ class Setup:
 
 
 class Bench:
-    """One strategy of `make_strategy`, with what enters its server optimiser recorded.
+    """One strategy of `make_strategy`, with the inputs of its server optimiser recorded.
 
     The release of a round is n times what enters the optimiser, with the n that was
-    promised: where the strategy divides by anything else, the release is wrong.
+    promised: if the strategy divides by anything else, the release is wrong.
 
     Args:
         config: The run config.
-        settings: What the run promises.
+        settings: The privacy settings that the run promises.
         dimension: d of the toy adapter, at least 8.
         num_clients: N of the toy federation.
-        folder: Where the ledger is written; one folder a bench.
-        make: Makes the strategy.
+        folder: The folder of the ledger; one folder a bench.
+        make: The function that makes the strategy.
         silent: Switch the noise off.
     """
 
@@ -144,7 +149,7 @@ class Bench:
 
     @property
     def entered(self) -> list[Vector]:
-        """What entered the server optimiser, by round."""
+        """The inputs of the server optimiser, by round."""
         return self._recorder.entered
 
     @property
@@ -153,7 +158,7 @@ class Bench:
         return self._recorder.rounds_on_disk
 
     def cohort(self, server_round: int) -> list[int]:
-        """Return the clients whom the strategy asks in a round."""
+        """Return the clients that the strategy asks in a round."""
         record = array_record(self.reference)
         messages = self.strategy.configure_train(
             server_round, record, ConfigRecord(), cast(Grid, None)
@@ -176,7 +181,7 @@ class Bench:
 
         Raises:
             NotAsPromisedError: Not exactly one vector entered the server optimiser, or no
-                adapter left.
+                adapter was released.
         """
         before = len(self.entered)
         record, _ = self.strategy.aggregate_train(server_round, _replies(contents))
@@ -191,7 +196,7 @@ class Bench:
         return self.entered[-1] * self.settings.num_sampled_clients
 
     def update(self, vector: Vector | npt.NDArray[np.float32]) -> Arrays:
-        """Return the adapter of a client whose update is this, (d,), in float32."""
+        """Return the adapter of a client with this update, (d,), in float32."""
         arrays, start = {}, 0
         for name, value in self.reference.items():
             part = vector[start : start + value.size].reshape(value.shape)
@@ -203,7 +208,7 @@ class Bench:
 def bench_settings(
     config: RunConfig, settings: PrivacySettings, dimension: int, num_clients: int
 ) -> PrivacySettings:
-    """Return a run's promise for another number of clients and trained values.
+    """Return a run's privacy settings for another number of clients and trained values.
 
     Noise multiplier, clipping norm, delta and sampling probability are the run's.
     """
@@ -219,7 +224,7 @@ def bench_settings(
 
 
 def toy_adapter(dimension: int, clipping_norm: float) -> Arrays:
-    """Return an adapter of two arrays, one of them a matrix, that is not zero."""
+    """Return a non-zero adapter of two arrays, one of them a matrix."""
     rows = dimension // 4
     value = clipping_norm / 4
     return {
@@ -231,12 +236,12 @@ def toy_adapter(dimension: int, clipping_norm: float) -> Arrays:
 def honest_reply(
     bench: Bench, norm: float, num_examples: int | None = None
 ) -> RecordDict:
-    """Return a reply whose update has `norm` times C, along a direction that all take.
+    """Return a reply whose update has norm `norm` * C, in the direction of all honest ones.
 
     Args:
-        bench: Whose global adapter the update starts from.
+        bench: The bench whose global adapter the update starts from.
         norm: In units of C; negative for the opposite direction.
-        num_examples: What the client claims; None: nothing.
+        num_examples: The number that the client claims; None: none.
     """
     size, encoding = bench.settings.num_trainable, bench.config.wire.encoding
     value = np.float32(norm * bench.settings.clipping_norm / size**0.5)
@@ -252,18 +257,18 @@ def honest_reply(
 
 
 def norm_of(vector: Vector) -> float:
-    """Return the L2 norm; infinite where it is not a number, which is worst."""
+    """Return the L2 norm; infinite if it is not a number, so that it counts as worst."""
     norm = float(np.linalg.norm(vector))
     return math.inf if math.isnan(norm) else norm
 
 
 def flat_values(arrays: Mapping[str, Any], names: Iterable[str]) -> Vector:
-    """Return arrays as one vector, (d,) float64, in the order of names."""
+    """Return arrays as one vector, (d,) float64, in the order of the names."""
     return np.concatenate([np.asarray(arrays[name], float).ravel() for name in names])
 
 
 class _Recorder:
-    """Stands before the server optimiser and notes what enters it."""
+    """A recorder before the server optimiser."""
 
     def __init__(self, optimizer: ServerOptimizer, ledger: Path) -> None:
         self._optimizer = optimizer
@@ -272,7 +277,7 @@ class _Recorder:
         self.rounds_on_disk: list[int] = []
 
     def step(self, update: Vector, learning_rate: float) -> Vector:
-        """Note the update and let the real optimiser make its step."""
+        """Record the update and make the real optimiser's step."""
         self.entered.append(np.array(update, np.float64))
         self.rounds_on_disk.append(
             len(json.loads(self._ledger.read_text())["releases"])

@@ -1,6 +1,6 @@
-"""Every kind of reply that must not move a round's sum by more than the clipping norm.
+"""The hostile replies of the audit: none may move a round's sum by more than the clipping norm.
 
-Made for the audit: a client controls each byte of what it sends.
+A client controls each byte that it sends.
 """
 
 import pickle
@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
 
+from fedllm.adapters.spec import Arrays
 from fedllm.config import Encoding
 from fedllm.wire.encoding import PACKED, pack
 from fedllm.wire.messages import ARRAYS, ERROR, METRICS, array_record, error_content
 
-Arrays = Mapping[str, npt.NDArray[np.float32]]
 Content = RecordDict | Error
 
 
@@ -24,7 +24,7 @@ def hostile_replies(reference: Arrays, clipping_norm: float) -> dict[str, Conten
 
     Args:
         reference: The global adapter; at least two arrays, the first of two dimensions.
-        clipping_norm: C, which the server tells nobody but everybody may know.
+        clipping_norm: C, which the server does not send but an attacker may know.
     """
     replies: dict[str, Content] = {
         kind: RecordDict({ARRAYS: array_record(arrays)})
@@ -49,7 +49,7 @@ def hostile_replies(reference: Arrays, clipping_norm: float) -> dict[str, Conten
 
 
 def packed_replies(reference: Arrays, encoding: Encoding) -> dict[str, Content]:
-    """Return kind -> content of a reply where updates travel packed.
+    """Return kind -> content of a reply with a packed update.
 
     Args:
         reference: The global adapter.
@@ -90,7 +90,7 @@ def packed_replies(reference: Arrays, encoding: Encoding) -> dict[str, Content]:
 def _arrays(
     reference: Arrays, clipping_norm: float
 ) -> dict[str, Mapping[str, npt.NDArray[Any]]]:
-    """Return what decodes as arrays: the wrong ones, and the right ones, too large."""
+    """Return replies that decode as arrays: of wrong form, and of right form but too large."""
     first, second = list(reference)[:2]
     far = {name: value + np.float32(9) for name, value in reference.items()}
     size = sum(value.size for value in reference.values())
@@ -145,7 +145,7 @@ def _arrays(
 
 
 def _items(value: npt.NDArray[np.float32]) -> dict[str, Array]:
-    """Return bytes that may not decode at all, in the place of one array."""
+    """Return items in place of one array whose bytes may not decode at all."""
     good = Array(value + np.float32(9)).data
     header = good[: len(good) - value.nbytes]
 

@@ -1,4 +1,4 @@
-"""What the audit of a finished run takes from its folder."""
+"""Load a run folder to audit."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,8 @@ from fedllm.runs.directory import (
 )
 
 
-def settings_of_run_folder(folder: Path) -> tuple[RunConfig, PrivacySettings, Check]:
-    """Read what a run promised, and hold its files against each other.
+def load_audited_run(folder: Path) -> tuple[RunConfig, PrivacySettings, Check]:
+    """Return a run's config, its privacy settings, and the check of its ledger.
 
     Raises:
         FedllmError: The folder, its ledger or its config is missing, damaged or edited.
@@ -27,34 +27,34 @@ def settings_of_run_folder(folder: Path) -> tuple[RunConfig, PrivacySettings, Ch
     path = folder / PRIVACY_FILE
     if not path.is_file():
         raise PrivacyError(f"{folder}: has no {PRIVACY_FILE}: not a run folder")
-    require_unit(read_json(path).get("unit"), str(folder))
+    require_client_unit(read_json(path).get("unit"), str(folder))
     ledger = Ledger.load(path)
     run_config = read_json(folder / CONFIG_FILE).get("run_config")
     if not isinstance(run_config, dict):
         raise PrivacyError(f"{folder / CONFIG_FILE}: is damaged: it has no run_config")
     config = parse_run_config(run_config)
-    require_same_run(ledger, config, path)
-    told = [
+    _require_same_promise(ledger, config, path)
+    rounds = [
         line["server_round"]
         for line in read_metrics(folder / METRICS_FILE)
         if line["server_round"] > 0
     ]
-    forgotten = sorted(set(told) - set(ledger.releases))
+    missing = sorted(set(rounds) - set(ledger.releases))
     check = Check(
         "ledger of the run",
-        not forgotten,
-        f"{len(ledger.releases)} rounds in the ledger, {len(told)} in {METRICS_FILE}"
-        + (f": it forgets {forgotten}" if forgotten else "")
+        not missing,
+        f"{len(ledger.releases)} rounds in the ledger, {len(rounds)} in {METRICS_FILE}"
+        + (f": it forgets {missing}" if missing else "")
         + f"; epsilon {plain(ledger.epsilons().zero_out)} zero-out",
     )
     return config, ledger.settings, check
 
 
-def require_same_run(ledger: Ledger, config: RunConfig, path: Path) -> None:
-    """Refuse a ledger whose promise is not that of the run's config.
+def _require_same_promise(ledger: Ledger, config: RunConfig, path: Path) -> None:
+    """Raise if the ledger's settings are not those of the run's config.
 
     Raises:
-        PrivacyError: Names what differs.
+        PrivacyError: The settings that differ.
     """
     settings = ledger.settings
     given = replace(
@@ -86,11 +86,15 @@ def require_same_run(ledger: Ledger, config: RunConfig, path: Path) -> None:
         )
 
 
-def require_unit(unit: object, what: str) -> None:
-    """Raise if a run or a config makes no client-level claim that could be audited.
+def require_client_unit(unit: object, what: str) -> None:
+    """Raise if a run or a config has no client-level privacy to audit.
+
+    Args:
+        unit: Its `privacy.unit`.
+        what: The run or config, for the error.
 
     Raises:
-        PrivacyError: Its unit is `none`, or unknown.
+        PrivacyError: The unit is `none`, or unknown.
     """
     if unit == "none":
         raise PrivacyError(

@@ -1,4 +1,4 @@
-"""What an audit can check by measuring: the noise, its place, and the secret coins."""
+"""The checks by measurement: the noise, its place, and the secret coins."""
 
 import contextlib
 import itertools
@@ -22,12 +22,11 @@ from fedllm.privacy.lower_bounds import plausible_spread
 from fedllm.privacy.mechanism import SecureGenerator
 from fedllm.strategy.fedavg import AdapterFedAvg
 
-# A check of chance fails by chance with about this probability.
+# A correct strategy fails a statistical check with about this probability.
 _BY_CHANCE = 1e-9
 _SIGMAS = 6.0
 _SIZE = 4096
-# Enough that two cohorts are never the same by chance where q is 0.02 to 0.98: below
-# 1e-17.
+# Enough that two cohorts are never equal by chance if q is 0.02 to 0.98: below 1e-17.
 _COINS = 1000
 
 
@@ -59,7 +58,7 @@ def noise_scale(setup: Setup) -> Finding:
 
 
 def fresh_noise(setup: Setup) -> Finding:
-    """Compare the noise of two strategies and two rounds, all seeds set alike."""
+    """Compare the noise of two strategies and two rounds with all seeds equal."""
     noise = []
     for _ in range(2):
         with setup.bench(setup.dimension) as bench, _seeded():
@@ -83,7 +82,7 @@ def fresh_noise(setup: Setup) -> Finding:
 
 
 def order(setup: Setup) -> Finding:
-    """See that the adapter is made of noised releases alone, for each optimiser."""
+    """Compare the adapter with one made of noised releases alone, for each optimiser."""
     promised = setup.settings.noise_multiplier * setup.settings.clipping_norm
     optimizers: tuple[Literal["none", "momentum", "adam", "yogi"], ...]
     optimizers = ("none", "momentum", "adam", "yogi")
@@ -109,7 +108,7 @@ def order(setup: Setup) -> Finding:
 
 
 def _unexplained(bench: Bench) -> float:
-    """Return how far adapters are from those made of the releases, in steps, at most."""
+    """Return the largest distance from adapters made of the releases alone, in steps."""
     twin = AdapterFedAvg(bench.config, dict(bench.start), bench.population)
     before, worst = flat_values(bench.start, bench.start), 0.0
     for index, (entered, record) in enumerate(
@@ -125,7 +124,7 @@ def _unexplained(bench: Bench) -> float:
 
 
 def secret_coins(setup: Setup) -> Finding:
-    """Hold the sizes of many cohorts against the binomial."""
+    """Compare the sizes of many cohorts with the binomial distribution."""
     from scipy.stats import binomtest
 
     q = setup.config.strategy.fraction_train
@@ -144,7 +143,7 @@ def secret_coins(setup: Setup) -> Finding:
 
 @contextlib.contextmanager
 def _seeded() -> Iterator[None]:
-    """Seed the global generators as a trainer does, and put them back."""
+    """Seed the global generators as a trainer does, and restore them at the end."""
     # ruff: noqa: NPY002 - the global generator is what is tested
     ours, theirs = random.getstate(), np.random.get_state()
     random.seed(1)

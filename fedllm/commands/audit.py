@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.auditing.auditor import MEANING, Audit, Auditor, Check
-from fedllm.auditing.run_folder import require_unit, settings_of_run_folder
+from fedllm.auditing.run_folder import load_audited_run, require_client_unit
 from fedllm.commands.options import typed_config
 from fedllm.config import RunConfig, fedllm_home, parse_run_config
 from fedllm.errors import FedllmError, PrivacyError
@@ -47,12 +47,12 @@ def _run(args: argparse.Namespace) -> bool:
     if (config := _record_level(args, folder)) is not None:
         return _run_records(args, config, folder)
     if folder is not None:
-        config, settings, check = settings_of_run_folder(folder)
+        config, settings, check = load_audited_run(folder)
         first.append(check)
         num_clients = settings.population_size if args.clients is None else args.clients
     else:
         config = parse_run_config(typed_config(args.run_config or ()))
-        require_unit(config.privacy.unit, "these settings")
+        require_client_unit(config.privacy.unit, "these settings")
         connected = config.strategy.num_clients or 20
         num_clients = connected if args.clients is None else args.clients
         # d enters R only, and no epsilon.

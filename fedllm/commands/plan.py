@@ -23,7 +23,7 @@ from fedllm.errors import ConfigError, FedllmError
 from fedllm.planning.adapter_choice import choose_adapter, with_choice
 from fedllm.planning.frontier import load_frontier
 from fedllm.planning.noise import privacy_settings
-from fedllm.planning.plan import make_plan_report, num_trainable_of
+from fedllm.planning.plan import count_trainable, plan_run
 from fedllm.planning.record_noise import record_plan
 from fedllm.privacy.accounting import calibrate, noise_to_signal
 from fedllm.privacy.ledger import Ledger, PrivacySettings
@@ -50,12 +50,12 @@ def main(arguments: list[str] | None = None) -> None:
             config = with_choice(config, chosen)
         if args.trainable is not None and args.trainable < 1:
             raise ConfigError(f"--trainable: must be at least 1 (got {args.trainable})")
-        d = args.trainable or num_trainable_of(config)
+        d = args.trainable or count_trainable(config)
         settings = privacy_settings(config, clients, d)
-        plan = make_plan_report(config, settings)
+        plan = plan_run(config, settings)
         plan["auto"] = chosen.reason if chosen is not None else None
         if args.plot:
-            plan["plot"] = str(_plotted(config, settings, Path(args.plot)))
+            plan["plot"] = str(_write_plot(Path(args.plot), config.adapter.kind, plan))
         if args.probe:
             plan["noise_probe"] = _probe(config, settings)
     except FedllmError as error:
@@ -142,6 +142,9 @@ def _lines(
             f"{plan['server_learning_rate_by_rule']:.2g} on average over the rounds, at "
             f"clipping norm {settings.clipping_norm:g} (a rule for one local SGD step)"
         )
+        by_rule = plan["expected_by_rule"]
+        if by_rule["inside_what_was_measured"]:
+            lines[-1] += f": expected test loss {_interval(by_rule)}"
     if "noise_probe" in plan:
         probe = plan["noise_probe"]
         lines.append(
@@ -154,33 +157,42 @@ def _lines(
 
 
 def _expected_lines(plan: dict[str, Any]) -> list[str]:
-    """Say what to expect, how sure that is, and what would be better."""
-    frontier, found = load_frontier(), plan["expected"]
-    if found is None:
+    """Return what to expect, how sure that is, and what was measured to be better."""
+    frontier, expected = load_frontier(), plan["expected"]
+    on = f"on {frontier.model} with {frontier.data}"
+    nearest = (
+        f"  nearest measured: {expected['nearest_clients']} clients, epsilon "
+        f"{expected['nearest_epsilon']:g}, {expected['nearest_settings']}: test loss "
+        f"{expected['nearest_test_loss']:.2f} from {frontier.loss_before:.2f}"
+    )
+    if not expected["inside_what_was_measured"]:
+        differences = ", ".join(expected["differences_from_nearest"])
         return [
-            "expected loss: this kind of adapter was not measured under noise; "
-            "measured were " + ", ".join(frontier.kinds)
+            f"expected test loss: not measured {on} (in brackets the nearest measured): "
+            + differences,
+            nearest,
         ]
+    share = expected["share_of_gain_without_privacy"]
     lines = [
-        f"expected on {frontier.model} with {frontier.data}: test loss "
-        f"{found['test_loss']:.2f} ({found['test_loss_low']:.2f} to "
-        f"{found['test_loss_high']:.2f}) from {frontier.loss_before:.2f}, "
-        f"{found['share_of_gain_without_privacy']:.0%} of the best gain without "
-        "privacy; step and rounds as in the presets",
-        f"  nearest measured: {found['nearest_clients']} clients, epsilon "
-        f"{found['nearest_epsilon']:g}, {found['nearest_rounds']} rounds",
+        f"expected {on}: test loss {_interval(expected)} from "
+        f"{frontier.loss_before:.2f}, {share:.0%} of the best gain without privacy",
+        nearest,
     ]
-    if not found["inside_what_was_measured"]:
-        lines.append("  beyond what was measured: taken from its nearest end")
-    if plan["num_rounds"] < found["nearest_rounds"]:
-        lines.append(
-            f"  that took {found['nearest_rounds']} rounds: fewer are fewer steps, which "
-            "this does not count, so expect less"
-        )
     if plan["better"]:
         better = [f"{r['change']} ({r['test_loss']:.2f})" for r in plan["better"]]
-        lines.append("better, one change each: " + "; ".join(better))
+        lines.append(
+            "measured to be better, with rounds and steps of its own: "
+            + "; ".join(better)
+        )
     return lines
+
+
+def _interval(expected: dict[str, Any]) -> str:
+    """Return an expected test loss with its interval."""
+    return (
+        f"{expected['test_loss']:.2f} ({expected['test_loss_low']:.2f} to "
+        f"{expected['test_loss_high']:.2f})"
+    )
 
 
 def _table(settings: PrivacySettings) -> list[str]:
@@ -199,17 +211,16 @@ def _table(settings: PrivacySettings) -> list[str]:
     return lines
 
 
-def _plotted(config: RunConfig, settings: PrivacySettings, path: Path) -> Path:
-    """Draw the expected loss over the number of clients, and return the absolute path.
+def _write_plot(path: Path, kind: str, plan: dict[str, Any]) -> Path:
+    """Draw the measured losses over the number of clients; return the absolute path.
 
     Raises:
         ConfigError: The file cannot be written, or is of no known kind.
     """
     from fedllm.planning.plot import draw
 
-    rounds, delta = settings.planned_rounds, settings.delta
     try:
-        draw(path, config.adapter.kind, _EPSILONS, rounds, delta)
+        draw(path, kind, plan)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--plot: {path}: {error}") from None
     return path.absolute()

@@ -26,7 +26,7 @@ from fedllm.deployment.superlink import (
     stop_superlink,
     wait_until_up,
 )
-from fedllm.models.builtin import NAME as BUILT_IN
+from fedllm.models.known import BUILT_IN_MODEL
 
 # What a client on the built-in model takes at most, with rows as long as ours.
 _CLIENT_BYTES = 2 * 2**30
@@ -154,7 +154,7 @@ def _fitting_cpus(app: Path, args: argparse.Namespace) -> int:
         model = get_fused_config_from_dir(app, told).get("model.name")
     except Exception:  # noqa: BLE001 - flwr run says what is wrong with it
         return _FLOWER_CPUS
-    if model != BUILT_IN:
+    if model != BUILT_IN_MODEL.name:
         return _FLOWER_CPUS
     cores, clients = os.cpu_count() or 1, int(args.num_supernodes)
     room = int(psutil.virtual_memory().available) // _CLIENT_BYTES

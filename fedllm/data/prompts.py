@@ -6,9 +6,10 @@ from plain prompt and completion columns.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedllm.config import DataConfig
+from fedllm.data.readers import Row
 from fedllm.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ PREAMBLE = (
     "Write a response that appropriately completes the request."
 )
 
-Row = dict[str, Any]
 Message = dict[str, str]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from fedllm.errors import DataError
 
 Row = dict[str, Any]
+"""One row of a data set: column -> cell."""
 
 
 def looks_local(name: str) -> bool:

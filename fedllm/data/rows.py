@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fedllm.config import DataConfig, fedllm_home
-from fedllm.data.prompts import MESSAGES, Row, to_prompt_completion
-from fedllm.data.readers import comma_list, looks_local, one_line, read_rows
+from fedllm.data.embedded import BUILT_IN_DATA, EMBEDDED
+from fedllm.data.prompts import MESSAGES, to_prompt_completion
+from fedllm.data.readers import Row, comma_list, looks_local, one_line, read_rows
 from fedllm.errors import DataError
 from fedllm.privacy.record_ledger import row_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-BUILT_IN = "wordnet-medical"
-_SHARDS = Path(__file__).parent / "wordnet_medical"
 
 
 def load_rows(config: DataConfig, path: str | None = None) -> "Dataset":
@@ -39,8 +37,8 @@ def load_rows(config: DataConfig, path: str | None = None) -> "Dataset":
     """
     if path is not None:
         return _load_local(config, path)
-    if config.name == BUILT_IN:
-        return _load_built_in(config, "train")
+    if config.name in EMBEDDED:
+        return _load_embedded(config, "train")
     if looks_local(config.name):
         return _load_local(config, config.name)
     return _load_hub(config)
@@ -64,7 +62,7 @@ def load_public(
     path = config.public_validation if split == "validation" else config.public_test
     if path:
         return _load_local(config, path)
-    return _load_built_in(config, split) if config.name == BUILT_IN else None
+    return _load_embedded(config, split) if config.name in EMBEDDED else None
 
 
 def own_rows(
@@ -94,20 +92,21 @@ def own_rows(
     return rows.select(chosen)
 
 
-def _load_built_in(config: DataConfig, split: str) -> "Dataset":
-    rows = _read_built_in(split)
-    _check_columns(config, rows.column_names, BUILT_IN)
+def _load_embedded(config: DataConfig, split: str) -> "Dataset":
+    """Load a split of a data set that comes with the package."""
+    rows = _read_shards(EMBEDDED[config.name].folder, split)
+    _check_columns(config, rows.column_names, config.name)
     return rows
 
 
 @lru_cache(maxsize=3)
-def _read_built_in(split: str) -> "Dataset":
+def _read_shards(folder: Path, split: str) -> "Dataset":
     """Read the embedded shards of a split, once a process."""
-    shards = sorted(_SHARDS.glob(f"{split}*.jsonl"))
+    shards = sorted(folder.glob(f"{split}*.jsonl"))
     rows = [row for shard in shards for row in read_rows(shard)]
     if not rows:
-        raise DataError(f"{_SHARDS}: no {split} rows there: install fedllm again")
-    return _make_dataset(rows, _SHARDS)
+        raise DataError(f"{folder}: no {split} rows there: install fedllm again")
+    return _make_dataset(rows, folder)
 
 
 def _load_local(config: DataConfig, name: str) -> "Dataset":
@@ -146,7 +145,7 @@ def _load_hub(config: DataConfig) -> "Dataset":
         raise DataError(
             f"data.name: {name!r} is no file or folder here, and the hub is out of "
             "reach: name a local .jsonl, .json, .csv or .parquet file, or "
-            f"{BUILT_IN!r} ({one_line(error)})"
+            f"{BUILT_IN_DATA.name!r} ({one_line(error)})"
         ) from None
     except (ValueError, RuntimeError) as error:
         raise DataError(f"data.name: {name!r} ({split}): {one_line(error)}") from None

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from fedllm.config import DataConfig
 from fedllm.data.prompts import (
-    Row,
     common_prefix_length,
     encode,
     to_prompt_completion,
     training_texts,
 )
+from fedllm.data.readers import Row
 from fedllm.errors import DataError
 
 if TYPE_CHECKING:

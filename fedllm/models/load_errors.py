@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedllm.atomic_files import is_disk_full
 from fedllm.errors import ModelError
+from fedllm.models.known import BUILT_IN_MODEL
 
 
 @contextmanager
@@ -89,7 +90,8 @@ def _explanation(location: str, error: Exception) -> str:
     if any(_is_out_of_reach(link) for link in chain):
         return (
             f"the model hub is out of reach and {location} is not in its cache here:"
-            " connect, or set model.name to a local folder or to smollm2-135m-instruct"
+            " connect, or set model.name to a local folder or to "
+            f"{BUILT_IN_MODEL.name}"
         )
     return f"{location} cannot be loaded from the hub: {first_line}"
 

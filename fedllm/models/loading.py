@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedllm.atomic_files import create_once, is_disk_full
 from fedllm.errors import ModelError
 from fedllm.models import builtin
+from fedllm.models.known import BUILT_IN_MODEL
 from fedllm.models.load_errors import loading_errors, no_progress_bars
 from fedllm.models.quantization import (
     is_no_cast,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BUILT_IN = builtin.NAME
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -33,7 +33,7 @@ def locate(name: str, home: Path) -> str:
     """Return where the base model lies, fetching the built-in one on first use.
 
     Args:
-        name: "smollm2-135m-instruct", a local folder, or a hub id.
+        name: The built-in model's name, a local folder, or a hub id.
         home: The program's folder.
 
     Returns:
@@ -43,7 +43,7 @@ def locate(name: str, home: Path) -> str:
         ModelError: The folder does not exist or holds no model, the name is no hub id
             either, or the built-in model cannot be fetched.
     """
-    if name == BUILT_IN:
+    if name == BUILT_IN_MODEL.name:
         return str(builtin.fetch(home).resolve())
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -55,8 +55,9 @@ def locate(name: str, home: Path) -> str:
         return str(folder.resolve())
     if name.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(name):
         raise ModelError(
-            f"{name} is not a folder on this machine; model.name takes {BUILT_IN},"
-            " a folder, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
+            f"{name} is not a folder on this machine; model.name takes "
+            f"{BUILT_IN_MODEL.name}, a folder, or a hub id such as "
+            f"{BUILT_IN_MODEL.hub_name}"
         )
     return name
 

@@ -1,17 +1,20 @@
-"""What `adapter.kind="auto"` means: the kind that the federation at hand does best with.
+"""Choose the adapter kind that `adapter.kind="auto"` stands for.
 
-Only public settings and what was measured beforehand enter, so it costs no privacy.
+Only public settings and earlier measurements enter, so the choice costs no privacy. Kinds are
+ranked by the noise that adds up over the run, whatever the number of clients and rounds: a
+ranking needs less than a prediction does (`fedllm.planning.prediction`).
 """
 
+import math
 from dataclasses import dataclass, replace
 
-from fedllm.adapters.kinds import KINDS
+from fedllm.adapters.kinds import KINDS, kind_of
 from fedllm.adapters.resolve import with_kind
 from fedllm.config import AdapterKind, RunConfig
 from fedllm.planning.frontier import (
     Frontier,
     Measured,
-    expected,
+    bracket,
     load_frontier,
     noise_level,
 )
@@ -21,6 +24,9 @@ _FALLBACK: AdapterKind = "ffa-lora"
 
 # A measurement says nothing of a run whose noise differs by more than this factor.
 _REACH = 4.0
+
+# Of the logarithm of a noise level.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,16 @@ def choose_adapter(
     Args:
         config: The run config, which gives rounds, epsilon or noise, and sampling.
         population_size: Clients in the federation, N.
-        frontier: What was measured; what comes with the package where None.
+        frontier: The measured federations; None: those that come with the package.
     """
     frontier = load_frontier() if frontier is None else frontier
-    # IA3 has no rank; of the others only what was measured with this one counts.
+    # Of the kinds that have a rank only what was measured with this one counts.
     rank = config.adapter.rank
-    rows = tuple(r for r in frontier.rows if r.rank == rank or r.kind == "ia3")
+    rows = tuple(
+        row
+        for row in frontier.rows
+        if row.rank == rank or not kind_of(row.kind).has_rank
+    )
     frontier = replace(frontier, rows=rows)
     level, noise = 0.0, "no noise"
     if config.privacy.unit != "none":
@@ -68,12 +78,13 @@ def choose_adapter(
             _FALLBACK, f"nothing was measured near {where}, so the default is taken"
         )
     ranked = sorted(known, key=lambda kind: -known[kind])
-    told = ", ".join(f"{kind} {known[kind]:.0%}" for kind in ranked)
-    found = expected(ranked[0], level, frontier) if level > 0 else None
+    shares = ", ".join(f"{kind} {known[kind]:.0%}" for kind in ranked)
+    rows = tuple(row for row in frontier.private_rows if row.kind == ranked[0])
+    measured = bracket(rows, level) if level > 0 else None
     return Choice(
         ranked[0],
-        f"share of the best gain to expect with {where}: {told}",
-        found.nearest if found else None,
+        f"share of the best gain, going by the noise alone, with {where}: {shares}",
+        measured.nearest if measured else None,
     )
 
 
@@ -83,12 +94,12 @@ def expected_gain(kind: str, level: float, frontier: Frontier) -> float | None:
     Args:
         kind: The kind of adapter.
         level: `noise_level` of the planned run; 0.0 without noise.
-        frontier: What was measured.
+        frontier: The measured federations.
 
     Returns:
-        None where nothing was measured within a factor of 4 of that noise, or only with
-        less while another kind was measured with more, or, without noise, nothing
-        without noise.
+        None if nothing was measured within a factor of 4 of that noise, or only with less
+        noise while another kind was measured with more. Without noise, None if the kind was
+        not measured without noise.
     """
     if level == 0:
         quiet = [
@@ -97,17 +108,18 @@ def expected_gain(kind: str, level: float, frontier: Frontier) -> float | None:
             if row.kind == kind and row.epsilon is None
         ]
         return frontier.share(min(quiet)) if quiet else None
-    found = expected(kind, level, frontier)
-    if found is None:
+    measured = bracket((r for r in frontier.private_rows if r.kind == kind), level)
+    if measured is None:
         return None
+    nearest = measured.nearest.noise_level
+    at_an_end = measured.below is measured.above
     most = max(row.noise_level for row in frontier.rows)
-    if found.optimistic and found.nearest.noise_level < most:
-        # What it gained with less noise would be held against what another gained here.
+    if at_an_end and math.log(level / nearest) > _ROUNDING and nearest < most:
+        # What it gained with less noise would be compared with what another gained here.
         return None
-    ratio = level / found.nearest.noise_level
-    if not found.inside and not 1 / _REACH <= ratio <= _REACH:
+    if at_an_end and not 1 / _REACH <= level / nearest <= _REACH:
         return None
-    return found.share
+    return frontier.share(measured.loss)
 
 
 def with_choice(config: RunConfig, choice: Choice) -> RunConfig:

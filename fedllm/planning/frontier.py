@@ -1,41 +1,44 @@
-"""Is it worth anything: the noise against the signal, and what would help."""
+"""The measured frontier: private federations that were run, with their test losses.
+
+The rows come with the package (frontier.json). `benchmarks/frontier.py` measures and writes
+them; docs/results.md, "The frontier", discusses them.
+"""
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from fedllm.config import Scalar
 
-@dataclass(frozen=True)
-class Measured:
-    """One row of frontier.json: a federation that was run, with its seeds.
+
+@dataclass(frozen=True, kw_only=True)
+class FederationSettings:
+    """The settings that differ from one measured federation to another.
 
     Attributes:
         kind: Kind of the adapter.
-        rank: Its rank; 0 where the kind has none.
-        num_trainable: d.
+        rank: Its rank; without meaning for a kind that has none.
         clients: Clients, all of them in every round.
-        epsilon: Zero-out epsilon at delta 1e-5; None without noise.
         rounds: Rounds T.
         noise_multiplier: z; 0.0 without noise.
         clipping_norm: C.
         server_learning_rate: Of round 1.
         server_learning_rate_min: Of the last round.
-        test_losses: Test loss after the run, one for each seed, in nats per token.
+        batch_size: Examples of a client's batch.
     """
 
     kind: str
     rank: int
-    num_trainable: int
     clients: int
-    epsilon: float | None
     rounds: int
     noise_multiplier: float
     clipping_norm: float
     server_learning_rate: float
     server_learning_rate_min: float
-    test_losses: tuple[float, ...]
+    batch_size: int
 
     @property
     def noise_level(self) -> float:
@@ -43,20 +46,53 @@ class Measured:
         return noise_level(self.noise_multiplier, self.rounds, self.clients)
 
     @property
+    def mean_server_learning_rate(self) -> float:
+        """Mean over the rounds of a half cosine between the two rates."""
+        if self.rounds == 1:
+            return self.server_learning_rate
+        return (self.server_learning_rate + self.server_learning_rate_min) / 2
+
+    @property
+    def step(self) -> float:
+        """Norm by which a round moves the adapter at most, on average over the rounds."""
+        return self.mean_server_learning_rate * self.clipping_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(FederationSettings):
+    """One row of frontier.json: a federation that was run, once for each seed.
+
+    Attributes:
+        num_trainable: d.
+        epsilon: Zero-out epsilon at delta 1e-5; None without noise.
+        test_losses: Test loss after the run, one for each seed, in nats per token.
+    """
+
+    num_trainable: int
+    epsilon: float | None
+    test_losses: tuple[float, ...]
+
+    @property
     def loss(self) -> float:
         """Mean test loss over the seeds."""
         return sum(self.test_losses) / len(self.test_losses)
 
+    @property
+    def seed_spread(self) -> float:
+        """Half of the range of the test losses over the seeds."""
+        return (max(self.test_losses) - min(self.test_losses)) / 2
+
 
 @dataclass(frozen=True)
 class Frontier:
-    """What was measured: see docs/results.md for the script.
+    """The measured federations and what they have in common.
 
     Attributes:
         model: Base model.
         data: Data set.
         loss_before: Test loss of the base.
         loss_without_privacy: Best test loss of a federation without privacy.
+        settings: Settings of all rows, by their keys in the run config.
         rows: The federations.
     """
 
@@ -64,6 +100,7 @@ class Frontier:
     data: str
     loss_before: float
     loss_without_privacy: float
+    settings: Mapping[str, Scalar]
     rows: tuple[Measured, ...]
 
     def share(self, loss: float) -> float:
@@ -73,32 +110,71 @@ class Frontier:
         )
 
     @property
+    def private_rows(self) -> list[Measured]:
+        """The federations that were measured under noise."""
+        return [row for row in self.rows if row.epsilon is not None]
+
+    @property
     def kinds(self) -> list[str]:
         """Kinds of adapter that were measured under noise."""
-        return sorted({row.kind for row in self.rows if row.epsilon is not None})
+        return sorted({row.kind for row in self.private_rows})
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What a run may come to, going by the frontier.
+class Bracket:
+    """The two measured federations round a noise level; the same one twice at an end.
 
     Attributes:
-        loss: Test loss on the frontier's model and data, nats per token.
-        low: The same if it goes well.
-        high: The same if it goes badly.
-        share: `loss` as a share of the best gain without privacy.
-        nearest: The measured federation that is most alike.
-        inside: Whether the noise lies within what was measured.
-        optimistic: Whether it is above all that was measured: expect less than this.
+        below: The one with at most this noise.
+        above: The one with at least this noise.
+        share: Position between them in the logarithm of the noise level: 0.0 is `below`.
     """
 
-    loss: float
-    low: float
-    high: float
+    below: Measured
+    above: Measured
     share: float
-    nearest: Measured
-    inside: bool
-    optimistic: bool
+
+    @property
+    def nearest(self) -> Measured:
+        """The nearer of the two."""
+        return self.below if self.share <= 0.5 else self.above
+
+    @property
+    def loss(self) -> float:
+        """Interpolated test loss."""
+        return self.below.loss + self.share * (self.above.loss - self.below.loss)
+
+    @property
+    def step(self) -> float:
+        """Interpolated step."""
+        ratio = self.above.step / self.below.step
+        return float(self.below.step * ratio**self.share)
+
+
+def bracket(rows: Iterable[Measured], level: float) -> Bracket | None:
+    """Return the measured federations on both sides of a noise level.
+
+    Of several rows at one noise level the best counts. Beyond the rows both sides are the
+    row at that end.
+
+    Args:
+        rows: Federations that were measured under noise.
+        level: `noise_level`, > 0.
+
+    Returns:
+        None if there are no rows.
+    """
+    best: dict[float, Measured] = {}
+    for row in rows:
+        place = round(math.log(row.noise_level), 9)
+        best[place] = min(row, best.get(place, row), key=lambda r: r.loss)
+    if not best:
+        return None
+    x = min(max(math.log(level), min(best)), max(best))
+    below = max(place for place in best if place <= x)
+    above = min(place for place in best if place >= x)
+    share = 0.0 if above == below else (x - below) / (above - below)
+    return Bracket(best[below], best[above], share)
 
 
 def noise_level(
@@ -138,48 +214,3 @@ def load_frontier() -> Frontier:
         for row in content.pop("rows")
     )
     return Frontier(**content, rows=rows)
-
-
-def expected(kind: str, level: float, frontier: Frontier) -> Expected | None:
-    """Interpolate the frontier of one kind of adapter in the log of the noise level.
-
-    Args:
-        kind: Kind of adapter.
-        level: `noise_level` of the planned run, > 0.
-        frontier: What was measured.
-
-    Returns:
-        None where the kind was not measured under noise. The interval holds the seeds of
-        both neighbours, and half of the distance between them.
-    """
-    best: dict[float, Measured] = {}
-    for row in frontier.rows:
-        if row.kind == kind and row.noise_multiplier > 0:
-            # Of several settings at one level, the best counts.
-            place = round(math.log(row.noise_level), 9)
-            best[place] = min(row, best.get(place, row), key=lambda r: r.loss)
-    if not best:
-        return None
-    wanted = math.log(level)
-    x = min(max(wanted, min(best)), max(best))
-    below = max(place for place in best if place <= x)
-    above = min(place for place in best if place >= x)
-    share = 0.0 if above == below else (x - below) / (above - below)
-    first, second = best[below], best[above]
-    loss = first.loss + share * (second.loss - first.loss)
-    seeds = max(max(r.test_losses) - min(r.test_losses) for r in (first, second)) / 2
-    between = abs(second.loss - first.loss) * min(share, 1 - share)
-    spread = max(seeds + between, _SEED_SPREAD)
-    return Expected(
-        loss,
-        loss - spread,
-        loss + spread,
-        frontier.share(loss),
-        first if share <= 0.5 else second,
-        inside=abs(wanted - x) < 1e-6,
-        optimistic=wanted - x > 1e-6,
-    )
-
-
-_SEED_SPREAD = 0.03
-"""Half of the range of test losses over seeds and noise draws (docs/results.md)."""

@@ -1,4 +1,4 @@
-"""A plan for a federation: noise, epsilon and the loss to expect."""
+"""The plan of a run with client-level privacy: noise, epsilon and the loss to expect."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,33 +7,48 @@ from fedllm.adapters.resolve import resolve
 from fedllm.config import RunConfig
 from fedllm.models.layer_shapes import linear_shapes
 from fedllm.planning.frontier import (
-    Expected,
-    expected,
+    Frontier,
+    Measured,
     load_frontier,
     noise_level,
     step_by_rule,
 )
-from fedllm.privacy.accounting import Epsilons, calibrate, epsilons, noise_to_signal
+from fedllm.planning.prediction import Prediction, predict
+from fedllm.privacy.accounting import Epsilons, epsilons, noise_to_signal
 from fedllm.privacy.ledger import PrivacySettings
 from fedllm.privacy.wording import strength
 
-_WORTH_SAYING = 0.02
+# Test losses that differ by less are not worth a change.
+_WORTH_A_CHANGE = 0.02
 
-# What adapter.target-modules "auto" means for models of Llama's kind.
-_LORA_MODULES = (("q_proj", "v_proj"), ())
-_IA3_MODULES = (("k_proj", "v_proj", "down_proj"), ("down_proj",))
+# Epsilons that differ by less than this share are the same.
+_SAME_EPSILON = 0.01
 
 
-def num_trainable_of(config: RunConfig) -> int:
-    """Return d without loading the model."""
+def count_trainable(config: RunConfig) -> int:
+    """Return the number of trained values d, without loading the model.
+
+    Raises:
+        ModelError: The layers of the model are not known to the planner.
+        AdapterError: The adapter does not fit the model.
+    """
     shapes = linear_shapes(config.model.name)
-    defaults = _IA3_MODULES if config.adapter.kind == "ia3" else _LORA_MODULES
-    return resolve(config.adapter, shapes, (), defaults, config.seed).num_trainable
+    # Every model that `linear_shapes` knows has its layers named as Llama's.
+    return resolve(config.adapter, shapes, (), "llama", config.seed).num_trainable
 
 
-def make_plan_report(config: RunConfig, settings: PrivacySettings) -> dict[str, Any]:
-    """Return everything that is known beforehand, for --json and for the lines."""
-    spent = _spent(settings, settings.planned_rounds)
+def plan_run(config: RunConfig, settings: PrivacySettings) -> dict[str, Any]:
+    """Return all that is known before a run, as JSON values.
+
+    Args:
+        config: The run config, with a kind of adapter that is not `auto`.
+        settings: The noise and the federation that it is for.
+    """
+    spent = _spent(settings, settings.noise_multiplier, settings.planned_rounds)
+    frontier = load_frontier()
+    prediction = predict(config, settings, frontier)
+    rate = _server_learning_rate_by_rule(config, settings)
+    by_rule = rate and predict(_with_rate(config, rate), settings, frontier)
     return {
         "num_clients": settings.population_size,
         "num_sampled_clients": settings.num_sampled_clients,
@@ -46,17 +61,22 @@ def make_plan_report(config: RunConfig, settings: PrivacySettings) -> dict[str, 
         "delta": settings.delta,
         "accountant": spent.accountant,
         "strength": strength(spent.zero_out),
-        "noise_to_signal": _ratio(settings),
-        "server_learning_rate_by_rule": _step(config, settings),
-        "expected": _expected_dict(_expect(config.adapter.kind, settings)),
-        "better": _better(config, settings),
+        "noise_to_signal": noise_to_signal(
+            settings.noise_multiplier,
+            settings.num_trainable,
+            settings.num_sampled_clients,
+        ),
+        "server_learning_rate_by_rule": rate,
+        "expected": _expected(prediction, frontier),
+        "expected_by_rule": _expected(by_rule, frontier) if by_rule else None,
+        "better": _better(config, settings, prediction, frontier),
     }
 
 
-def _spent(settings: PrivacySettings, rounds: int) -> Epsilons:
-    """Return what a number of rounds spends."""
+def _spent(settings: PrivacySettings, noise_multiplier: float, rounds: int) -> Epsilons:
+    """Return what a number of rounds spends at the run's delta."""
     return epsilons(
-        settings.noise_multiplier,
+        noise_multiplier,
         rounds,
         settings.delta,
         settings.sampling,
@@ -64,15 +84,10 @@ def _spent(settings: PrivacySettings, rounds: int) -> Epsilons:
     )
 
 
-def _ratio(settings: PrivacySettings) -> float:
-    """Return R."""
-    return noise_to_signal(
-        settings.noise_multiplier, settings.num_trainable, settings.num_sampled_clients
-    )
-
-
-def _step(config: RunConfig, settings: PrivacySettings) -> float | None:
-    """Return the server learning rate that the rule gives; for `ffa-lora` only."""
+def _server_learning_rate_by_rule(
+    config: RunConfig, settings: PrivacySettings
+) -> float | None:
+    """Return the mean server learning rate by the rule, which is for `ffa-lora` only."""
     if config.adapter.kind != "ffa-lora":
         return None
     level = noise_level(
@@ -83,69 +98,88 @@ def _step(config: RunConfig, settings: PrivacySettings) -> float | None:
     return round(step_by_rule(level) * 0.6 / settings.clipping_norm, 3)
 
 
-def _expect(kind: str, settings: PrivacySettings) -> Expected | None:
-    """Return what the frontier says of these settings."""
-    level = noise_level(
-        settings.noise_multiplier,
-        settings.planned_rounds,
-        settings.num_sampled_clients,
+def _with_rate(config: RunConfig, rate: float) -> RunConfig:
+    """Return a run config with one server learning rate for all rounds."""
+    return replace(
+        config,
+        strategy=replace(
+            config.strategy,
+            server_learning_rate=rate,
+            server_learning_rate_min=rate,
+        ),
     )
-    return expected(kind, level, load_frontier())
 
 
-def _expected_dict(found: Expected | None) -> dict[str, Any] | None:
-    """Return an expectation for --json."""
-    if found is None:
-        return None
+def _expected(prediction: Prediction, frontier: Frontier) -> dict[str, Any]:
+    """Return a prediction as JSON values; null for what was not measured."""
+    interval, nearest = prediction.interval, prediction.nearest
     return {
-        "test_loss": round(found.loss, 3),
-        "test_loss_low": round(found.low, 3),
-        "test_loss_high": round(found.high, 3),
-        "share_of_gain_without_privacy": round(found.share, 3),
-        "inside_what_was_measured": found.inside,
-        "nearest_clients": found.nearest.clients,
-        "nearest_epsilon": found.nearest.epsilon,
-        "nearest_rounds": found.nearest.rounds,
+        "test_loss": round(interval.loss, 3) if interval else None,
+        "test_loss_low": round(interval.low, 3) if interval else None,
+        "test_loss_high": round(interval.high, 3) if interval else None,
+        "share_of_gain_without_privacy": (
+            round(frontier.share(interval.loss), 3) if interval else None
+        ),
+        "inside_what_was_measured": interval is not None,
+        "nearest_clients": nearest.clients,
+        "nearest_epsilon": nearest.epsilon,
+        "nearest_rounds": nearest.rounds,
+        "nearest_settings": _settings_of(nearest),
+        "nearest_test_loss": round(nearest.loss, 3),
+        "differences_from_nearest": list(prediction.differences),
     }
 
 
-def _better(config: RunConfig, settings: PrivacySettings) -> list[dict[str, Any]]:
-    """Return changes of one setting each that the frontier expects to lower the loss."""
-    now = _expect(config.adapter.kind, settings)
-    changes: list[tuple[str, str, PrivacySettings]] = []
-    for factor in (2, 5):
-        clients = settings.population_size * factor
-        more = replace(
-            settings,
-            population_size=clients,
-            num_sampled_clients=settings.num_sampled_clients * factor,
-        )
-        changes.append((f"{clients} clients", config.adapter.kind, more))
-    for epsilon in (2.0, 4.0, 8.0):
-        if epsilon > _spent(settings, settings.planned_rounds).zero_out * 1.01:
-            weaker = replace(settings, noise_multiplier=_calibrated(settings, epsilon))
-            changes.append((f"epsilon {epsilon:g}", config.adapter.kind, weaker))
-    for kind in load_frontier().kinds:
-        if kind != config.adapter.kind:
-            changes.append((f"adapter.kind={kind}", kind, settings))
-    out = []
-    for what, kind, changed in changes:
-        then = _expect(kind, changed)
-        # Measured with less noise, another kind would look better than it is.
-        if then is not None and kind != config.adapter.kind and then.optimistic:
-            continue
-        if then is None or (now is not None and then.loss > now.loss - _WORTH_SAYING):
-            continue
-        out.append({"change": what, "test_loss": round(then.loss, 3)})
-    return sorted(out, key=lambda row: float(str(row["test_loss"])))
-
-
-def _calibrated(settings: PrivacySettings, epsilon: float) -> float:
-    """Return the noise multiplier for another epsilon."""
-    return calibrate(
-        epsilon,
-        settings.planned_rounds,
-        settings.delta,
-        settings.sampling,
-        settings.num_sampled_clients / settings.population_size,
+def _settings_of(row: Measured) -> str:
+    """Return a row's settings in words, but for its clients and epsilon."""
+    rate = f"{row.server_learning_rate:g}"
+    if row.server_learning_rate_min != row.server_learning_rate:
+        rate += f" to {row.server_learning_rate_min:g}"
+    return (
+        f"{row.rounds} rounds, {row.kind} r={row.rank}, batch size {row.batch_size}, "
+        f"server learning rate {rate} at clipping norm {row.clipping_norm:g}"
     )
+
+
+def _better(
+    config: RunConfig,
+    settings: PrivacySettings,
+    prediction: Prediction,
+    frontier: Frontier,
+) -> list[dict[str, Any]]:
+    """Return measured federations that beat a measured run: one change each.
+
+    The change is to more clients, to a larger epsilon or to another kind of adapter; rounds
+    and steps are those that were measured with it.
+    """
+    if prediction.interval is None:
+        return []
+    best: dict[str, Measured] = {}
+    for row in frontier.private_rows:
+        change = _change(config, settings, row)
+        if change and row.loss < prediction.interval.loss - _WORTH_A_CHANGE:
+            best[change] = min(row, best.get(change, row), key=lambda r: r.loss)
+    return [
+        {
+            "change": change,
+            "settings": _settings_of(row),
+            "test_loss": round(row.loss, 3),
+        }
+        for change, row in sorted(best.items(), key=lambda item: item[1].loss)
+    ]
+
+
+def _change(config: RunConfig, settings: PrivacySettings, row: Measured) -> str | None:
+    """Return the one change from a run to a row; None if there are more, or none."""
+    now = _spent(settings, settings.noise_multiplier, settings.planned_rounds).zero_out
+    then = _spent(settings, row.noise_multiplier, row.rounds).zero_out
+    weaker = then > now * (1 + _SAME_EPSILON)
+    same_kind = (row.kind, row.rank) == (config.adapter.kind, config.adapter.rank)
+    clients = settings.population_size
+    if same_kind and not weaker and row.clients > clients:
+        return f"{row.clients} clients"
+    if same_kind and weaker and row.clients == clients:
+        return f"epsilon {then:.3g}"
+    if row.kind != config.adapter.kind and not weaker and row.clients == clients:
+        return f"adapter.kind={row.kind}"
+    return None

@@ -1,26 +1,24 @@
-"""What to expect of a private federation, drawn over its number of clients."""
+"""Draw the measured test losses of private federations over their number of clients."""
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedllm.planning.frontier import expected, load_frontier, noise_level
-from fedllm.privacy.accounting import calibrate
+from fedllm.planning.frontier import Measured, load_frontier
 
 
-def draw(
-    path: Path, kind: str, targets: Sequence[float], num_rounds: int, delta: float
-) -> None:
-    """Draw the expected test loss over the number of clients, a line for each epsilon.
+def draw(path: Path, kind: str, plan: dict[str, Any]) -> None:
+    """Draw the test loss over the number of clients, a line for each measured epsilon.
+
+    Every mark is a federation that was run, with rounds and steps of its own. The planned
+    run is drawn with its interval if it is inside what was measured.
 
     Args:
-        path: Where to; the suffix says in which format.
+        path: The file to write; its suffix names the format.
         kind: Kind of adapter.
-        targets: Zero-out epsilons, at most four.
-        num_rounds: Rounds, with all clients in each.
-        delta: Of the guarantee.
+        plan: The plan of `fedllm.planning.plan.plan_run`.
 
     Raises:
         OSError: The file cannot be written.
@@ -29,23 +27,44 @@ def draw(
     frontier = load_frontier()
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    sizes = [round(10 * 10 ** (i / 10)) for i in range(21)]
-    for epsilon, mark in zip(targets, "osv^", strict=False):
-        z = calibrate(epsilon, num_rounds, delta, "all", 1.0)
-        losses = []
-        for size in sizes:
-            found = expected(kind, noise_level(z, num_rounds, size), frontier)
-            losses.append(found.loss if found else math.nan)
-        label = f"epsilon {epsilon:g}"
-        axes.plot(sizes, losses, marker=mark, markevery=4, label=label)
+    _draw_rows(axes, [row for row in frontier.private_rows if row.kind == kind])
+    expected = plan["expected"]
+    if expected["inside_what_was_measured"]:
+        loss = expected["test_loss"]
+        below, above = (
+            loss - expected["test_loss_low"],
+            expected["test_loss_high"] - loss,
+        )
+        axes.errorbar(
+            [plan["num_clients"]],
+            [loss],
+            yerr=[[below], [above]],
+            color="0.2",
+            marker="x",
+            capsize=4,
+            label="this run",
+        )
     axes.axhline(frontier.loss_before, color="0.5", linestyle=":", label="base")
     axes.axhline(
         frontier.loss_without_privacy, color="0.5", linestyle="--", label="no privacy"
     )
     axes.set(xscale="log", xlabel="clients, all in each round", ylabel="test loss")
     axes.set_title(
-        f"{kind}, {num_rounds} rounds, delta {delta:g}: {frontier.model}, {frontier.data}",
-        fontsize=10,
+        f"{kind}, measured: {frontier.model}, {frontier.data}, delta 1e-05", fontsize=10
     )
     axes.legend(fontsize=8)
     figure.savefig(path)
+
+
+def _draw_rows(axes: Axes, rows: list[Measured]) -> None:
+    """Draw the best row at each epsilon and number of clients."""
+    epsilons = sorted({row.epsilon for row in rows if row.epsilon is not None})
+    for epsilon, mark in zip(epsilons, "osv^", strict=False):
+        best: dict[int, float] = {}
+        for row in rows:
+            if row.epsilon == epsilon:
+                best[row.clients] = min(row.loss, best.get(row.clients, row.loss))
+        sizes = sorted(best)
+        axes.plot(
+            sizes, [best[n] for n in sizes], marker=mark, label=f"epsilon {epsilon:g}"
+        )

@@ -1,7 +1,8 @@
-"""How much privacy is spent: exact where nothing is sampled, PLD under Poisson.
+"""Privacy accounting: exact for Gaussians without sampling, PLD under Poisson sampling.
 
-Two neighbouring relations stand side by side. Zero-out: one client sends nothing; the
-sum changes by at most C. Replace-one: one client's data is another's; at most 2C.
+Epsilon is given under two neighbouring relations. Zero-out: one client sends nothing, and the
+sum changes by at most C. Replace-one: one client has other data, and the sum changes by at
+most 2C.
 """
 
 import logging
@@ -38,7 +39,7 @@ _INTERVAL = 1e-4
 
 @dataclass(frozen=True)
 class Epsilons:
-    """What a number of releases spends, by neighbouring relation.
+    """The epsilon of a number of releases, by neighbouring relation.
 
     Attributes:
         zero_out: One client sends nothing.
@@ -86,13 +87,13 @@ def epsilons(
     sampling: Sampling,
     sampling_probability: float,
 ) -> Epsilons:
-    """Return what `num_releases` rounds spend.
+    """Return the epsilons of `num_releases` rounds.
 
     Args:
         noise_multiplier: z > 0.
         num_releases: Rounds.
         delta: In (0, 1).
-        sampling: `all` and `fixed` claim no amplification.
+        sampling: `all` and `fixed` claim no amplification by sampling.
         sampling_probability: Each client's coin under `poisson`.
 
     Guarantee:
@@ -127,7 +128,7 @@ def calibrate(
     It is the smallest to 1e-6 of it, and to about 1e-2 under Poisson sampling.
 
     Args:
-        target_epsilon: > 0, not to be passed.
+        target_epsilon: > 0, the largest epsilon allowed.
         num_releases: Rounds, at least 1.
         delta: In (0, 1).
         sampling: As in `epsilons`.
@@ -166,10 +167,10 @@ def calibrate(
 
 
 def record_epsilon(events: Sequence[Event], delta: float) -> float:
-    """Return what Poisson batches of records spend, add-or-remove of one record.
+    """Return the epsilon of Poisson batches of records, add-or-remove of one record.
 
     Args:
-        events: What was released, in any order; equal ones may stand apart.
+        events: The releases, in any order; equal ones may be listed separately.
         delta: In (0, 1).
 
     Guarantee:
@@ -230,7 +231,7 @@ def _log_delta(epsilon: float, mu: float) -> float:
 
 
 def _pld_returns(z: float, releases: int, delta: float, interval: float) -> bool:
-    """Tell beforehand whether PLD answers in seconds, from the span of its grid."""
+    """Return whether PLD would answer in seconds, judged by the span of its grid."""
     if z < _SMALLEST_PLD_NOISE:
         return False
     return gaussian_epsilon(z / 2, releases, delta) <= _MOST_PLD_POINTS * interval
@@ -248,13 +249,13 @@ def _poisson(z: float, q: float, releases: int, delta: float) -> Epsilons:
     import dp_accounting
     from dp_accounting import rdp
 
-    # It says of every order that fails to converge that it leaves it out.
+    # It logs a warning for every order that fails to converge, which it leaves out.
     logging.getLogger("absl").setLevel(logging.ERROR)
     relation = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
     accountant = rdp.RdpAccountant(neighboring_relation=relation)
     accountant.compose(_event(z, q, releases))
     spent = float(accountant.get_epsilon(delta))
-    # RDP knows no replace-one under Poisson sampling: the caller's bound stands.
+    # RDP has no replace-one under Poisson sampling, so the caller's own bound holds.
     return Epsilons(spent, math.inf, spent, "RDP (dp-accounting)")
 
 
@@ -290,7 +291,7 @@ def noise_to_signal(
 ) -> float:
     """Return R = z * sqrt(d) / n: the norm of the averaged noise over the clip norm.
 
-    R alone is no verdict: a language model bore R = 22, since noise in many dimensions
+    R alone is no verdict: a language model tolerated R = 22, since noise in many dimensions
     falls mostly where the loss is flat. The noise probe is the verdict.
     """
     return noise_multiplier * math.sqrt(num_trainable) / num_sampled_clients

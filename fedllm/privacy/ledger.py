@@ -1,4 +1,4 @@
-"""What a run has spent, on disk before anything is released: privacy.json."""
+"""The ledger of a run: privacy.json, on disk before anything is released."""
 
 import json
 import math
@@ -37,18 +37,18 @@ _SAMPLING_WORDS = {
 
 @dataclass(frozen=True)
 class PrivacySettings:
-    """What is promised, fixed before round 1.
+    """The privacy settings that a run promises, fixed before round 1.
 
     Attributes:
         unit: `client`.
         sampling: `all`, `fixed` or `poisson`.
         population_size: Clients N.
-        num_sampled_clients: n, by which the sum is divided: q*N under `poisson`.
+        num_sampled_clients: n, the divisor of the sum: q*N under `poisson`.
         clipping_norm: C.
         noise_multiplier: z.
         delta: Delta.
-        target_epsilon: What z was calibrated to; 0.0: z was given.
-        max_epsilon: Where training stops; 0.0: nowhere.
+        target_epsilon: The epsilon that z was calibrated to; 0.0: z was given.
+        max_epsilon: The epsilon at which training stops; 0.0: no limit.
         num_trainable: d.
         planned_rounds: Rounds that z was calibrated for.
     """
@@ -95,11 +95,11 @@ class Ledger:
 
         Args:
             path: The file.
-            settings: What is promised.
-            run: Name of the run that it is of.
+            settings: The privacy settings that the run promises.
+            run: Name of the run.
 
         Raises:
-            PrivacyError: There is one already.
+            PrivacyError: The file exists already.
         """
         if path.exists():
             raise PrivacyError(
@@ -111,10 +111,10 @@ class Ledger:
 
     @classmethod
     def load(cls, path: Path) -> "Ledger":
-        """Go on with a ledger.
+        """Load the ledger of a run that is resumed.
 
         Raises:
-            PrivacyError: It is missing, damaged, or its numbers do not belong together:
+            PrivacyError: It is missing or damaged, or its numbers contradict each other:
                 nothing may be released without it.
         """
         try:
@@ -132,10 +132,10 @@ class Ledger:
         return ledger
 
     def check_same(self, settings: PrivacySettings) -> None:
-        """Refuse to go on with other settings.
+        """Raise if the settings of a resumed run have changed.
 
         Raises:
-            PrivacyError: Names each setting that differs, with both values.
+            PrivacyError: Each setting that differs, with both values.
         """
         old, new = asdict(self.settings), asdict(settings)
         changed = [
@@ -165,7 +165,7 @@ class Ledger:
             raise
 
     def may_spend(self, max_epsilon: float) -> bool:
-        """Tell whether one more release keeps max_epsilon (0.0: not set) and target."""
+        """Return whether one more release keeps max_epsilon (0.0: not set) and the target."""
         settings = self.settings
         more = len(self._releases) + 1
         if settings.target_epsilon > 0 and more > settings.planned_rounds:
@@ -173,11 +173,11 @@ class Ledger:
         return max_epsilon == 0 or self.epsilon_after(more).zero_out <= max_epsilon
 
     def epsilons(self) -> Epsilons:
-        """Return what is spent."""
+        """Return the epsilons spent so far."""
         return self.epsilon_after(len(self._releases))
 
     def epsilon_after(self, num_releases: int) -> Epsilons:
-        """Return what a number of releases spends in all."""
+        """Return the epsilons of a number of releases."""
         settings = self.settings
         return epsilons(
             settings.noise_multiplier,
@@ -189,26 +189,26 @@ class Ledger:
 
     @property
     def releases(self) -> list[int]:
-        """Return the rounds released so far."""
+        """The rounds released so far."""
         return list(self._releases)
 
     @property
     def sampling_probability(self) -> float:
-        """Return q: each client's chance to be in a round."""
+        """q: each client's probability of being in a round."""
         return self.settings.num_sampled_clients / self.settings.population_size
 
     def note_probe(self, probe: Mapping[str, float]) -> None:
-        """Remember what noise alone did to the loss on public rows."""
+        """Record what noise alone did to the loss on public rows."""
         self._noise_probe = dict(probe)
         self._write()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the content of privacy.json; what is not bounded is None."""
+        """Return the content of privacy.json; an unbounded epsilon is None."""
         settings, spent = self.settings, self.epsilons()
         epsilon = _bounded(spent.zero_out)
-        covered_not = list(_NOT_COVERED)
+        not_covered = list(_NOT_COVERED)
         if settings.sampling == "poisson":
-            covered_not.append(
+            not_covered.append(
                 "Flower's own log and database, which know each cohort and are trusted "
                 "with the server, and the times of the run's files, which tell how long "
                 "a cohort took"
@@ -230,13 +230,13 @@ class Ledger:
             ),
             "noise_probe": self._noise_probe,
             "accountant": spent.accountant,
-            "not_covered": covered_not,
+            "not_covered": not_covered,
             "strength": strength(math.inf if epsilon is None else epsilon),
             "statement": self._statement(spent),
         }
 
     def _contradiction(self, content: Mapping[str, Any]) -> str | None:
-        """Name the first number of a file that its own settings and rounds deny."""
+        """Return the first number of a file that contradicts its settings and rounds."""
         releases, settings = self._releases, self.settings
         if releases != content["releases"] or releases != sorted(set(releases)):
             return f"releases are {content['releases']!r}"
@@ -257,25 +257,25 @@ class Ledger:
             return f"delta is {settings.delta!r}"
         derived = self.as_dict()
         for name in _DERIVED:
-            told, true = content[name], derived[name]
-            if told is None or true is None:
-                same = told is true
+            stated, true = content[name], derived[name]
+            if stated is None or true is None:
+                same = stated is true
             else:
                 # Another version of SciPy may round the last digits differently.
-                same = math.isclose(told, true, rel_tol=1e-6, abs_tol=1e-9)
+                same = math.isclose(stated, true, rel_tol=1e-6, abs_tol=1e-9)
             if not same:
-                return f"{name} is {told!r}, but settings and rounds give {true!r}"
+                return f"{name} is {stated!r}, but settings and rounds give {true!r}"
         return None
 
     def _statement(self, spent: Epsilons) -> str:
-        """Return the one sentence that a person reads."""
+        """Return the privacy statement, one sentence."""
         settings = self.settings
         words = _SAMPLING_WORDS[settings.sampling].format(
             size=settings.population_size,
             n=settings.num_sampled_clients,
             q=self.sampling_probability,
         )
-        zero_out, replaced = plain(spent.zero_out), plain(spent.replace_one)
+        zero_out, replace_one = plain(spent.zero_out), plain(spent.replace_one)
         return (
             "Client-level differential privacy with epsilon "
             f"{zero_out} at delta {settings.delta:g} (protection: "
@@ -283,26 +283,35 @@ class Ledger:
             f"run released in {len(self._releases)} rounds, {words}, whether one client "
             "took part or sent nothing changes the probability of any conclusion by at "
             f"most a factor of e^{zero_out}, plus {settings.delta:g} (replace-one: "
-            f"e^{replaced}, where that client had other data instead); the server, which "
+            f"e^{replace_one}, where that client had other data instead); the server, which "
             "receives each client's update, is trusted, and what is not covered is "
             "listed beside this under not_covered."
         )
 
     def _write(self) -> None:
-        """Write the file so that it is there whole, and survives a power cut."""
-        text = json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"
         try:
-            write_atomic(self._path, text.encode())
-        except OSError as error:
-            raise PrivacyError(
-                f"{self._path}: cannot be written: {error.strerror}; nothing is released"
-            ) from None
+            write_privacy_file(self._path, self.as_dict())
+        except PrivacyError as error:
+            raise PrivacyError(f"{error}; nothing is released") from None
+
+
+def write_privacy_file(path: Path, content: Mapping[str, Any]) -> None:
+    """Write privacy.json whole, so that it survives a power cut.
+
+    Raises:
+        PrivacyError: It cannot be written.
+    """
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    try:
+        write_atomic(path, text.encode())
+    except OSError as error:
+        raise PrivacyError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def no_privacy(
     population_size: int, num_trainable: int, run: str = ""
 ) -> dict[str, Any]:
-    """Return privacy.json of a run that protects nothing: epsilon is None, not 0."""
+    """Return privacy.json of a run without privacy: epsilon is None, not 0."""
     empty = dict.fromkeys(f.name for f in fields(PrivacySettings))
     return {
         "run": run,
@@ -328,12 +337,12 @@ def no_privacy(
 
 
 def _alike(old: Any, new: Any) -> bool:
-    """Tell whether two settings are the same but for SciPy's last digits."""
+    """Return whether two settings are equal but for SciPy's last digits."""
     if isinstance(old, float) and isinstance(new, float):
         return math.isclose(old, new, rel_tol=1e-9)
     return bool(old == new)
 
 
 def _bounded(value: float | None) -> float | None:
-    """Return None for what JSON has no number for."""
+    """Return None for an infinite epsilon, which JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None

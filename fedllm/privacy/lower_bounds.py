@@ -1,9 +1,9 @@
-"""What an attack with known targets says about epsilon: bounds from below.
+"""Lower bounds on epsilon from an attack with known targets.
 
-A canary is an update (or an example) that is known to the auditor and takes part only
-where its own fair coin says so. Whoever guesses those coins from what was released
-better than (epsilon, delta)-DP allows has shown that epsilon is larger. An audit can
-convict and never acquit: a bound from below proves nothing about what was not tried.
+A canary is an update (or an example) that the auditor knows. It takes part only if its own
+fair coin says so. An attacker who guesses those coins from the release better than (epsilon,
+delta)-DP allows has shown that epsilon is larger. An audit can convict and never acquit: a
+lower bound proves nothing about attacks that were not tried.
 """
 
 import math
@@ -23,8 +23,7 @@ SIGNIFICANCE = 0.05
 """A certified bound is false with at most this probability."""
 
 _RESOLUTION = 1e-6
-# Shares of the canaries that may be guessed. Guessing all would have to know how many
-# took part.
+# Shares of the canaries to guess. To guess all, one would have to know how many took part.
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.9)
 
 
@@ -33,7 +32,7 @@ class CertifiedBound:
     """A lower bound on epsilon from one run.
 
     Attributes:
-        epsilon: The bound; 0.0 says nothing.
+        epsilon: The bound; 0.0 bounds nothing.
         num_canaries: m.
         num_guesses: r, chosen before the coins are known, or corrected for the choice.
         num_correct: v.
@@ -47,7 +46,7 @@ class CertifiedBound:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What epsilon would be, were the mechanism the Gaussian that it claims to be.
+    """An estimate of epsilon, if the mechanism is the Gaussian that it claims to be.
 
     Attributes:
         epsilon: The estimate.
@@ -68,7 +67,7 @@ class Estimate:
 def one_run_p_value(
     num_canaries: int, num_guesses: int, num_correct: int, epsilon: float, delta: float
 ) -> float:
-    """Return how likely so many right guesses are under (epsilon, delta)-DP, at most.
+    """Return the largest probability of so many right guesses under (epsilon, delta)-DP.
 
     With q = 1/(1 + e^-eps): P[Bin(r, q) >= v] + 2 m delta max over 1 <= i <= v of
     P[v > Bin(r, q) >= v - i] / i (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846,
@@ -109,8 +108,8 @@ def certified_bound(
         significance: p below which an epsilon is refuted.
 
     Guarantee:
-        Where the mechanism is (epsilon, delta)-DP for a canary that takes part or
-        sends nothing, the bound exceeds epsilon with probability at most
+        If the mechanism is (epsilon, delta)-DP for a canary that takes part or sends
+        nothing, the bound exceeds epsilon with probability at most
         `significance`.
 
     Raises:
@@ -132,7 +131,7 @@ def certified_bound(
 
 
 def planned_guesses(num_canaries: int, mu: float, delta: float) -> int:
-    """Return how many guesses give the best bound that can be expected.
+    """Return the number of guesses with the best expected bound.
 
     It depends on nothing that is measured, so no correction is due.
 
@@ -152,10 +151,10 @@ def planned_guesses(num_canaries: int, mu: float, delta: float) -> int:
 
 
 def guess(scores_in: Vector, scores_out: Vector, num_guesses: int) -> int:
-    """Guess the most extreme scores and return how many guesses are right.
+    """Return how many guesses are right if the most extreme scores are guessed.
 
-    The largest half of the guesses says "took part", the smallest "did not". Equal
-    scores are told apart to the disadvantage of the guesser.
+    The half with the largest scores is guessed "took part", the half with the smallest "did
+    not". Ties are broken to the disadvantage of the guesser.
 
     Args:
         scores_in: Scores of the canaries that took part.
@@ -173,7 +172,7 @@ def guess(scores_in: Vector, scores_out: Vector, num_guesses: int) -> int:
     took_part = np.arange(len(scores)) < len(scores_in)
     highest = (num_guesses + 1) // 2
     lowest = num_guesses - highest
-    # Of equal scores the wrong one is taken first.
+    # Of equal scores the wrong guess comes first.
     downwards = np.lexsort((took_part, -scores))
     taken = downwards[:highest]
     right = int(took_part[taken].sum())
@@ -185,10 +184,10 @@ def guess(scores_in: Vector, scores_out: Vector, num_guesses: int) -> int:
 def one_shot_estimate(
     cosines_in: Vector, cosines_out: Vector, dimension: int, delta: float
 ) -> Estimate:
-    """Estimate epsilon from the cosines of canaries with what was released.
+    """Estimate epsilon from the cosines of canaries with the release.
 
-    A random direction has a cosine of mean 0 and variance 1/d with anything that it had
-    no part in, which is known and not fitted. mu = sqrt(d) (mean in - mean out), and
+    A random direction has a cosine of mean 0 and variance 1/d with any vector that it took no
+    part in, which is known and not fitted. mu = sqrt(d) (mean in - mean out), and
     epsilon is that of a Gaussian mechanism with this mu (Andrew et al. 2023, arXiv
     2302.03098, with the mean only). It needs d much above the number of canaries, and
     it is an estimate: its interval covers the canaries' own chance and no more.
@@ -212,7 +211,7 @@ def one_shot_estimate(
 
 
 def equivalent_mu(epsilon: float, delta: float) -> float:
-    """Return the mu of the Gaussian mechanism that has this epsilon.
+    """Return the mu of the Gaussian mechanism with this epsilon.
 
     Args:
         epsilon: >= 0, finite.
@@ -238,7 +237,7 @@ def membership_bound(
         losses_in: For each canary example that was trained on, its loss under the final
             model minus its loss under the first one.
         losses_out: The same for those that were not. Every canary's own fair coin must
-            have decided to which of the two it belongs.
+            have decided which of the two groups it belongs to.
         delta: In [0, 1).
         num_guesses: r, fixed before the losses were seen. None: several are tried, and
             the significance is shared among them.
@@ -258,7 +257,7 @@ def membership_bound(
         certified_bound(
             num_canaries,
             count,
-            # What was trained on has the smaller loss.
+            # An example that was trained on has the smaller loss.
             guess(-np.asarray(losses_in), -np.asarray(losses_out), count),
             delta,
             SIGNIFICANCE / len(counts),
@@ -272,13 +271,13 @@ def membership_bound(
 def plausible_spread(
     sum_of_squares: float, num_values: int, stddev: float, significance: float
 ) -> bool:
-    """Tell whether normal values of mean 0 may have this standard deviation.
+    """Return whether normal values of mean 0 may have this standard deviation.
 
     Args:
         sum_of_squares: Of all values.
-        num_values: How many, independent.
-        stddev: What is claimed.
-        significance: Probability, two-sided, to say no where it is true.
+        num_values: Number of values, all independent.
+        stddev: The claimed standard deviation.
+        significance: Two-sided probability of rejecting a true claim.
     """
     quantile = float(chi2(num_values).cdf(sum_of_squares / stddev**2))
     return significance / 2 < quantile < 1 - significance / 2
@@ -294,7 +293,7 @@ def _guess_counts(num_canaries: int) -> list[int]:
 
 
 def _expected_accuracy(share: float, mu: float) -> float:
-    """Return how many guesses are right where scores are N(0, 1), or N(mu, 1) if in."""
+    """Return the share of right guesses if scores are N(0, 1), or N(mu, 1) if in."""
     tail = share / 2
 
     def too_many(threshold: float) -> float:

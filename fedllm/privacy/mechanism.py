@@ -1,6 +1,6 @@
 """The mechanism: clip each update, sum exactly, add secure Gaussian noise once.
 
-NumPy and SciPy only. What changes privacy is in the arguments; nothing here reads a
+NumPy and SciPy only. All that changes privacy is in the arguments; nothing here reads a
 configuration, and no draw can be seeded.
 """
 
@@ -27,33 +27,32 @@ OUT_OF_RANGE = "out-of-range"
 MALFORMED = "malformed"
 
 REASONS = (WRONG_NAMES, WRONG_SHAPE, WRONG_TYPE, NOT_FINITE, OUT_OF_RANGE, MALFORMED)
-"""Why an update may count as zero."""
+"""The reasons why an update counts as zero."""
 
 # Rounding in a norm summed pairwise is below 1e-13 of it at any length, in scaling one
-# rounding a value: what is clipped to this share of C has a true norm of at most C.
+# rounding a value: a vector clipped to this share of C has a true norm of at most C.
 _MARGIN = 1 - 1e-12
 _CHUNK = 1 << 18
-# Values worked on at a time, so that what is in between stays in a core's cache.
+# Values worked on at a time, so that intermediate results stay in a core's cache.
 _BLOCK = 1 << 14
 
 
 class SecureGenerator:
-    """Draws that privacy rests on: AES in counter mode, keyed by the operating system.
+    """A secure random generator: AES in counter mode, keyed by the operating system.
 
     Guarantee:
         No configuration, seed or global generator influences a draw, and no two
         generators, processes or forks of one share a key. Uniforms are 2**52 midpoints,
         symmetric and never 0 or 1, so a normal draw is finite and lies within 8.21
-        standard deviations. The noise is
-        a floating-point approximation of the Gaussian: attacks on its lowest bits
-        (Mironov 2012) are not covered.
+        standard deviations. The noise is a floating-point approximation of the Gaussian:
+        attacks on its lowest bits (Mironov 2012) are not covered.
     """
 
     def __init__(self) -> None:
         self._new_key()
 
     def __reduce__(self) -> str:
-        """Refuse to be copied: a copy would repeat every draw."""
+        """Raise: a copy would repeat every draw."""
         raise TypeError("a secure generator cannot be copied or pickled")
 
     def standard_normal(self, size: int) -> Vector:
@@ -74,13 +73,13 @@ class SecureGenerator:
         return self._bits(53, size) < probability * 2.0**53
 
     def sample_without_replacement(self, population: int, size: int) -> list[int]:
-        """Draw `size` different integers below `population`, every subset alike."""
+        """Draw `size` different integers below `population`, every subset equally likely."""
         return secrets.SystemRandom().sample(range(population), size)
 
     def _bits(self, bits: int, size: int) -> npt.NDArray[np.uint64]:
         """Draw (size,) integers below 2**bits."""
         if os.getpid() != self._pid:
-            # A fork would go on with its parent's stream.
+            # A fork would continue its parent's stream.
             self._new_key()
         words = np.frombuffer(self._stream.update(bytes(8 * size)), np.uint64)
         return words >> np.uint64(64 - bits)
@@ -93,7 +92,7 @@ class SecureGenerator:
 
 @dataclass(frozen=True)
 class Checked:
-    """One client's update, or why it counts as zero.
+    """One client's update, or the reason why it counts as zero.
 
     Attributes:
         update: (d,) client adapter minus global adapter in the order of the global
@@ -108,17 +107,17 @@ class Checked:
 def checked_update(
     arrays: object, reference: Mapping[str, npt.NDArray[np.float32]], limit: float
 ) -> Checked:
-    """Return the update that a reply carries. Total: it never raises.
+    """Return the update of a reply. Total: it never raises.
 
     Args:
-        arrays: What the client sent: name -> array. Anything else is malformed.
+        arrays: The client's arrays: name -> array. Anything else is malformed.
         reference: The global adapter.
         limit: Largest size of one value.
     """
-    found = _difference(arrays, reference)
-    if isinstance(found, str):
-        return Checked(None, found)
-    update, largest = found
+    difference = _difference(arrays, reference)
+    if isinstance(difference, str):
+        return Checked(None, difference)
+    update, largest = difference
     return Checked(update) if largest <= limit else Checked(None, OUT_OF_RANGE)
 
 
@@ -130,7 +129,7 @@ def clipped_update(
     """Return the update scaled to a norm of at most C. Total: it never raises.
 
     Args:
-        arrays: What the client sent: name -> array. Anything else is malformed.
+        arrays: The client's arrays: name -> array. Anything else is malformed.
         reference: The global adapter.
         clipping_norm: C, in the range that config.py allows.
 
@@ -138,10 +137,10 @@ def clipped_update(
         The result is None, which counts as zero, or a finite vector whose exact L2 norm
         is at most C. It is a function of this one reply: no other reply enters.
     """
-    found = _difference(arrays, reference)
-    if isinstance(found, str):
-        return Checked(None, found)
-    update, largest = found
+    difference = _difference(arrays, reference)
+    if isinstance(difference, str):
+        return Checked(None, difference)
+    update, largest = difference
     return _scaled(update, largest, clipping_norm, out=update)
 
 
@@ -153,8 +152,8 @@ def clipped(vector: Vector, clipping_norm: float) -> Checked:
         clipping_norm: C, in the range that config.py allows.
 
     Guarantee:
-        The result is None, which counts as zero, where a value is NaN or infinite; else
-        a finite vector whose exact L2 norm is at most C.
+        The result is None, which counts as zero, if a value is NaN or infinite; otherwise a
+        finite vector whose exact L2 norm is at most C.
     """
     largest = _largest(vector)
     if not math.isfinite(largest):
@@ -165,7 +164,7 @@ def clipped(vector: Vector, clipping_norm: float) -> Checked:
 def _scaled(
     vector: Vector, largest: float, clipping_norm: float, out: Vector
 ) -> Checked:
-    """Clip a vector, the size of its largest value known; `out` may be the vector."""
+    """Clip a vector whose largest value is known; `out` may be the vector itself."""
     if largest == 0.0:
         return Checked(vector)
     whole = vector
@@ -187,7 +186,7 @@ def _scaled(
 
 
 def _largest(vector: Vector) -> float:
-    """Return the size of the largest value; NaN where one is NaN."""
+    """Return the size of the largest value; NaN if one is NaN."""
     if not vector.size:
         return 0.0
     with np.errstate(all="ignore"):  # a signalling NaN would warn
@@ -195,7 +194,7 @@ def _largest(vector: Vector) -> float:
 
 
 def _blocks(vector: _Array) -> Iterator[_Array]:
-    """Yield views of a vector, one part after the other."""
+    """Yield consecutive views of a vector."""
     for start in range(0, len(vector), _BLOCK):
         yield cast(_Array, vector[start : start + _BLOCK])
 
@@ -203,14 +202,14 @@ def _blocks(vector: _Array) -> Iterator[_Array]:
 class FixedPointSum:
     """A sum that is the same in every order: integers of limit * 2**-40.
 
-    Values are cut toward zero, so that no vector's norm grows but by a last bit, 2**-52
-    of it, which the margin of `clipped` covers 4,000 times. Each is held as at most
-    2**40 units, times a weight. 64 bits hold a weight of 2**22 of them: before they are
-    full, all but the low 20 bits are carried to a second integer.
+    Values are cut toward zero, so a vector's norm grows by a last bit at most, 2**-52 of it,
+    which the margin of `clipped` covers 4,000 times. Each value is held as at most 2**40
+    units, times a weight. 64 bits hold a weight of 2**22: before they are full, all but the
+    low 20 bits are carried to a second integer.
 
     Args:
         size: Length d of the vectors.
-        limit: Largest size of one value: the clipping norm, where updates are clipped.
+        limit: Largest size of one value: the clipping norm if updates are clipped.
     """
 
     _UNITS = 2.0**40
@@ -289,7 +288,7 @@ def noised_sum(
         total: Sum of clipped updates, each added once with weight 1.
         noise_multiplier: z > 0.
         clipping_norm: C, in the range that config.py allows.
-        generator: Where the noise comes from.
+        generator: The source of the noise.
 
     Raises:
         ValueError: z or C is not positive: without noise nothing is private.
@@ -315,7 +314,7 @@ def _difference(
 ) -> tuple[Vector, float] | str:
     """Return arrays - reference by name, flat, and the size of its largest value.
 
-    Total: what cannot be had comes back as one of REASONS.
+    Total: an update that cannot be read is returned as one of REASONS.
     """
     try:
         if not isinstance(arrays, Mapping):
@@ -326,7 +325,7 @@ def _difference(
         begin, largest = 0, 0.0
         for name, start in reference.items():
             value = arrays[name]
-            # A subclass could answer every question below as it likes.
+            # A subclass could answer every check below as it likes.
             if type(value) is not np.ndarray:
                 return WRONG_TYPE
             if value.dtype.kind != "f" or value.dtype.itemsize > 8:
@@ -343,5 +342,5 @@ def _difference(
                 return NOT_FINITE
             largest = max(largest, size)
         return difference, largest
-    except Exception:  # noqa: BLE001 - total: whatever a reply does, it counts as zero
+    except Exception:  # noqa: BLE001 - total: any reply that fails counts as zero
         return MALFORMED

@@ -1,4 +1,4 @@
-"""privacy.json of a run with record-level privacy: what its clients say they have spent."""
+"""The clients' claims of a run with record-level privacy: privacy.json on the server."""
 
 import json
 import math
@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedllm.atomic_files import write_atomic
 from fedllm.errors import PrivacyError
 from fedllm.privacy.accounting import Sampling
+from fedllm.privacy.ledger import write_privacy_file
 from fedllm.privacy.wording import plain, strength
 
 _NOT_COVERED = [
@@ -35,11 +35,11 @@ _NOT_COVERED = [
 
 @dataclass(frozen=True)
 class RecordSettings:
-    """What is promised, fixed before round 1; fields as in `PrivacySettings`.
+    """The settings that a run promises, fixed before round 1; fields as in `PrivacySettings`.
 
     Attributes:
         max_grad_norm: Largest norm of one example's gradient.
-        noise_multiplier: z where it is given; None where each client calibrates its own.
+        noise_multiplier: z if it is given; None if each client calibrates its own.
         delta: Upper bound of the clients' deltas.
     """
 
@@ -60,12 +60,12 @@ class RecordClaims:
     """The claims of a run's clients, on disk after every round.
 
     Guarantee:
-        The epsilon of the run is the largest that any client claimed in any round, and
-        None while none did, or where one sent an update without a claim.
+        The epsilon of the run is the largest that any client claimed in any round. It is
+        None as long as none did, and if one sent an update without a claim.
 
     Args:
         path: The file, privacy.json.
-        settings: What was promised.
+        settings: The settings that the run promises.
         run: Name of the run.
     """
 
@@ -74,7 +74,7 @@ class RecordClaims:
         self.run = run
         self._path = path
         self._claims: dict[int, float] = {}
-        # From before a crash, of nodes whose ids may be gone, the smallest first.
+        # Claims from before a crash, of nodes whose ids may be gone; the smallest first.
         self._earlier: list[float] = []
         self._floor = 0.0
         self._releases: list[int] = []
@@ -83,25 +83,25 @@ class RecordClaims:
     def create(
         cls, path: Path, settings: RecordSettings, run: str = ""
     ) -> "RecordClaims":
-        """Start a report on disk."""
-        report = cls(path, settings, run)
-        report._write()
-        return report
+        """Start the claims on disk."""
+        claims = cls(path, settings, run)
+        claims._write()
+        return claims
 
     @classmethod
     def load(cls, path: Path, settings: RecordSettings) -> "RecordClaims":
-        """Go on with a report.
+        """Load the claims of a run that is resumed.
 
-        The file has the number of claims, the largest and the middle one; as many
-        that agree with those stand for what each client claimed, until it claims anew.
+        The file has the number of claims, their maximum and their median. As many values that
+        agree with these stand for the clients' claims, until each client claims again.
 
         Raises:
             PrivacyError: It is missing, damaged, or of other settings.
         """
         try:
             content = json.loads(path.read_text("utf-8"))
-            report = cls(path, settings, str(content["run"]))
-            report._releases = [int(r) for r in content["releases"]]
+            claims = cls(path, settings, str(content["run"]))
+            claims._releases = [int(r) for r in content["releases"]]
             count = int(content["num_clients_reported"])
             worst, median = _limit(content["epsilon"]), _limit(
                 content["epsilon_median"]
@@ -116,9 +116,9 @@ class RecordClaims:
         if changed:
             raise PrivacyError("privacy settings have changed: " + "; ".join(changed))
         middle = min(count, count // 2 + 1)
-        report._earlier = [median] * middle + [worst] * (count - middle)
-        report._floor = worst if count else 0.0
-        return report
+        claims._earlier = [median] * middle + [worst] * (count - middle)
+        claims._floor = worst if count else 0.0
+        return claims
 
     def note_round(
         self,
@@ -126,36 +126,36 @@ class RecordClaims:
         claims: Mapping[int, float | None],
         population: Collection[int] | None = None,
     ) -> None:
-        """Keep what clients claim, on disk.
+        """Record the clients' claims on disk.
 
         Args:
             server_round: The round that they took part in.
             claims: Node id -> epsilon; None where an update came without one.
-            population: Node ids of this round; who is not among them may be back under
-                another id. None: as before.
+            population: Node ids of this round; a client that is not among them may be back
+                under another id. None: as before.
         """
         self._floor = max([self._floor, *self._every])
         if population is not None:
             gone = set(self._claims) - set(population)
             self._earlier = sorted([*self._earlier, *map(self._claims.pop, gone)])
         for node_id, claim in claims.items():
-            told = math.inf if claim is None else claim
+            epsilon = math.inf if claim is None else claim
             if node_id not in self._claims and self._earlier:
-                # It stands for one of these; taking the smallest understates nobody.
+                # It replaces one of these; dropping the smallest understates no client.
                 self._earlier.pop(0)
-            self._claims[node_id] = max(self._claims.get(node_id, 0.0), told)
+            self._claims[node_id] = max(self._claims.get(node_id, 0.0), epsilon)
         if claims:
             self._releases.append(server_round)
         self._write()
 
     @property
     def worst(self) -> float | None:
-        """The largest epsilon of a client; None where it is not known."""
+        """The largest epsilon of a client; None if it is not known."""
         return _known(max([*self._every, self._floor])) if self._every else None
 
     @property
     def median(self) -> float | None:
-        """The middle epsilon of the clients that took part; None: not known."""
+        """The median epsilon of the clients that took part; None if it is not known."""
         return _known(statistics.median(self._every)) if self._every else None
 
     @property
@@ -195,7 +195,7 @@ class RecordClaims:
 
     @property
     def statement(self) -> str:
-        """The one sentence that a person reads."""
+        """The privacy statement, one sentence."""
         worst, settings = self.worst, self.settings
         if not self._every:
             return (
@@ -220,21 +220,14 @@ class RecordClaims:
         )
 
     def _write(self) -> None:
-        """Write the file so that it is there whole, and survives a power cut."""
-        text = json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"
-        try:
-            write_atomic(self._path, text.encode())
-        except OSError as error:
-            raise PrivacyError(
-                f"{self._path}: cannot be written: {error.strerror}"
-            ) from None
+        write_privacy_file(self._path, self.as_dict())
 
 
 def _limit(value: object) -> float:
-    """Return an epsilon of a file, infinite where it has none."""
+    """Return an epsilon of a file; infinite if it has none."""
     return math.inf if value is None else float(value)  # type: ignore[arg-type]
 
 
 def _known(value: float) -> float | None:
-    """Return None for what no client has bounded."""
+    """Return None for an epsilon that is not bounded."""
     return value if math.isfinite(value) else None

@@ -1,9 +1,9 @@
-"""What each record of a client has spent, on the client's own disk, in all runs together.
+"""The record ledger of a client: what each record has spent in all runs, on its own disk.
 
-A record is a row of the client's data with all its columns. It is known by a keyed hash
-(HMAC-SHA256 under a random key that never leaves the folder), so the ledger tells nothing
-about a row to who has only the ledger. Every release enters the history of each record
-that the client held; the client's epsilon is the largest over the records it holds now.
+A record is a row of the client's data with all its columns. The ledger names it by a keyed
+hash (HMAC-SHA256 under a random key that never leaves the folder), so the ledger alone reveals
+nothing about a row. Every release enters the history of each record that the client held; the
+client's epsilon is the largest over the records it holds now.
 """
 
 import hashlib
@@ -33,13 +33,13 @@ Histories = dict[str, tuple[Event, ...]]
 
 @dataclass(frozen=True)
 class RecordPlan:
-    """What a client does in every round of one run, fixed in its first one.
+    """A client's noise and batches for every round of one run, fixed in its first round.
 
     Attributes:
         noise_multiplier: z: the noise of a step over the largest norm of one gradient.
         sampling_probability: q of each record at each step.
         steps: Steps in one round.
-        expected_batch_size: What each step's sum is divided by.
+        expected_batch_size: The divisor of each step's sum.
         delta: Delta of the epsilon that the client reports.
     """
 
@@ -51,7 +51,7 @@ class RecordPlan:
 
     @property
     def event(self) -> Event:
-        """What one round releases."""
+        """The releases of one round."""
         return (self.noise_multiplier, self.sampling_probability, self.steps)
 
 
@@ -64,15 +64,15 @@ def make_plan(
     noise_multiplier: float,
     delta: float,
 ) -> RecordPlan:
-    """Fix a client's noise for all rounds that it may take part in.
+    """Calibrate a client's noise for all rounds that it may take part in.
 
     Args:
         num_records: n, public by assumption; at least `expected_batch_size`.
-        expected_batch_size: Of the Poisson batches: q is this over n.
+        expected_batch_size: Of the Poisson batches; q is this over n.
         steps: Steps in one round.
         num_rounds: Rounds of the run.
-        target_epsilon: Not to be passed by all rounds together; 0.0: z is given.
-        noise_multiplier: z, where there is no target.
+        target_epsilon: The largest epsilon of all rounds together; 0.0: z is given.
+        noise_multiplier: z, if there is no target.
         delta: 0.0: the smaller of 1e-5 and n^-1.1.
     """
     delta = delta or default_delta(num_records)
@@ -86,22 +86,22 @@ def make_plan(
 
 
 def row_digest(row: Mapping[str, Any]) -> bytes:
-    """Return what identifies a row: a hash of all its columns, whatever their order.
+    """Return the digest of a row: a hash of all its columns, in any order.
 
-    All columns, and not those that a run trains on: the server names those, and could
-    name others to be given a fresh budget. What is missing is as what is None, and 1 as
-    1.0: reading a table fills and converts, so one row would change all others.
+    All columns, not only those that a run trains on: the server names those, and could name
+    others to get a fresh budget. A missing value equals None, and 1 equals 1.0: reading a
+    table fills and converts, so one row would change the digests of all others.
     """
-    told = _without_the_table(row)
-    text = json.dumps(told, sort_keys=True, ensure_ascii=True, default=str)
+    normalized = _without_the_table(row)
+    text = json.dumps(normalized, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode("ascii")).digest()
 
 
 def _without_the_table(value: Any) -> Any:
-    """Return a value less what it has only because of other rows."""
+    """Return a value without what it has only because of other rows."""
     if isinstance(value, Mapping):
-        told = {key: _without_the_table(item) for key, item in value.items()}
-        return {key: item for key, item in told.items() if item is not None}
+        items = {key: _without_the_table(item) for key, item in value.items()}
+        return {key: item for key, item in items.items() if item is not None}
     if isinstance(value, list | tuple):
         return [_without_the_table(item) for item in value]
     if isinstance(value, int) and not isinstance(value, bool):
@@ -110,19 +110,19 @@ def _without_the_table(value: Any) -> Any:
 
 
 class RecordLedger:
-    """One client's ledger, in a folder of its own.
+    """The ledger of one client, in a folder of its own.
 
     Guarantee:
         An event is on disk, file and folder synced, before `spend` returns; no two
         processes spend at a time; a ledger that was edited, cut short, taken from
-        another folder or lost is refused. Not covered: an owner who deletes the whole
+        another folder or lost raises an error. Not covered: an owner who deletes the whole
         folder, or puts an older copy of it back.
 
     Args:
-        folder: Made, with a fresh key and an empty ledger, where there is none.
+        folder: Made, with a fresh key and an empty ledger, if there is none.
 
     Raises:
-        PrivacyError: There is one that cannot be trusted, or it cannot be written.
+        PrivacyError: The ledger cannot be trusted or written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -145,14 +145,14 @@ class RecordLedger:
         """Return the plan of a run that this client already takes part in.
 
         Args:
-            run: What identifies the run and its privacy settings.
+            run: Identifier of the run and its privacy settings.
         """
         with self._locked() as content:
             known = content["plans"].get(run)
         return None if known is None else RecordPlan(**known)
 
     def remember_plan(self, run: str, plan: RecordPlan) -> RecordPlan:
-        """Keep a run's plan, unless there is one; return the one that holds."""
+        """Store a run's plan unless there is one; return the plan that holds."""
         with self._locked() as content:
             known = content["plans"].get(run)
             if known is not None:
@@ -177,12 +177,12 @@ class RecordLedger:
     def require(
         self, digests: Sequence[bytes], event: Event, delta: float, limit: float
     ) -> None:
-        """Refuse a release that would pass a limit, before anything is computed.
+        """Raise if a release would pass a limit, before anything is computed.
 
         Raises:
-            BudgetError: It would.
+            BudgetError: The release would pass the limit.
         """
-        _refuse_above(self.epsilon(digests, delta, event), limit)
+        _require_at_most(self.epsilon(digests, delta, event), limit)
 
     def spend(
         self, digests: Sequence[bytes], event: Event, delta: float, limit: float
@@ -196,7 +196,7 @@ class RecordLedger:
             limit: Largest epsilon that may be spent.
 
         Returns:
-            What the record that has spent most has spent, this release included.
+            The epsilon of the record that has spent most, this release included.
 
         Raises:
             BudgetError: The release would pass the limit; nothing was entered.
@@ -206,7 +206,7 @@ class RecordLedger:
         with self._locked() as content:
             histories = self._histories(content, digests, event)
             spent = self._worst(histories, delta)
-            _refuse_above(spent, limit)
+            _require_at_most(spent, limit)
             self._enter(content, histories)
             self._write(content)
         return spent
@@ -233,13 +233,13 @@ class RecordLedger:
 
     @staticmethod
     def _worst(histories: Histories, delta: float) -> float:
-        """Return the largest epsilon; few histories differ."""
+        """Return the largest epsilon; few histories are different."""
         different = set(histories.values())
         return max((record_epsilon(h, delta) for h in different), default=0.0)
 
     @staticmethod
     def _enter(content: dict[str, Any], histories: Histories) -> None:
-        """Put new histories into the ledger's content, each different one once."""
+        """Enter new histories into the ledger's content, each different one once."""
         table = [tuple(tuple(e) for e in history) for history in content["histories"]]
         every = {name: table[index] for name, index in content["records"].items()}
         every |= histories
@@ -250,12 +250,12 @@ class RecordLedger:
 
     @contextmanager
     def _locked(self) -> Iterator[dict[str, Any]]:
-        """Hold the lock and give the ledger's content."""
+        """Hold the lock and yield the ledger's content."""
         with self._lock:
             yield self._read()
 
     def _create(self) -> None:
-        """Make key and ledger together: there is never one without the other."""
+        """Make key and ledger together, never one without the other."""
         fresh = self._folder.with_name(f".{self._folder.name}-{secrets.token_hex(4)}")
         fresh.mkdir(mode=0o700)
         self._key = secrets.token_bytes(32)
@@ -278,24 +278,24 @@ class RecordLedger:
         """Return the ledger's content.
 
         Raises:
-            PrivacyError: It is missing, or not as this folder's key signed it.
+            PrivacyError: It is missing, or its signature does not match this folder's key.
         """
         try:
             outer = json.loads(self._path.read_text("utf-8"))
             content, seal = outer["content"], outer["seal"]
-            right = isinstance(seal, str) and hmac.compare_digest(
+            valid = isinstance(seal, str) and hmac.compare_digest(
                 seal.encode(), self._seal(content).encode()
             )
         except OSError as error:
             raise self._damaged(f"{error.strerror}") from None
         except (ValueError, KeyError, TypeError):
             raise self._damaged("it is cut short or not a ledger") from None
-        if not right or content.get("format") != _FORMAT:
+        if not valid or content.get("format") != _FORMAT:
             raise self._damaged("it was edited, or belongs to other data")
         return dict(content)
 
     def _write(self, content: Mapping[str, Any]) -> None:
-        """Write the ledger so that it is there whole, and survives a power cut."""
+        """Write the ledger whole, so that it survives a power cut."""
         try:
             write_atomic(self._path, self._sealed(content), _OWNER_ONLY)
         except OSError as error:
@@ -321,11 +321,11 @@ class RecordLedger:
         )
 
 
-def _refuse_above(spent: float, limit: float) -> None:
-    """Refuse what passes a limit.
+def _require_at_most(spent: float, limit: float) -> None:
+    """Raise if an epsilon passes a limit.
 
     Raises:
-        BudgetError: It does.
+        BudgetError: It passes the limit.
     """
     if spent > limit:
         raise BudgetError(

@@ -1,6 +1,6 @@
-"""What an epsilon means, for a person: bands, rounding, and what an attacker can reach.
+"""Epsilon in words: bands, rounding, and how often an attacker can guess right.
 
-Nothing is imported but the standard library, so that listing runs is quick.
+Only the standard library is imported, so that listing runs is quick.
 """
 
 import math
@@ -13,20 +13,20 @@ BANDS = (
     (math.inf, "none to speak of"),
 )
 """Largest epsilon of a band and its word: the tiers of Ponomareva et al. 2023 (How to
-DP-fy ML, arXiv 2303.00654), with its third cut in two at 50."""
+DP-fy ML, arXiv 2303.00654), with its third tier split at 50."""
 
 BANDS_SOURCE = "Ponomareva et al. 2023, How to DP-fy ML, arXiv 2303.00654"
 
 
 def strength(epsilon: float | None) -> str:
-    """Say an epsilon in words, by `BANDS`; None is no privacy."""
+    """Return the word for an epsilon by `BANDS`; None is no privacy."""
     if epsilon is None:
         return "none"
     return next((word for most, word in BANDS if epsilon <= most), BANDS[-1][1])
 
 
 def plain(epsilon: float | None) -> str:
-    """Write an epsilon for a person; rounded up, so that it is never understated."""
+    """Format an epsilon for a person; rounded up, so that it is never understated."""
     if epsilon is None or not math.isfinite(epsilon):
         return "not bounded"
     if epsilon >= 1000:
@@ -35,10 +35,10 @@ def plain(epsilon: float | None) -> str:
 
 
 def guesses_right(epsilon: float, delta: float) -> float:
-    """Return the largest share of right guesses of whether one unit took part.
+    """Return the largest share of right guesses whether one unit took part.
 
-    The attacker knows everything else, and the unit took part by a fair coin, so 0.5 is
-    chance. True and false positive rates of a test of two neighbours differ by at most
+    The attacker knows everything else, and a fair coin decides whether the unit takes part,
+    so 0.5 is chance. True and false positive rates of a test of two neighbours differ by at most
     (e^eps - 1 + 2 delta) / (e^eps + 1): the corner of the region of Kairouz, Oh and
     Viswanath 2015 (arXiv 1311.0776), theorem 2.1.
 
@@ -55,7 +55,7 @@ def guesses_right(epsilon: float, delta: float) -> float:
 
 
 def gaussian_guesses_right(noise_multiplier: float, num_releases: int) -> float:
-    """Return the same for composed Gaussian mechanisms of sensitivity 1, exactly.
+    """Return the exact share of right guesses for Gaussian mechanisms of sensitivity 1.
 
     T releases with noise multiplier z are one with mu = sqrt(T)/z, whose best test has
     an advantage of 2 Phi(mu/2) - 1 (Dong, Roth and Su 2022, arXiv 1905.02383).
@@ -68,5 +68,5 @@ def gaussian_guesses_right(noise_multiplier: float, num_releases: int) -> float:
 
 
 def percent(share: float) -> str:
-    """Write a share of right guesses in percent, rounded up."""
+    """Format a share of right guesses in percent, rounded up."""
     return f"{min(100.0, math.ceil(share * 10_000 - 1e-6) / 100):.2f} %"

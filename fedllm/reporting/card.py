@@ -4,20 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fedllm.adapters.kinds import kind_of
+from fedllm.data.embedded import EMBEDDED
+from fedllm.models.known import KNOWN_MODELS
 from fedllm.reporting.page import kind_and_rank
 from fedllm.reporting.sentences import NOT_ADVICE, SMALL_MODEL, verdict
 from fedllm.runs.record import RunRecord
-
-# What a local folder or a short name does not tell the hub.
-_HUB_NAMES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-_MODEL_LICENCES = {
-    "smollm2-135m-instruct": "apache-2.0",
-    "openlm-research/open_llama_3b_v2": "apache-2.0",
-}
-_DATA_LICENCES = {
-    "wordnet-medical": "of WordNet 3.0, whose definitions it holds (permissive; the text "
-    "lies beside the data)",
-}
 
 _USE = """from peft import AutoPeftModelForCausalLM
 
@@ -31,6 +23,7 @@ def card(run: RunRecord, merged: bool = False) -> str:
     """Return the card of the run's adapter, or of base and adapter merged."""
     settings = run.settings
     name, data = str(settings["model.name"]), str(settings["data.name"])
+    model, rows = KNOWN_MODELS.get(name), EMBEDDED.get(data)
     result = run.result or {}
     return f"""---
 {_metadata(run, merged)}
@@ -43,10 +36,10 @@ trained by fedllm on {run.config["num_clients"]} clients in {run.rounds_done} ro
 
 | | |
 |---|---|
-| base model | {_HUB_NAMES.get(name, name)} |
-| its licence | {_MODEL_LICENCES.get(name, "not known here: see where it comes from")} |
+| base model | {model.hub_name if model else name} |
+| its licence | {model.licence if model else "not known here: see where it comes from"} |
 | data | {data} |
-| its licence | {_DATA_LICENCES.get(data, "not known here: ask who holds it")} |
+| its licence | {rows.licence if rows else "not known here: ask who holds it"} |
 
 ## Privacy
 
@@ -73,28 +66,28 @@ Not covered: {"; ".join(run.privacy["not_covered"])}.
 def _metadata(run: RunRecord, merged: bool) -> str:
     """Return the front matter; what is not known is left out."""
     settings = run.settings
-    name, data = str(settings["model.name"]), str(settings["data.name"])
-    base = _HUB_NAMES.get(name) or str(run.config["base"])
+    model = KNOWN_MODELS.get(str(settings["model.name"]))
+    rows = EMBEDDED.get(str(settings["data.name"]))
+    base = model.hub_name if model else str(run.config["base"])
     lines: dict[str, Any] = {}
     # A path on this machine is no name that the hub could look up.
     if not Path(base).is_absolute():
         lines["base_model"] = base
         lines["base_model_relation"] = "finetune" if merged else "adapter"
-    if name in _MODEL_LICENCES:
-        lines["license"] = _MODEL_LICENCES[name]
+    if model is not None:
+        lines["license"] = model.licence
     lines["library_name"] = "transformers" if merged else "peft"
     lines["pipeline_tag"] = "text-generation"
     tags = ["federated-learning", _method(settings)]
     if run.privacy["unit"] != "none":
         tags.insert(1, "differential-privacy")
-    if data == "wordnet-medical":
-        lines["language"] = "en"
-        tags.append("medical")
+    if rows is not None:
+        lines["language"] = rows.language
+        tags += rows.tags
     text = [f"{key}: {json.dumps(value)}" for key, value in lines.items()]
     return "\n".join([*text, f"tags: [{', '.join(tags)}]"])
 
 
 def _method(settings: dict[str, Any]) -> str:
-    """Name PEFT's method, as the hub tags it: three kinds are LoRA."""
-    kind = str(settings["adapter.kind"])
-    return kind if kind in ("ia3", "vera") else "lora"
+    """Return the hub's tag for PEFT's method: several kinds are LoRA."""
+    return kind_of(str(settings["adapter.kind"])).peft_method.lower()

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from fedllm.adapters.kinds import KINDS, kind_of
 from fedllm.config import RunConfig, flat
 from fedllm.privacy.wording import (
     BANDS,
@@ -108,8 +109,10 @@ def _header(run: RunRecord) -> str:
 
 def kind_and_rank(settings: dict[str, Any]) -> str:
     """Name an adapter: its kind, and the rank of a kind that has one."""
-    kind = str(settings.get("adapter.kind"))
-    return kind if kind == "ia3" else f"{kind}, rank {settings.get('adapter.rank')}"
+    name = str(settings.get("adapter.kind"))
+    if name in KINDS and not kind_of(name).has_rank:
+        return name
+    return f"{name}, rank {settings.get('adapter.rank')}"
 
 
 def _privacy(run: RunRecord) -> str:

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-NOT_ADVICE = "This is a language model's text, not medical advice."
+from fedllm.data.embedded import BUILT_IN_DATA, EMBEDDED
+
+NOT_ADVICE = BUILT_IN_DATA.caution
 SMALL_MODEL = "A language model states wrong things fluently."
 
 
@@ -27,4 +29,5 @@ def verdict(result: dict[str, Any]) -> str:
 
 def caution(settings: dict[str, Any]) -> str:
     """Say what answers are worth, from the flat run config."""
-    return NOT_ADVICE if settings.get("data.name") == "wordnet-medical" else SMALL_MODEL
+    data = EMBEDDED.get(str(settings.get("data.name")))
+    return SMALL_MODEL if data is None else data.caution

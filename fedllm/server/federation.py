@@ -42,7 +42,7 @@ from fedllm.wire.resumed_run import ORIGINAL_RUN, original_run
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Federation:
     """One run, ready to train. `fedllm.server.startup.set_up` makes it.
 

@@ -208,7 +208,7 @@ class RecordAccount:
 
     def __init__(self, claims: RecordClaims) -> None:
         self.run = claims.run
-        self._claims = claims
+        self.claims = claims
 
     @classmethod
     def open(
@@ -234,7 +234,7 @@ class RecordAccount:
     @property
     def releases(self) -> list[int]:
         """The rounds in which a client sent an update."""
-        return self._claims.releases
+        return self.claims.releases
 
     def may_start(self, server_round: int, last_round: int) -> bool:
         """Return True: each client decides by its own ledger."""
@@ -244,7 +244,7 @@ class RecordAccount:
         self, server_round: int, stats: Round, population: Sequence[int]
     ) -> None:
         """Keep on disk what each client reports."""
-        self._claims.note_round(server_round, stats.epsilons, population)
+        self.claims.note_round(server_round, stats.epsilons, population)
 
     def is_exhausted(self, server_round: int, stats: Round) -> bool:
         """Return whether every client answered that its budget is spent; log it."""
@@ -258,15 +258,15 @@ class RecordAccount:
 
     def epsilon(self, server_round: int) -> float | None:
         """Return the largest epsilon that a client has reported."""
-        return self._claims.worst if server_round else 0.0
+        return self.claims.worst if server_round else 0.0
 
     def epsilon_text(self) -> str | None:
         """Return the worst client's epsilon for a round's log line."""
-        return f"epsilon {plain(self._claims.worst)} (worst client)"
+        return f"epsilon {plain(self.claims.worst)} (worst client)"
 
     def plan(self) -> list[LogLine]:
         """Return what a record may lose in the planned rounds, and who ensures it."""
-        settings = self._claims.settings
+        settings = self.claims.settings
         if settings.target_epsilon > 0:
             text = (
                 "privacy: each client calibrates its own noise, so that "
@@ -297,7 +297,7 @@ class RecordAccount:
 
     def outcome(self) -> list[str]:
         """Return the reported epsilons, the statement, and what it leaves out."""
-        claims = self._claims
+        claims = self.claims
         return [
             f"epsilon: {plain(claims.worst)} for the worst client, "
             f"{plain(claims.median)} for the median one, add-or-remove one record, at "

@@ -16,7 +16,7 @@ def make_strategy(
     population: list[int],
     ledger: Ledger | None,
 ) -> AdapterFedAvg | ClientLevelDP:
-    """Make the strategy of a run: FedAvg, wrapped in DP where there is a ledger.
+    """Make the strategy of a run: FedAvg, wrapped in DP if there is a ledger.
 
     Args:
         config: The run config.

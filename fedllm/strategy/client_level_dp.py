@@ -52,7 +52,7 @@ class ClientLevelDP(Strategy):
 
     @property
     def round(self) -> Round:
-        """What happened in the latest round."""
+        """Counts and failures of the latest round."""
         return self.strategy.round
 
     def configure_train(

@@ -21,13 +21,13 @@ def choose_cohort(
         config: The run config.
         population: Node ids of all clients.
         server_round: The round.
-        generator: Draws that nobody can predict.
+        generator: Draws from the operating system, which cannot be predicted.
     """
     strategy, size = config.strategy, len(population)
     if strategy.sampling == "all":
         return population
     if strategy.sampling == "poisson":
-        # Amplification rests on coins that nobody can predict.
+        # Amplification rests on coins that cannot be predicted.
         coins = generator.bernoulli(strategy.fraction_train, size)
         return [n for n, coin in zip(population, coins, strict=True) if coin]
     count = strategy.num_sampled(size)

@@ -230,7 +230,7 @@ class AdapterFedAvg(FedAvg):
         return encoded_record(named, encoding, generator)
 
     def _as_values(self, reply: Reply) -> Reply:
-        """Return a reply with values where an update came."""
+        """Return a reply whose arrays are values, not an update."""
         if self.config.wire.encoding == "float32" or reply.arrays is None:
             return reply
         with np.errstate(all="ignore"):
@@ -250,7 +250,7 @@ class AdapterFedAvg(FedAvg):
         return (reply.num_examples or 1) if self._may_measure else 1
 
     def _note_loss(self, loss: float) -> MetricRecord | None:
-        """Keep the round's training loss, where clients may say theirs."""
+        """Keep the round's training loss, if clients may report theirs."""
         if not self._may_measure:
             return None
         self.round.train_loss = loss

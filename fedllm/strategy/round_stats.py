@@ -1,4 +1,4 @@
-"""What one round saw."""
+"""Counts, failures and sizes of one round."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Round:
-    """What happened in one round, for the log and metrics.jsonl.
+    """Counts, failures and sizes of one round, for the log and metrics.jsonl.
 
     Attributes:
         asked: Clients that were sent the adapter.
         answered: Replies that came, usable or not.
         rejected: (node id, code, text) of each reply without a usable update.
         train_loss: Mean training loss weighted by examples; None under DP.
-        client_seconds: Phase -> seconds, summed over the clients that say theirs;
+        client_seconds: Phase -> seconds, summed over the clients that report theirs;
             empty under DP.
-        num_timed: How many those are.
-        epsilons: Node id -> what a client says that its records have spent.
+        num_timed: Number of those clients.
+        epsilons: Node id -> the epsilon that a client reports for its records.
         bytes_down: Bytes of adapter arrays sent.
         bytes_up: Bytes of adapter arrays received.
     """
@@ -44,6 +44,6 @@ class Round:
 
     @property
     def all_spent(self) -> bool:
-        """Whether every client that was asked said that its budget is spent."""
+        """Whether every client that was asked answered that its budget is spent."""
         codes = [code for _, code, _ in self.rejected]
         return bool(codes) and codes == ["budget-spent"] * self.asked

@@ -1,18 +1,17 @@
-"""The server's step: what is made of the (noised) mean update, and its size."""
+"""The server's step: its direction from the (noised) mean update, and its size."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Vector = npt.NDArray[np.float64]
+from fedllm.privacy.mechanism import Vector
 
 
 @dataclass
 class ServerOptimizer:
-    """What the server makes of the (noised) mean update: post-processing.
+    """The server's optimiser over (noised) mean updates: post-processing.
 
     Source: Reddi et al. 2021 (arXiv 2003.00295), with their second-moment decay 0.99
     and adaptivity 1e-3.
@@ -25,17 +24,17 @@ class ServerOptimizer:
 
     @property
     def moments(self) -> dict[str, Vector]:
-        """What it remembers, by name; empty before the first step and without moments."""
+        """The moments by name; empty before the first step and without moments."""
         if self.first is None or self.second is None:
             return {}
         return {"first": self.first, "second": self.second}
 
     def restore(self, moments: Mapping[str, Vector]) -> None:
-        """Remember what another one did."""
+        """Take over the moments of a checkpoint."""
         self.first, self.second = moments.get("first"), moments.get("second")
 
     def step(self, update: Vector, learning_rate: float) -> Vector:
-        """Return what to add to the adapter, and remember the moments."""
+        """Return what to add to the adapter, and keep the moments."""
         if self.name == "none":
             return learning_rate * update
         if self.first is None or self.second is None:

@@ -47,7 +47,7 @@ def pack(arrays: Arrays, encoding: Encoding, generator: np.random.Generator) -> 
     flat = np.concatenate([np.ravel(arrays[name]) for name in sorted(arrays)])
     if encoding != "int8":
         kind = "<f2" if encoding == "float16" else "<f4"
-        with np.errstate(over="ignore"):  # what is too large is told by who decodes it
+        with np.errstate(over="ignore"):  # the decoder rejects what is too large
             return flat.astype(kind).view(np.uint8)
     with np.errstate(
         all="ignore"

@@ -1,4 +1,4 @@
-"""What travels between the apps, and reading it without trusting the sender."""
+"""The records that travel between the apps, read without trust in the sender."""
 
 import io
 import math
@@ -20,10 +20,10 @@ METRICS = "metrics"
 ERROR = "error"
 
 ADAPTER_KIND = "adapter-kind"
-"""Entry of a message's config: the kind that the server took where the run says auto."""
+"""Entry of a message's config: the adapter kind that the server chose for `auto`."""
 
 CLIENT_PHASES = ("load", "tokenise", "build", "train", "encode")
-"""What a client's seconds go to, in this order; sent without DP only."""
+"""The phases of a client's seconds, in order; sent without DP only."""
 
 ERROR_CODES = (
     "no-data",
@@ -33,7 +33,7 @@ ERROR_CODES = (
     "budget-spent",
     "failed",
 )
-"""All that a client may say of its failure under differential privacy."""
+"""All that a client may report of its failure under differential privacy."""
 
 UNREADABLE = 0
 """Code of the error that stands for a reply that could not be inflated (in Flower: an
@@ -53,12 +53,12 @@ class Reply:
     Attributes:
         node_id: Who sent it.
         arrays: Name -> array for every declared name that decodes, of values, or of the
-            update where the encoding packs; None on an error.
-        num_examples: Examples behind the update; None where not sent or absurd.
-        train_loss: Mean training loss; None where not sent or not finite.
-        eval_loss: Loss on the client's own rows; None where not sent or not finite.
-        epsilon: What the client says it has spent; None where not sent or not finite.
-        seconds: Phase -> seconds of CLIENT_PHASES; empty where not sent or absurd.
+            update if the encoding packs; None on an error.
+        num_examples: Examples behind the update; None if not sent or absurd.
+        train_loss: Mean training loss; None if not sent or not finite.
+        eval_loss: Loss on the client's own rows; None if not sent or not finite.
+        epsilon: What the client reports to have spent; None if not sent or not finite.
+        seconds: Phase -> seconds of CLIENT_PHASES; empty if not sent or absurd.
         code: None, or why there is no update: one of ERROR_CODES or `malformed`.
         text: The client's own words on its failure, for runs without DP only.
         num_bytes: Size of the arrays on the wire.
@@ -77,7 +77,7 @@ class Reply:
 
 
 def error_content(code: str, text: str | None) -> RecordDict:
-    """Make a client's reply that says why it has no update.
+    """Make a client's reply without an update, with the reason.
 
     Args:
         code: One of ERROR_CODES.
@@ -111,14 +111,15 @@ def read_reply(
         if message.has_error():
             reason = str(message.error.reason or "")[:2000]
             unreadable = message.error.code == UNREADABLE
-            told = "malformed" if unreadable else "failed"
-            return Reply(node_id, code=told, text=reason)
+            code = "malformed" if unreadable else "failed"
+            return Reply(node_id, code=code, text=reason)
         content = message.content
         if ERROR in content.config_records:
             record = content.config_records[ERROR]
-            code = record.get("code")
-            known = code if isinstance(code, str) and code in ERROR_CODES else "failed"
-            return Reply(node_id, code=known, text=str(record.get("text", ""))[:2000])
+            sent_code = record.get("code")
+            known = isinstance(sent_code, str) and sent_code in ERROR_CODES
+            code = str(sent_code) if known else "failed"
+            return Reply(node_id, code=code, text=str(record.get("text", ""))[:2000])
         metrics = _metrics(content)
         if not shapes:
             return Reply(node_id, **metrics)
@@ -179,10 +180,10 @@ def _read_arrays(
         return _read_named(record, shapes, "f")
     size = sum(int(np.prod(shape)) for shape in shapes.values())
     declared = {PACKED: (packed_size(size, encoding),)}
-    found, num_bytes = _read_named(record, declared, "u")
-    if isinstance(found, str):
-        return found, num_bytes
-    return dict(unpack(found[PACKED], shapes, encoding)), num_bytes
+    packed, num_bytes = _read_named(record, declared, "u")
+    if isinstance(packed, str):
+        return packed, num_bytes
+    return dict(unpack(packed[PACKED], shapes, encoding)), num_bytes
 
 
 def _read_named(
@@ -246,8 +247,8 @@ def _usual_header(
     """
     dtype: np.dtype[np.generic] = np.dtype(_USUAL[kind])
     stream = io.BytesIO()
-    told = {"descr": dtype.str, "fortran_order": False, "shape": tuple(shape)}
-    np.lib.format.write_array_header_1_0(stream, told)
+    header = {"descr": dtype.str, "fortran_order": False, "shape": tuple(shape)}
+    np.lib.format.write_array_header_1_0(stream, header)
     return stream.getvalue(), dtype
 
 
@@ -266,11 +267,11 @@ def _metrics(content: RecordDict) -> dict[str, Any]:
 
 
 def _seconds(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of every phase, or none where one is missing or absurd."""
-    told = {phase: _finite(record.get(f"seconds-{phase}")) for phase in CLIENT_PHASES}
-    known = {phase: value for phase, value in told.items() if value is not None}
+    """Return the seconds of every phase, or none if one is missing or absurd."""
+    sent = {phase: _finite(record.get(f"seconds-{phase}")) for phase in CLIENT_PHASES}
+    known = {phase: value for phase, value in sent.items() if value is not None}
     # More than thirty years is no measurement.
-    sane = len(known) == len(told) and max(known.values()) < 1e9
+    sane = len(known) == len(sent) and max(known.values()) < 1e9
     return known if sane else {}
 
 

@@ -1,7 +1,7 @@
-"""What a resumed run tells its clients: whose settings hold, and which run it still is.
+"""The original settings of a resumed run, sent to its clients with every message.
 
-Whoever resumes types `resume.from` and nothing else, so the run config that Flower hands
-the clients is not that of the run. The server sends it with every message.
+A user who resumes types `resume.from` and nothing else, so the run config that Flower
+hands the clients is not that of the run.
 """
 
 import json
@@ -13,11 +13,11 @@ from fedllm.errors import ConfigError
 from fedllm.wire.messages import CONFIG
 
 ORIGINAL_RUN = "original-run"
-"""Where a message has it, as JSON."""
+"""Key of a message's config that holds them, as JSON."""
 
 
 def original_run(config: RunConfig, run_id: int) -> str:
-    """Write for clients what `original_context` reads.
+    """Return the settings as JSON, for `original_context` to read.
 
     Args:
         config: The settings that the run began with.
@@ -29,21 +29,21 @@ def original_run(config: RunConfig, run_id: int) -> str:
 def original_context(message: Message, context: Context) -> Context:
     """Return the context as the run had it when it began.
 
-    A server may name other settings only where the run config that the node was given
-    says that this run is resumed. The node's floors are held against what is returned.
+    A server may name other settings only if the run config that the node was given
+    resumes a run. The node's limits are checked against what is returned.
 
     Raises:
-        ConfigError: The run is resumed, and the message does not say what it was.
+        ConfigError: The run is resumed, and the message does not hold its settings.
     """
     if not context.run_config.get("resume.from"):
         return context
     try:
         record = message.content.config_records[CONFIG]
-        told = json.loads(str(record[ORIGINAL_RUN]))
-        run_id, run_config = int(told["run_id"]), dict(told["run_config"])
+        original = json.loads(str(record[ORIGINAL_RUN]))
+        run_id, run_config = int(original["run_id"]), dict(original["run_config"])
     except (KeyError, ValueError, TypeError):
         raise ConfigError(
-            "resume.from: is set, and the server does not say which run is resumed"
+            "resume.from: is set, and the server does not name the run that is resumed"
         ) from None
     return Context(
         run_id, context.node_id, context.node_config, context.state, run_config

@@ -5,7 +5,7 @@ import random
 import numpy as np
 
 from fedllm.privacy.mechanism import SecureGenerator
-from fedllm.strategy.fedavg import AdapterFedAvg
+from fedllm.strategy import fedavg
 from tests.helpers.audits import auditor, failed, private
 
 
@@ -23,11 +23,11 @@ def test_coins_of_a_seed_are_convicted(monkeypatch):
     keys |= {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
     keys |= {"num-server-rounds": 2}
 
-    def cohort(self, server_round):
-        coins = np.random.default_rng(server_round).random(len(self.population)) < 0.5
-        return [n for n, coin in zip(self.population, coins, strict=True) if coin]
+    def cohort(config, population, server_round, generator):
+        coins = np.random.default_rng(server_round).random(len(population)) < 0.5
+        return [n for n, coin in zip(population, coins, strict=True) if coin]
 
-    monkeypatch.setattr(AdapterFedAvg, "_cohort", cohort)
+    monkeypatch.setattr(fedavg, "choose_cohort", cohort)
 
     assert "secret coins" in failed(auditor(private(**keys)).run())
 

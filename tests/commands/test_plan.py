@@ -19,11 +19,11 @@ def test_an_epsilon_as_a_flag_takes_the_place_of_a_typed_noise_multiplier(capsys
     assert found["noise_multiplier"] == pytest.approx(1.342, abs=1e-3)
 
 
-def test_noise_beyond_what_was_measured_is_said_to_be(capsys):
-    assert "beyond what was measured" in told(
-        capsys, "--clients", "3", "--epsilon", "1"
-    )
-    assert "beyond what was measured" not in told(capsys, "--clients", "20")
+def test_noise_beyond_what_was_measured_is_not_measured(capsys):
+    loud = told(capsys, "--clients", "3", "--epsilon", "1")
+
+    assert "not measured" in loud and "clients 3 (20)" in loud
+    assert "not measured" not in told(capsys, "--clients", "20")
 
 
 def test_the_blueprints_own_setting_is_called_no_protection(capsys):

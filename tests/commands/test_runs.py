@@ -8,7 +8,7 @@ import pytest
 
 from fedllm.commands import runs
 from fedllm.runs.state import RunState
-from tests.helpers.sample_runs import write_run
+from tests.helpers.sample_runs import SECRET_COHORTS, write_run
 
 
 @pytest.fixture
@@ -111,8 +111,7 @@ def test_a_run_killed_before_its_page_was_written_gets_it_when_it_is_shown(
 
 
 def test_secret_cohorts_are_not_counted(home, capsys):
-    poisson = {"strategy__sampling": "poisson", "strategy__fraction_train": 0.5}
-    write_run(home / "2026-01-02_03-04-05_7", **poisson)
+    write_run(home / "2026-01-02_03-04-05_7", **SECRET_COHORTS)
     text = told(capsys, "2026-01-02_03-04-05_7")
 
     assert "clients answered" not in text and "cohorts are secret" in text

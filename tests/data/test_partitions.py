@@ -143,13 +143,14 @@ def test_more_clients_than_rows_leaves_some_without_a_row(
 PROBE = """
 import sys
 from fedllm.config import DataConfig
-from fedllm import data
+from fedllm.data.partitions import partition
+from fedllm.data.rows import load_rows
 slow = {"datasets", "flwr_datasets", "torch", "transformers", "trl"}
 assert not slow & set(sys.modules), slow & set(sys.modules)
 import hashlib
 for kind, count in (("iid", 7), ("dirichlet", 7), ("size-skew", 7), ("natural", 11)):
     config = DataConfig(name=sys.argv[1], partition=kind)
-    part = data.partition(config, data.load_rows(config), 3, count, 42)
+    part = partition(config, load_rows(config), 3, count, 42)
     print(kind, hashlib.sha256("".join(part["id"]).encode()).hexdigest())
 """
 

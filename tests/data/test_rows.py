@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fedllm.config import DataConfig
+from fedllm.data import embedded
 from fedllm.data.readers import read_rows
 from fedllm.data.rows import load_public, load_rows, own_rows
 from fedllm.errors import DataError
@@ -175,3 +176,14 @@ def test_without_a_share_every_row_is_trained_on():
 
     assert own_rows(DataConfig(), rows, 1, held_out=False)["n"][:] == [1, 2, 3]
     assert len(own_rows(DataConfig(), rows, 1, held_out=True)) == 0
+
+
+def test_the_embedded_data_are_the_default_and_have_rows_in_every_split() -> None:
+    assert DataConfig().name == embedded.BUILT_IN_DATA.name == "wordnet-medical"
+
+    for name in embedded.EMBEDDED:
+        config = DataConfig(name=name)
+        assert len(load_rows(config)) > 0
+        for split in ("validation", "test"):
+            rows = load_public(config, split)
+            assert rows is not None and len(rows) > 0

@@ -22,9 +22,16 @@ from tests.helpers.rows import write_rows
 
 
 @pytest.fixture
-def settings(tiny_llama, tmp_path, monkeypatch):
+def drawings():
+    """The page's drawings, for a test that looks at them: they cost half of a run."""
+
+
+@pytest.fixture
+def settings(tiny_llama, tmp_path, monkeypatch, request):
     monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
     cache._resident.clear()
+    if "drawings" not in request.fixturenames:
+        monkeypatch.setattr("fedllm.reporting.page.plots", lambda run: [])
     return {
         "model.name": str(tiny_llama),
         "model.quantization": 0,
@@ -38,8 +45,18 @@ def settings(tiny_llama, tmp_path, monkeypatch):
         "strategy.server-learning-rate-min": 1.0,
         "strategy.wait-for-clients": 0.1,
         "strategy.round-timeout": 20.0,
+        # A random model's loss under the noise of a few clients moves either way.
+        "privacy.on-destructive-noise": "warn",
     }
 
+
+# With its noise given: to find the noise for a target takes seconds under Poisson sampling.
+SECRET_COHORTS = {
+    "strategy.sampling": "poisson",
+    "strategy.fraction-train": 0.5,
+    "privacy.target-epsilon": 0.0,
+    "privacy.noise-multiplier": 2.0,
+}
 
 NO_PRIVACY = {"privacy.unit": "none", "privacy.target-epsilon": 0.0}
 
@@ -104,6 +121,9 @@ def quick(settings, monkeypatch):
 
     monkeypatch.setattr(PublicRows, "validation_loss", loss)
     monkeypatch.setattr(PublicRows, "test_loss", lambda self, arrays: None)
+    monkeypatch.setattr(
+        PublicRows, "answers", lambda self, arrays, asked, length: asked
+    )
     # The page is drawn from the other files, and a run that lacks it has lost nothing.
     monkeypatch.setattr("fedllm.reporting.monitor.write_report", lambda folder: None)
     return {

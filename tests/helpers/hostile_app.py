@@ -8,7 +8,7 @@ from tests.helpers.flower_processes import ROOT
 from tests.helpers.rows import write_rows
 
 HERE = Path(__file__).parent
-ROUNDS, ATTACKERS, CLIP, TIMEOUT = 9, 3, 0.5, 40.0
+ROUNDS, ATTACKERS, CLIP, TIMEOUT = 5, 6, 0.5, 60.0
 
 
 def hostile_app(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """A ClientApp for tests: honest where the node's config names no attacker.
 
-Attacker k of three makes attack 3 * (round - 1) + k, or the one that its config names,
-from the round that it names.
+Attacker k of six makes attack 6 * (round - 1) + k, or the one that its config names, from
+the round that it names.
 """
 
 import os
@@ -26,7 +26,7 @@ app = ClientApp()
 SECRET = "what-only-this-node-knows"
 BIG = int(os.environ.get("FEDLLM_TEST_REPLY_MEGABYTES", "200")) * 1_000_000
 MANY = int(os.environ.get("FEDLLM_TEST_REPLY_ARRAYS", "2000"))
-ATTACKERS = 3
+ATTACKERS = 6
 
 
 @app.train()
@@ -187,11 +187,15 @@ ATTACKS = [
     swelling,
     other(million_names),
     lambda sent: RecordDict({str(i): ConfigRecord({"x": i}) for i in range(200)}),
-    # Together at the end: these rounds wait for the time limit.
     raises,
+    # Twice, so that the last six are one round.
+    swelling,
+    long_error,
+    # Together at the end: this round waits for the time limit.
     exits,
     hangs,
     *FORGED,
+    raises,
 ]
 NAMED = {
     "big": other(big),

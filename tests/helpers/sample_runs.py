@@ -10,6 +10,14 @@ from fedllm.privacy.ledger import Ledger, no_privacy
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 
+# With its noise given: to find the noise for a target takes seconds under Poisson sampling.
+SECRET_COHORTS = {
+    "strategy__sampling": "poisson",
+    "strategy__fraction_train": 0.5,
+    "privacy__target_epsilon": 0.0,
+    "privacy__noise_multiplier": 2.0,
+}
+
 
 def line(
     server_round: int, epsilon: float | None, secret: bool = False

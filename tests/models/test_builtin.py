@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 
 from fedllm.errors import ModelError
 from fedllm.models import builtin
-from fedllm.models.builtin import NAME, fetch
+from fedllm.models.builtin import fetch
+from fedllm.models.known import BUILT_IN_MODEL
 
 CONTENT = b"weights"
+NAME = BUILT_IN_MODEL.name
 
 
 class Fake(NamedTuple):

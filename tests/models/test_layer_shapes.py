@@ -8,23 +8,26 @@ from transformers import LlamaConfig, Qwen3Config
 
 from fedllm.adapters.resolve import _linear_shapes
 from fedllm.errors import ModelError
-from fedllm.models.layer_shapes import KNOWN, linear_shapes
+from fedllm.models.known import BUILT_IN_MODEL, KNOWN_MODELS
+from fedllm.models.layer_shapes import linear_shapes
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_known_models_have_the_shapes_that_transformers_makes(name):
-    config = LlamaConfig(vocab_size=8, **KNOWN[name])
+    config = LlamaConfig(**KNOWN_MODELS[name].numbers)
     shapes, heads = _linear_shapes(config)
 
     assert linear_shapes(name) == {k: v for k, v in shapes.items() if k not in heads}
 
 
 def test_the_known_numbers_are_those_of_the_fetched_model():
-    folder = Path("~/.fedllm/models/smollm2-135m-instruct").expanduser()
+    folder = Path("~/.fedllm/models").expanduser() / BUILT_IN_MODEL.name
     if not (folder / "config.json").exists():
         pytest.skip("the built-in model has not been fetched")
 
-    assert linear_shapes(str(folder)) == linear_shapes("smollm2-135m-instruct")
+    assert linear_shapes(str(folder)) == linear_shapes(BUILT_IN_MODEL.name)
+    written = json.loads((folder / "config.json").read_text())
+    assert BUILT_IN_MODEL.numbers.items() <= written.items()
 
 
 def test_a_local_folder_with_heads_of_their_own_size(tmp_path):

@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fedllm.config import RunConfig
 from fedllm.errors import ModelError
-from fedllm.models import builtin, loading
+from fedllm.models import loading
+from fedllm.models.known import BUILT_IN_MODEL
 from fedllm.models.loading import load_base, load_tokenizer, locate
 from tests.helpers.passes import _logits
 
@@ -23,9 +25,9 @@ def test_a_local_folder_is_found_by_its_absolute_path(
 
 
 def test_the_built_in_model_is_found_in_the_home_folder(tmp_path: Path) -> None:
-    (tmp_path / "models" / loading.BUILT_IN).mkdir(parents=True)
+    (tmp_path / "models" / BUILT_IN_MODEL.name).mkdir(parents=True)
 
-    assert locate(loading.BUILT_IN, tmp_path) == str(
+    assert locate(BUILT_IN_MODEL.name, tmp_path) == str(
         tmp_path / "models/smollm2-135m-instruct"
     )
 
@@ -183,5 +185,5 @@ def test_what_is_loaded_from_bfloat16_files_gives_the_logits_that_were_saved(
     assert torch.equal(_logits(saved), _logits(loaded))
 
 
-def test_the_built_in_name_is_the_one_that_is_fetched() -> None:
-    assert loading.BUILT_IN == builtin.NAME == "smollm2-135m-instruct"
+def test_the_built_in_model_is_the_default() -> None:
+    assert RunConfig().model.name == BUILT_IN_MODEL.name == "smollm2-135m-instruct"

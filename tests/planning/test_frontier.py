@@ -1,4 +1,4 @@
-"""R against the published table, and advice with numbers."""
+"""The frontier's noise levels and rows, and the rule for the step."""
 
 import math
 from dataclasses import replace
@@ -6,24 +6,36 @@ from dataclasses import replace
 import pytest
 
 from fedllm.planning.frontier import (
-    Frontier,
     Measured,
-    expected,
+    bracket,
     load_frontier,
     noise_level,
     step_by_rule,
 )
 from fedllm.privacy.accounting import calibrate, gaussian_epsilon
+from fedllm.strategy.server_optimizer import cosine
 
 
-def frontier() -> Frontier:
-    """A frontier of three runs, whose loss rises by 0.1 with each doubling of noise."""
-    rows = tuple(
-        Measured("ffa-lora", 8, 1000, clients, 8.0, 4, 1.0, 0.6, 0.6, 0.6, losses)
-        for clients, losses in ((20, (3.0, 3.1)), (40, (2.95,)), (80, (2.85,)))
+def measured(clients: int, *losses: float) -> Measured:
+    """A federation of four rounds with noise multiplier 1."""
+    return Measured(
+        kind="ffa-lora",
+        rank=8,
+        clients=clients,
+        rounds=4,
+        noise_multiplier=1.0,
+        clipping_norm=0.6,
+        server_learning_rate=12.0 / clients,
+        server_learning_rate_min=12.0 / clients,
+        batch_size=8,
+        num_trainable=1000,
+        epsilon=8.0,
+        test_losses=losses,
     )
-    quiet = Measured("ffa-lora", 8, 1000, 20, None, 4, 0.0, 0.6, 0.6, 0.6, (2.8,))
-    return Frontier("a model", "some data", 4.0, 2.5, (*rows, quiet))
+
+
+# The loss rises by 0.1 with each doubling of the noise.
+ROWS = [measured(20, 3.0, 3.1), measured(40, 2.95), measured(80, 2.85)]
 
 
 def test_the_noise_that_adds_up_is_that_of_the_sum_of_all_rounds():
@@ -31,35 +43,44 @@ def test_the_noise_that_adds_up_is_that_of_the_sum_of_all_rounds():
     assert noise_level(1.0, 4, 20) == pytest.approx(0.1)
 
 
-def test_an_expected_loss_lies_between_its_neighbours():
-    found = expected("ffa-lora", 0.1 / math.sqrt(2), frontier())
+def test_a_noise_level_lies_between_its_neighbours():
+    found = bracket(ROWS, 0.1 / math.sqrt(2))
 
     assert found is not None
+    assert (found.below, found.above) == (ROWS[1], ROWS[0])
+    assert found.share == pytest.approx(0.5)
     assert found.loss == pytest.approx((3.05 + 2.95) / 2)
-    assert found.share == pytest.approx((4.0 - 3.0) / 1.5)
-    assert found.inside
-    # Half of the way to either neighbour, and half of the seeds' range.
-    assert found.high - found.loss == pytest.approx(0.05 + 0.05)
+    assert found.step == pytest.approx(0.36 / math.sqrt(2))
 
 
-def test_beyond_what_was_measured_the_nearest_end_is_taken_and_said():
-    for level, loss in ((10.0, 3.05), (1e-4, 2.85)):
-        found = expected("ffa-lora", level, frontier())
-        assert found is not None and not found.inside
-        assert found.loss == pytest.approx(loss)
+def test_beyond_what_was_measured_both_sides_are_the_nearest_end():
+    for level, row in ((10.0, ROWS[0]), (1e-4, ROWS[2])):
+        found = bracket(ROWS, level)
+
+        assert found is not None
+        assert found.below is found.above is found.nearest is row
+        assert found.loss == pytest.approx(row.loss)
 
 
 def test_of_several_settings_at_one_noise_the_best_counts():
-    rows = frontier().rows
-    worse = replace(rows[1], test_losses=(3.5,))
-    for both in ((worse, *rows), (*rows, worse)):
-        found = expected("ffa-lora", 0.05, replace(frontier(), rows=both))
+    worse = replace(ROWS[1], test_losses=(3.5,))
+    for rows in ((worse, *ROWS), (*ROWS, worse)):
+        found = bracket(rows, 0.05)
 
         assert found is not None and found.loss == pytest.approx(2.95)
 
 
-def test_nothing_is_expected_of_a_kind_that_was_not_measured():
-    assert expected("lora", 0.1, frontier()) is None
+def test_without_rows_there_is_no_bracket():
+    assert bracket([], 0.1) is None
+
+
+def test_the_mean_rate_is_that_of_a_half_cosine_over_the_rounds():
+    falling = replace(ROWS[0], server_learning_rate=1.5, server_learning_rate_min=0.5)
+    rates = [cosine(1.5, 0.5, server_round, 4) for server_round in range(1, 5)]
+
+    assert falling.mean_server_learning_rate == pytest.approx(sum(rates) / 4)
+    assert replace(falling, rounds=1).mean_server_learning_rate == 1.5
+    assert falling.step == pytest.approx(0.6)
 
 
 def test_the_frontier_that_comes_along_holds_what_its_epsilons_say():

@@ -9,4 +9,16 @@ def test_a_plot_is_written_and_its_path_said(capsys, tmp_path):
     text = told(capsys, "--plot", str(file))
 
     assert f"plot: {file}" in text
-    assert "epsilon 8" in file.read_text()
+    drawn = file.read_text()
+    assert "epsilon 8" in drawn
+    assert "this run" in drawn
+
+
+def test_a_run_that_was_not_measured_is_not_drawn(capsys, tmp_path):
+    file = tmp_path / "plan.svg"
+
+    told(capsys, "--plot", str(file), "--rounds", "3")
+
+    drawn = file.read_text()
+    assert "epsilon 8" in drawn
+    assert "this run" not in drawn

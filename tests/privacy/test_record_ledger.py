@@ -15,7 +15,7 @@ from fedllm.privacy.accounting import gaussian_epsilon, record_epsilon
 from fedllm.privacy.record_ledger import RecordLedger, RecordPlan, make_plan, row_digest
 
 DELTA = 1e-5
-EVENT = (1.0, 0.1, 5)
+EVENT = (2.0, 0.1, 5)
 
 
 def rows(start: int, count: int) -> list[bytes]:
@@ -48,12 +48,12 @@ def test_what_is_spent_is_that_of_dp_accounting_alone(folder):
 
     first = ledger.spend(rows(0, 20), EVENT, DELTA, 100.0)
     second = ledger.spend(rows(0, 20), EVENT, DELTA, 100.0)
-    other = ledger.spend(rows(0, 20), (1.3, 0.2, 3), DELTA, 100.0)
+    other = ledger.spend(rows(0, 20), (2.6, 0.2, 3), DELTA, 100.0)
 
     assert first == pytest.approx(by_dp_accounting(EVENT), rel=1e-9)
-    assert second == pytest.approx(by_dp_accounting((1.0, 0.1, 10)), rel=1e-9)
+    assert second == pytest.approx(by_dp_accounting((2.0, 0.1, 10)), rel=1e-9)
     assert other == pytest.approx(
-        by_dp_accounting((1.0, 0.1, 10), (1.3, 0.2, 3)), rel=1e-3
+        by_dp_accounting((2.0, 0.1, 10), (2.6, 0.2, 3)), rel=1e-3
     )
 
 
@@ -65,7 +65,7 @@ def test_an_added_row_neither_resets_the_account_nor_locks_the_client_out(folder
     assert ledger.epsilon(rows(20, 1), DELTA) == 0.0
     after = ledger.spend(rows(0, 21), EVENT, DELTA, 100.0)
 
-    assert after == pytest.approx(by_dp_accounting((1.0, 0.1, 10)), rel=1e-9)
+    assert after == pytest.approx(by_dp_accounting((2.0, 0.1, 10)), rel=1e-9)
     assert ledger.epsilon(rows(20, 1), DELTA) == pytest.approx(before, rel=1e-9)
 
 
@@ -74,7 +74,7 @@ def test_the_account_survives_a_restart_and_another_run_over_some_of_the_rows(fo
 
     again = RecordLedger(folder).spend(rows(15, 20), EVENT, DELTA, 100.0)
 
-    assert again == pytest.approx(by_dp_accounting((1.0, 0.1, 10)), rel=1e-9)
+    assert again == pytest.approx(by_dp_accounting((2.0, 0.1, 10)), rel=1e-9)
     assert RecordLedger(folder).epsilon(rows(20, 15), DELTA) < again
 
 
@@ -116,7 +116,7 @@ def test_a_row_of_another_kind_changes_no_other_row(tmp_path):
 
 def test_a_release_that_would_pass_the_limit_is_refused_and_not_entered(folder):
     ledger = RecordLedger(folder)
-    limit = by_dp_accounting((1.0, 0.1, 10)) + 1e-6
+    limit = by_dp_accounting((2.0, 0.1, 10)) + 1e-6
     for _ in range(2):
         ledger.require(rows(0, 5), EVENT, DELTA, limit)
         ledger.spend(rows(0, 5), EVENT, DELTA, limit)

@@ -11,7 +11,7 @@ import pytest
 
 from fedllm.reporting.report import write_report
 from fedllm.runs.state import RunState
-from tests.helpers.sample_runs import write_run
+from tests.helpers.sample_runs import SECRET_COHORTS, write_run
 
 pytestmark = pytest.mark.browser
 _SIZES = {"phone": (390, 844), "desk": (1280, 900)}
@@ -22,11 +22,10 @@ _LEAST_CONTRAST = 3.0
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     home = tmp_path_factory.mktemp("runs")
-    poisson = {"strategy__sampling": "poisson", "strategy__fraction_train": 0.5}
     nothing = {"privacy__unit": "none", "privacy__target_epsilon": 0.0}
     found = {
         "finished": write_run(home / "finished"),
-        "secret": write_run(home / "secret", **poisson),
+        "secret": write_run(home / "secret", **SECRET_COHORTS),
         "none": write_run(home / "none", **nothing),
         "many": write_run(home / "many", rounds=60, num_server_rounds=60),
         "failed": home / "failed",

@@ -10,7 +10,7 @@ from fedllm.reporting import monitor
 from fedllm.reporting.monitor import RunMonitor
 from fedllm.reporting.trackers import numbers
 from fedllm.runs.state import read_state
-from tests.helpers.federations import NO_PRIVACY, lines_of, start
+from tests.helpers.federations import NO_PRIVACY, SECRET_COHORTS, lines_of, start
 
 
 @pytest.fixture
@@ -102,8 +102,7 @@ def test_a_tracker_gets_the_numbers_of_metrics_jsonl_and_nothing_else(
 ):
     tracker = Recorder()
     monkeypatch.setattr(monitor, "make_tracker", lambda name, folder: tracker)
-    coins = {**quick, "strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
-    federation, _ = start(coins)
+    federation, _ = start({**quick, **SECRET_COHORTS})
     federation.run()
 
     lines = lines_of(federation)
@@ -113,7 +112,8 @@ def test_a_tracker_gets_the_numbers_of_metrics_jsonl_and_nothing_else(
 
 def test_trackers_cannot_stamp_the_rounds_of_secret_cohorts(quick, monkeypatch):
     found = {}
-    for sampling in ("poisson", "fixed"):
+    fixed = {"strategy.sampling": "fixed", "strategy.fraction-train": 0.7}
+    for chosen in (SECRET_COHORTS, fixed):
         tracker, tracked = Recorder(), []
         monkeypatch.setattr(monitor, "make_tracker", lambda *_, to=tracker: to)
         monkeypatch.setattr(
@@ -121,9 +121,8 @@ def test_trackers_cannot_stamp_the_rounds_of_secret_cohorts(quick, monkeypatch):
             "write_report",
             lambda _, of=tracker, to=tracked: to.append(len(of.seen)),
         )
-        chosen = {"strategy.sampling": sampling, "strategy.fraction-train": 0.7}
         start({**quick, **chosen, "num-server-rounds": 2})[0].run()
-        found[sampling] = (tracked[0], tracked[-1])
+        found[chosen["strategy.sampling"]] = (tracked[0], tracked[-1])
 
     assert found == {"poisson": (0, 3), "fixed": (1, 3)}
 

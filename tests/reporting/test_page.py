@@ -7,7 +7,7 @@ import pytest
 from fedllm.privacy.wording import BANDS
 from fedllm.runs.state import RunState
 from tests.helpers.pages import check
-from tests.helpers.sample_runs import HOSTILE, write_run
+from tests.helpers.sample_runs import HOSTILE, SECRET_COHORTS, write_run
 
 NO_PRIVACY = {"privacy__unit": "none", "privacy__target_epsilon": 0.0}
 
@@ -68,8 +68,7 @@ def test_a_run_without_privacy_claims_nothing(tmp_path):
 
 
 def test_secret_cohorts_stay_secret(tmp_path):
-    poisson = {"strategy__sampling": "poisson", "strategy__fraction_train": 0.5}
-    folder = write_run(tmp_path / "run", **poisson)
+    folder = write_run(tmp_path / "run", **SECRET_COHORTS)
     page, text = check(folder)
 
     # Of traffic, of time, of the plots that are not there, and below the table.

@@ -91,7 +91,7 @@ def test_a_damaged_ledger_or_checkpoint_is_one_line(quick):
 def test_where_every_round_was_paid_for_and_lost_nothing_is_claimed(quick, monkeypatch):
     given = {**quick, "num-server-rounds": 1}
     run = federation(given)
-    monkeypatch.setattr(run, "_save_adapter", kill)
+    monkeypatch.setattr(run.saver, "save_round", kill)
     with pytest.raises(Killed):
         run.run()
 

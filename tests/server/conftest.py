@@ -1,3 +1,3 @@
-from tests.helpers.federations import quick, settings
+from tests.helpers.federations import drawings, quick, settings
 
-__all__ = ["quick", "settings"]
+__all__ = ["drawings", "quick", "settings"]

@@ -129,4 +129,4 @@ def test_a_clock_that_jumps_ends_no_round_and_makes_no_time_negative(
     assert [line["clients_answered"] for line in lines[1:]] == [3, 3, 3]
     seconds = [value for line in lines for value in line["seconds"].values()]
     assert 0 <= min(seconds) <= max(seconds) < 30
-    assert all(np.isfinite(value).all() for value in run.arrays.values())
+    assert all(np.isfinite(value).all() for value in run.progress.arrays.values())

@@ -10,11 +10,17 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 
 from fedllm.client import message_handler
 from fedllm.wire.messages import ARRAYS, METRICS, array_record, error_content
-from tests.helpers.federations import EVALUATE, NO_PRIVACY, lines_of, start
+from tests.helpers.federations import (
+    EVALUATE,
+    NO_PRIVACY,
+    SECRET_COHORTS,
+    lines_of,
+    start,
+)
 from tests.helpers.rows import MARKER
 
 
-def test_a_private_run_leaves_a_whole_run_folder(settings, tmp_path):
+def test_a_private_run_leaves_a_whole_run_folder(settings, drawings, tmp_path):
     federation, grid = start(settings)
     result = federation.run()
 
@@ -34,6 +40,7 @@ def test_a_private_run_leaves_a_whole_run_folder(settings, tmp_path):
         "README.md",
     }
     assert privacy["statement"] in (folder / "README.md").read_text()
+    assert (folder / "report.html").read_text().count("<svg") >= 3
     assert (tmp_path / "home/runs/latest").resolve() == folder.resolve()
     assert 7.9 < privacy["epsilon"] <= 8.0
     assert privacy["noise_probe"]["before"] == pytest.approx(
@@ -191,8 +198,7 @@ def test_an_empty_poisson_cohort_is_a_round_of_noise(settings, monkeypatch):
     monkeypatch.setattr(
         SecureGenerator, "bernoulli", lambda self, q, size: np.zeros(size, bool)
     )
-    coins = {**settings, "strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
-    federation, grid = start({**coins, "num-server-rounds": 1})
+    federation, grid = start({**settings, **SECRET_COHORTS, "num-server-rounds": 1})
     before = {k: v.copy() for k, v in federation.progress.arrays.items()}
     federation.run()
 
@@ -200,7 +206,7 @@ def test_an_empty_poisson_cohort_is_a_round_of_noise(settings, monkeypatch):
     assert all((federation.progress.arrays[k] != before[k]).all() for k in before)
 
 
-def test_clients_evaluate_on_their_held_out_rows_without_dp(settings, caplog):
+def test_clients_evaluate_on_their_held_out_rows_without_dp(settings, drawings, caplog):
     told = {}
 
     def answer(message, context):

@@ -210,7 +210,7 @@ def test_a_resumed_run_never_reports_less_than_its_clients_claimed_before(settin
     cut = cut_in_round(given, 3, answer=claims(4.0))
     assert read(cut, "privacy.json")["epsilon"] == 6.0
     run = resumed(answer=claims(1.0), first_node=500)
-    assert (run.records.worst, run.records.median) == (6.0, 5.0)
+    assert (run.account.claims.worst, run.account.claims.median) == (6.0, 5.0)
     run.run()
 
     told = read(cut, "privacy.json")

@@ -58,6 +58,7 @@ def test_poisson_runs_say_nothing_of_who_or_how_many_took_part(settings, caplog)
         "num-server-rounds": 3,
         "strategy.sampling": "poisson",
         "strategy.fraction-train": 0.5,
+        "privacy.target-epsilon": 2.0,
     }
     federation, _ = start(coins, nodes=partitions(6))
     federation.run()
@@ -72,7 +73,7 @@ def test_poisson_runs_say_nothing_of_who_or_how_many_took_part(settings, caplog)
     assert " of 6 clients" not in caplog.text.replace("each of 6 clients", "")
     told = json.loads((federation.directory.path / "privacy.json").read_text())
     assert told["num_sampled_clients"] == 3
-    assert told["epsilon"] <= 8 < told["epsilon_replace_one"]
+    assert told["epsilon"] <= 2 < told["epsilon_replace_one"]
 
 
 def test_where_cohorts_are_secret_an_unreadable_reply_is_not_told(settings, caplog):

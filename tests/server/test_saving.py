@@ -189,7 +189,7 @@ def test_with_dp_a_run_killed_at_any_write_never_gets_epsilon_back(quick):
         done = _finished_rounds(folder)
         if not (folder / "result.json").exists():
             run = resumed(first_node=200 + 10 * k)
-            assert run.next_round == max([0, *paid]) + 1
+            assert run.progress.next_round == max([0, *paid]) + 1
             run.run()
         told = read(cut, "privacy.json")
         trained = [line["server_round"] for line in lines_of(cut)]

@@ -49,9 +49,9 @@ def test_the_learning_rates_and_moments_of_a_resumed_run_are_those_of_its_round(
     cut = cut_in_round({**quick, **NO_PRIVACY}, 3)
     run = resumed(first_node=300)
 
-    assert run.next_round == 3
+    assert run.progress.next_round == 3
     # Two steps of Adam were made; a fresh one would start from zero.
-    assert float(np.abs(run._averaging.optimizer.second).max()) > 0
+    assert float(np.abs(run.strategy.averaging.optimizer.second).max()) > 0
     run.run()
     assert lines_of(cut)[3]["learning_rate"] == pytest.approx(0.5)
 
@@ -68,7 +68,7 @@ def test_noise_after_a_crash_is_fresh(quick):
         shutil.copytree(folder, copy)
         run = resumed(str(copy), answer=zeros)
         run.run()
-        copies.append(run.arrays)
+        copies.append(run.progress.arrays)
 
     assert not any((copies[0][k] == copies[1][k]).any() for k in copies[0])
 

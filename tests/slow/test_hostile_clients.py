@@ -57,15 +57,17 @@ def attacked(
         f'[superlink.remote]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     app = hostile_app(tmp_path / "app")
+    attackers = len(attacks) or ATTACKERS
+    keys = {"strategy.num-clients": attackers + 1, **keys}
     superlink = [str(BIN / "flower-superlink"), "--insecure", "--port", str(port)]
     superlink += ["--control-api-address", f"127.0.0.1:{free_port()}"]
     with contextlib.ExitStack() as stack:
         stack.enter_context(running(superlink, env, tmp_path / "superlink.log"))
         wait_for_port(port)
-        for index in range(ATTACKERS + 1):
+        for index in range(attackers + 1):
             rows = write_rows(tmp_path / f"rows-{index}.jsonl", 12, 12 * index)
             own = f'data-path="{rows}"'
-            if index < ATTACKERS:
+            if index < attackers:
                 own += f" attacker={index}"
                 own += f' attack="{attacks[index]}"' if attacks else ""
             node = [str(BIN / "flower-supernode"), "--insecure", "--node-config", own]
@@ -113,7 +115,7 @@ def test_where_cohorts_are_secret_attackers_are_not_told_of(tiny_llama, tmp_path
     assert (run / "result.json").exists(), told[-6000:]
     written = [p.read_text() for p in run.rglob("*") if p.suffix in SAID]
     nodes = re.findall(r"node_id=(\d{9,})", (tmp_path / "superlink.log").read_text())
-    assert len(set(nodes)) > ATTACKERS
+    assert len(set(nodes)) > len(attacks)
     for text in (told, *written):
         assert SECRET not in text and "no usable update (" not in text
         assert "did not answer" not in text and "clients answered" not in text

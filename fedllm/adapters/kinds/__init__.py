@@ -1,4 +1,4 @@
-"""Kinds of adapter, one module a family; `fedllm.adapters.peft_model` chooses between them.
+"""Kinds of adapter, one module a family: all that is asked of a kind is asked here.
 
 | kind | trained | fixed, from the public seed | values a module | mean is exact |
 |---|---|---|---|---|
@@ -8,55 +8,48 @@
 | `ia3` | factors of the outputs, or of the inputs | - | out, or in | yes |
 | `vera` | lambda_b (out), lambda_d (r) | A, B, shared by all modules | out + r | no |
 
-A family is a module with the same five functions: `initial_arrays`, `peft_arrays`,
-`peft_config`, `freeze_factors` and `parameter`. What a kind declares is in `spec.py`, which needs no
-torch. Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685); FFA-LoRA, Sun et al. 2024 (arXiv
-2403.12313); LoRA-XS, Balazy et al. 2024 (arXiv 2405.17604), which takes singular vectors
-where we take random orthonormal ones; IA3, Liu et al. 2022 (arXiv 2205.05638); VeRA,
-Kopiczko et al. 2023 (arXiv 2310.11454).
+A new kind is a module with a class that fulfils `kind.Kind`, a row above, a line in `KINDS`
+and its name in `fedllm.config.AdapterKind`; tests/adapters/kinds/test_contract.py walks all
+of them. Nothing here needs torch until a model is at hand. Sources: LoRA, Hu et al. 2021
+(arXiv 2106.09685); FFA-LoRA, Sun et al. 2024 (arXiv 2403.12313); LoRA-XS, Balazy et al. 2024
+(arXiv 2405.17604), which takes singular vectors where we take random orthonormal ones; IA3,
+Liu et al. 2022 (arXiv 2205.05638); VeRA, Kopiczko et al. 2023 (arXiv 2310.11454).
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
-import numpy.typing as npt
-
-from fedllm.adapters.kinds import ia3, lora, vera
-from fedllm.adapters.spec import AdapterSpec, Arrays
+from fedllm.adapters.kinds.ia3 import IA3, match_input_dtype
+from fedllm.adapters.kinds.kind import Kind
+from fedllm.adapters.kinds.lora import FFALora, Lora, LoraCore
+from fedllm.adapters.kinds.vera import Vera
 from fedllm.config import AdapterKind
 
 if TYPE_CHECKING:
-    import torch
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-KINDS: tuple[AdapterKind, ...] = ("ffa-lora", "lora-core", "lora", "ia3", "vera")
+KINDS: Mapping[AdapterKind, Kind] = {
+    "ffa-lora": FFALora(),
+    "lora-core": LoraCore(),
+    "lora": Lora(),
+    "ia3": IA3(),
+    "vera": Vera(),
+}
 """The closed list of kinds that a server may name."""
 
 
-class Family(Protocol):
-    """What a module of `fedllm.adapters.kinds` has."""
+def kind_of(name: str) -> Kind:
+    """Return a kind by its name.
 
-    def initial_arrays(self, spec: AdapterSpec) -> Arrays: ...
-
-    def peft_arrays(
-        self, spec: AdapterSpec, trained: Mapping[str, npt.NDArray[Any]]
-    ) -> Arrays: ...
-
-    def peft_config(
-        self, spec: AdapterSpec, base_name: str | None = None
-    ) -> "PeftConfig": ...
-
-    def freeze_factors(self, model: "PeftModel", spec: AdapterSpec) -> None: ...
-
-    def parameter(self, layer: Any, side: str) -> "torch.nn.Parameter": ...
+    Raises:
+        ValueError: There is no such kind.
+    """
+    for known, kind in KINDS.items():
+        if name == known:
+            return kind
+    raise ValueError(f"unknown kind of adapter {name!r}")
 
 
-def family_of(kind: str) -> Family:
-    """Return the module that knows a kind."""
-    match kind:
-        case "ia3":
-            return ia3
-        case "vera":
-            return vera
-        case _:
-            return lora
+def mend_layers(model: "PeftModel") -> None:
+    """Mend PEFT's layers on a model that PEFT opened, of whatever kind they are."""
+    match_input_dtype(model)

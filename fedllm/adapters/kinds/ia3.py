@@ -5,86 +5,112 @@ other kinds, so weight decay pulls to the base model and small steps are not rou
 beside the one. A module's update is diag(change) @ W, which is linear in the change.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fedllm.adapters.kinds.kind import Shape
 from fedllm.adapters.spec import PREFIX, AdapterSpec, Arrays
 
 if TYPE_CHECKING:
     import torch
     from peft import IA3Config, PeftModel
 
-
-def default_modules(model_type: str) -> tuple[list[str], list[str]]:
-    """Return PEFT's (target modules, feed-forward ones) for a model's architecture.
-
-    An architecture that PEFT does not list has Llama's; names that it lacks are refused
-    where the adapter is resolved.
-    """
-    from peft.utils.constants import (
-        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
-    )
-    from peft.utils.constants import (
-        TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS,
-    )
-
-    known = model_type if model_type in FEEDFORWARD else "llama"
-    return list(TARGETS[known]), list(FEEDFORWARD[known])
+_LLAMA_MODULES = (["k_proj", "v_proj", "down_proj"], ["down_proj"])
+"""PEFT's choice for Llama, which a planner without torch needs (a test compares)."""
 
 
-def initial_arrays(spec: AdapterSpec) -> Arrays:
-    """Return the trained values of an adapter that leaves the base unchanged."""
-    return {n: np.zeros(s, np.float32) for n, s in spec.trained_shapes.items()}
+class IA3:
+    """One factor a feature is trained; there is no rank and no dropout."""
 
+    peft_method = "IA3"
+    has_rank = False
+    has_dropout = False
+    is_mean_exact = True
+    file_shapes: Mapping[str, Sequence[tuple[str, ...]]] = {
+        "ia3_l": [("out", "1"), ("1", "in")]
+    }
 
-def peft_arrays(spec: AdapterSpec, trained: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-    """Return the factors of every module, in PEFT's shape under PEFT's names."""
-    arrays: Arrays = {}
-    for module in spec.modules:
-        factor = 1 + np.asarray(trained[f"{PREFIX}{module}.ia3_change"], np.float32)
-        shape = (1, -1) if spec.rescales_input(module) else (-1, 1)
-        arrays[f"{PREFIX}{module}.ia3_l"] = factor.reshape(shape)
-    return arrays
+    def default_modules(self, model_type: str) -> tuple[Sequence[str], Sequence[str]]:
+        """Return PEFT's (target modules, feed-forward ones) for an architecture.
 
+        An architecture that PEFT does not list gets Llama's. If its layers have other
+        names, resolving the adapter raises an error that lists them.
+        """
+        if model_type == "llama":
+            return _LLAMA_MODULES
+        from peft.utils import constants
 
-def peft_config(spec: AdapterSpec, base_name: str | None = None) -> "IA3Config":
-    """Make PEFT's configuration of this adapter."""
-    from peft import IA3Config
+        targets = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+        inward = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+        if model_type not in inward:
+            return _LLAMA_MODULES
+        return list(targets[model_type]), list(inward[model_type])
 
-    return IA3Config(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
-        target_modules=sorted(spec.target_modules),
-        feedforward_modules=sorted(spec.feedforward),
-    )
+    def max_rank(self, shapes: Iterable[Shape]) -> int | None:
+        """Return None: there is no rank to check."""
+        return None
 
+    def trained_tensors(
+        self, spec: AdapterSpec, module: str
+    ) -> dict[str, tuple[int, ...]]:
+        """Return last part of the name -> shape of each trained array of a module."""
+        out_features, in_features = spec.modules[module]
+        inward = spec.rescales_input(module)
+        return {"ia3_change": (in_features if inward else out_features,)}
 
-def freeze_factors(model: "PeftModel", spec: AdapterSpec) -> None:
-    """Make the change, not the factor, the parameter of each module."""
-    from torch.nn.utils import parametrize
+    def initial_arrays(self, spec: AdapterSpec) -> Arrays:
+        """Return the trained values of an adapter that leaves the base unchanged."""
+        return {n: np.zeros(s, np.float32) for n, s in spec.trained_shapes.items()}
 
-    base = model.get_base_model()
-    for module in spec.modules:
-        factors = base.get_submodule(module).ia3_l
-        shape = (1, -1) if spec.rescales_input(module) else (-1, 1)
-        parametrize.register_parametrization(factors, "default", _about_one(shape))
-    match_input_dtype(model)
+    def peft_arrays(
+        self, spec: AdapterSpec, trained: Mapping[str, npt.NDArray[Any]]
+    ) -> Arrays:
+        """Return the factors of every module, in PEFT's shape under PEFT's names."""
+        arrays: Arrays = {}
+        for module in spec.modules:
+            change = np.asarray(trained[f"{PREFIX}{module}.ia3_change"], np.float32)
+            shape = _factor_shape(spec, module)
+            arrays[f"{PREFIX}{module}.ia3_l"] = (1 + change).reshape(shape)
+        return arrays
 
+    def peft_config(
+        self, spec: AdapterSpec, base_name: str | None = None
+    ) -> "IA3Config":
+        """Return PEFT's configuration of this adapter."""
+        from peft import IA3Config
 
-def parameter(layer: Any, side: str) -> "torch.nn.Parameter":
-    """Return the parameter of a module that travels as `side`."""
-    found: torch.nn.Parameter = layer.ia3_l.parametrizations.default.original
-    return found
+        return IA3Config(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base_name,
+            target_modules=sorted(spec.target_modules),
+            feedforward_modules=sorted(spec.feedforward),
+        )
+
+    def freeze_factors(self, model: "PeftModel", spec: AdapterSpec) -> None:
+        """Make the change, not the factor, the parameter of each module."""
+        from torch.nn.utils import parametrize
+
+        base = model.get_base_model()
+        for module in spec.modules:
+            factors = base.get_submodule(module).ia3_l
+            about_one = _about_one(_factor_shape(spec, module))
+            parametrize.register_parametrization(factors, "default", about_one)
+        match_input_dtype(model)
+
+    def parameter(self, layer: Any, side: str) -> "torch.nn.Parameter":
+        """Return the change of an adapted layer."""
+        change: torch.nn.Parameter = layer.ia3_l.parametrizations.default.original
+        return change
 
 
 def match_input_dtype(model: "PeftModel") -> None:
-    """Let PEFT's layers answer in the type that they are asked in.
+    """Make PEFT's IA3 layers return the type of their input.
 
-    Over a bitsandbytes layer PEFT 0.21 answers in float32; attention then refuses keys
-    and values of another type than the queries.
+    Over a bitsandbytes layer PEFT 0.21 returns float32; attention then rejects keys and
+    values of another type than the queries.
     """
     from peft.tuners.ia3 import IA3Layer
 
@@ -97,8 +123,13 @@ def _in_type_of_input(layer: Any, args: tuple[Any, ...], output: Any) -> Any:
     return output.to(args[0].dtype)
 
 
+def _factor_shape(spec: AdapterSpec, module: str) -> tuple[int, int]:
+    """Return the shape of a module's factors in PEFT: a row over inputs, else a column."""
+    return (1, -1) if spec.rescales_input(module) else (-1, 1)
+
+
 def _about_one(shape: tuple[int, int]) -> Any:
-    """Make the parametrisation factor = 1 + change, whose parameter is the change."""
+    """Return the parametrisation factor = 1 + change, whose parameter is the change."""
     import torch
 
     class AboutOne(torch.nn.Module):

@@ -1,11 +1,12 @@
 """LoRA: delta W = alpha/rank * B @ A, with A, both sides or neither fixed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fedllm.adapters.kinds.kind import Shape
 from fedllm.adapters.spec import PREFIX, AdapterSpec, Arrays, generator_of
 
 if TYPE_CHECKING:
@@ -13,83 +14,154 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 
-def initial_arrays(spec: AdapterSpec) -> Arrays:
-    """Return the trained values of an adapter that leaves the base unchanged."""
-    arrays: Arrays = {}
-    for name, shape in spec.trained_shapes.items():
-        if name.endswith("lora_A.weight"):
-            # PEFT's own start of A: uniform, Kaiming with a = sqrt(5).
-            bound = 1 / np.sqrt(shape[1])
-            draws = generator_of(spec.seed, name).uniform(-bound, bound, shape)
-            arrays[name] = draws.astype(np.float32)
-        else:
-            arrays[name] = np.zeros(shape, np.float32)
-    return arrays
+class Lora:
+    """Both factors are trained."""
 
+    peft_method = "LoRA"
+    has_rank = True
+    has_dropout = True
+    is_mean_exact = False
+    file_shapes: Mapping[str, Sequence[tuple[str, ...]]] = {
+        "lora_A": [("r", "in")],
+        "lora_B": [("out", "r")],
+    }
 
-def peft_arrays(spec: AdapterSpec, trained: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-    """Return A and B of every module under PEFT's names; a core is folded into B."""
-    arrays: Arrays = {}
-    for module, (out_features, in_features) in spec.modules.items():
-        name = PREFIX + module
-        if spec.kind == "lora":
-            a = trained[f"{name}.lora_A.weight"]
-            b = trained[f"{name}.lora_B.weight"]
-        else:
-            a = _fixed_a(spec, module, in_features)
-            if spec.kind == "ffa-lora":
-                b = trained[f"{name}.lora_B.weight"]
+    def default_modules(self, model_type: str) -> tuple[Sequence[str], Sequence[str]]:
+        """Return the attention's queries and values, the paper's choice."""
+        return ["q_proj", "v_proj"], []
+
+    def max_rank(self, shapes: Iterable[Shape]) -> int | None:
+        """Return the smallest side: a product of rank r is no more than that."""
+        return min(min(shape) for shape in shapes)
+
+    def trained_tensors(
+        self, spec: AdapterSpec, module: str
+    ) -> dict[str, tuple[int, ...]]:
+        """Return last part of the name -> shape of each trained array of a module."""
+        out_features, in_features = spec.modules[module]
+        return {
+            "lora_A.weight": (spec.rank, in_features),
+            "lora_B.weight": (out_features, spec.rank),
+        }
+
+    def initial_arrays(self, spec: AdapterSpec) -> Arrays:
+        """Return the trained values of an adapter that leaves the base unchanged."""
+        arrays: Arrays = {}
+        for name, shape in spec.trained_shapes.items():
+            if name.endswith("lora_A.weight"):
+                # PEFT's own start of A: uniform, Kaiming with a = sqrt(5).
+                bound = 1 / np.sqrt(shape[1])
+                draws = generator_of(spec.seed, name).uniform(-bound, bound, shape)
+                arrays[name] = draws.astype(np.float32)
             else:
-                left = _fixed_left(spec, module, out_features)
-                b = left @ trained[f"{name}.lora_core.weight"]
-        arrays[f"{name}.lora_A.weight"] = np.ascontiguousarray(a, np.float32)
-        arrays[f"{name}.lora_B.weight"] = np.ascontiguousarray(b, np.float32)
-    return arrays
+                arrays[name] = np.zeros(shape, np.float32)
+        return arrays
+
+    def peft_arrays(
+        self, spec: AdapterSpec, trained: Mapping[str, npt.NDArray[Any]]
+    ) -> Arrays:
+        """Return A and B of every module under PEFT's names."""
+        arrays: Arrays = {}
+        for module in spec.modules:
+            a, b = self._factors(spec, module, trained)
+            for side, factor in (("lora_A", a), ("lora_B", b)):
+                name = f"{PREFIX}{module}.{side}.weight"
+                arrays[name] = np.ascontiguousarray(factor, np.float32)
+        return arrays
+
+    def peft_config(
+        self, spec: AdapterSpec, base_name: str | None = None
+    ) -> "LoraConfig":
+        """Return PEFT's configuration of this adapter."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base_name,
+            r=spec.rank,
+            lora_alpha=spec.alpha,
+            lora_dropout=spec.dropout,
+            target_modules=sorted(spec.target_modules),
+            bias="none",
+        )
+
+    def freeze_factors(self, model: "PeftModel", spec: AdapterSpec) -> None:
+        """Leave the model as it is: no factor is fixed."""
+
+    def parameter(self, layer: Any, side: str) -> "torch.nn.Parameter":
+        """Return the parameter of an adapted layer that travels as `side`."""
+        factor = getattr(layer, side.removesuffix(".weight"))["default"]
+        weight: torch.nn.Parameter = factor.weight
+        return weight
+
+    def _factors(
+        self, spec: AdapterSpec, module: str, trained: Mapping[str, npt.NDArray[Any]]
+    ) -> tuple[Any, Any]:
+        """Return A (r, in) and B (out, r) of a module."""
+        name = PREFIX + module
+        return trained[f"{name}.lora_A.weight"], trained[f"{name}.lora_B.weight"]
 
 
-def peft_config(spec: AdapterSpec, base_name: str | None = None) -> "LoraConfig":
-    """Make PEFT's configuration of this adapter."""
-    from peft import LoraConfig
+class FFALora(Lora):
+    """B is trained, A is fixed."""
 
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        target_modules=sorted(spec.target_modules),
-        bias="none",
-    )
+    is_mean_exact = True
 
+    def trained_tensors(
+        self, spec: AdapterSpec, module: str
+    ) -> dict[str, tuple[int, ...]]:
+        """Return last part of the name -> shape of each trained array of a module."""
+        return {"lora_B.weight": (spec.modules[module][0], spec.rank)}
 
-def freeze_factors(model: "PeftModel", spec: AdapterSpec) -> None:
-    """Write the fixed factors into a model; a core becomes the parameter of its B."""
-    import torch
-    from torch.nn.utils import parametrize
+    def freeze_factors(self, model: "PeftModel", spec: AdapterSpec) -> None:
+        """Write the fixed A of every module into a model."""
+        import torch
 
-    if spec.kind == "lora":
-        return
-    base = model.get_base_model()
-    for module, (out_features, in_features) in spec.modules.items():
-        layer = base.get_submodule(module)
-        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        base = model.get_base_model()
         with torch.no_grad():
-            a.weight.copy_(torch.from_numpy(_fixed_a(spec, module, in_features)))
-        if spec.kind == "lora-core":
-            left = torch.from_numpy(_fixed_left(spec, module, out_features))
-            parametrize.register_parametrization(
-                b, "weight", _fixed_left_module(left.to(b.weight.device))
-            )
+            for module in spec.modules:
+                a = base.get_submodule(module).lora_A["default"]
+                a.weight.copy_(torch.from_numpy(_fixed_a(spec, module)))
+
+    def _factors(
+        self, spec: AdapterSpec, module: str, trained: Mapping[str, npt.NDArray[Any]]
+    ) -> tuple[Any, Any]:
+        b = trained[f"{PREFIX}{module}.lora_B.weight"]
+        return _fixed_a(spec, module), b
 
 
-def parameter(layer: Any, side: str) -> "torch.nn.Parameter":
-    """Return the parameter of a module that travels as `side`."""
-    found: torch.nn.Parameter
-    if side == "lora_core.weight":
-        found = layer.lora_B["default"].parametrizations.weight.original
-    else:
-        found = getattr(layer, side.removesuffix(".weight"))["default"].weight
-    return found
+class LoraCore(FFALora):
+    """A core between two fixed factors is trained; PEFT sees it folded into B."""
+
+    def trained_tensors(
+        self, spec: AdapterSpec, module: str
+    ) -> dict[str, tuple[int, ...]]:
+        """Return last part of the name -> shape of each trained array of a module."""
+        return {"lora_core.weight": (spec.rank, spec.rank)}
+
+    def freeze_factors(self, model: "PeftModel", spec: AdapterSpec) -> None:
+        """Write the fixed factors into a model; the core becomes the parameter of B."""
+        import torch
+        from torch.nn.utils import parametrize
+
+        super().freeze_factors(model, spec)
+        base = model.get_base_model()
+        for module in spec.modules:
+            b = base.get_submodule(module).lora_B["default"]
+            left = torch.from_numpy(_fixed_left(spec, module)).to(b.weight.device)
+            parametrize.register_parametrization(b, "weight", _fixed_left_module(left))
+
+    def parameter(self, layer: Any, side: str) -> "torch.nn.Parameter":
+        """Return the core of an adapted layer."""
+        b = layer.lora_B["default"]
+        core: torch.nn.Parameter = b.parametrizations.weight.original
+        return core
+
+    def _factors(
+        self, spec: AdapterSpec, module: str, trained: Mapping[str, npt.NDArray[Any]]
+    ) -> tuple[Any, Any]:
+        core = trained[f"{PREFIX}{module}.lora_core.weight"]
+        return _fixed_a(spec, module), _fixed_left(spec, module) @ core
 
 
 def _orthonormal_columns(seed: int, name: str, rows: int, columns: int) -> Any:
@@ -99,19 +171,21 @@ def _orthonormal_columns(seed: int, name: str, rows: int, columns: int) -> Any:
     return np.ascontiguousarray(q * np.where(np.diag(r) < 0, -1.0, 1.0), np.float32)
 
 
-def _fixed_a(spec: AdapterSpec, module: str, in_features: int) -> Any:
-    """Return the fixed A (r, in): orthonormal rows."""
+def _fixed_a(spec: AdapterSpec, module: str) -> Any:
+    """Return the fixed A (r, in) of a module: orthonormal rows."""
+    in_features = spec.modules[module][1]
     columns = _orthonormal_columns(spec.seed, module + ".A", in_features, spec.rank)
     return np.ascontiguousarray(columns.T)
 
 
-def _fixed_left(spec: AdapterSpec, module: str, out_features: int) -> Any:
+def _fixed_left(spec: AdapterSpec, module: str) -> Any:
     """Return the fixed left factor (out, r) of a core: orthonormal columns."""
+    out_features = spec.modules[module][0]
     return _orthonormal_columns(spec.seed, module + ".B", out_features, spec.rank)
 
 
 def _fixed_left_module(left: "torch.Tensor") -> Any:
-    """Make the parametrisation weight = left @ core, whose parameter is the core."""
+    """Return the parametrisation weight = left @ core, whose parameter is the core."""
     import torch
 
     class FixedLeft(torch.nn.Module):

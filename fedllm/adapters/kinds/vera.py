@@ -5,12 +5,13 @@ from the public seed alone. Both lambdas are trained, so a mean of clients is no
 of their updates, and noise in one meets noise in the other, as with `lora`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fedllm.adapters.kinds.kind import Shape
 from fedllm.adapters.spec import AdapterSpec, Arrays, generator_of
 
 if TYPE_CHECKING:
@@ -21,58 +22,85 @@ _FIRST_LAMBDA_D = 0.1
 """PEFT's start, and the paper's (table 6c)."""
 
 
-def initial_arrays(spec: AdapterSpec) -> Arrays:
-    """Return the trained values of an adapter that leaves the base unchanged."""
-    return {
-        name: np.full(
-            shape, _FIRST_LAMBDA_D if name.endswith("lambda_d") else 0, np.float32
+class Vera:
+    """Two vectors a module are trained, around factors that all modules share."""
+
+    peft_method = "VeRA"
+    has_rank = True
+    has_dropout = True
+    is_mean_exact = False
+    file_shapes: Mapping[str, Sequence[tuple[str, ...]]] = {
+        "vera_lambda_b": [("out",)],
+        "vera_lambda_d": [("r",)],
+    }
+
+    def default_modules(self, model_type: str) -> tuple[Sequence[str], Sequence[str]]:
+        """Return the attention's queries and values, as for LoRA."""
+        return ["q_proj", "v_proj"], []
+
+    def max_rank(self, shapes: Iterable[Shape]) -> int | None:
+        """Return None: the factors are random, not a decomposition, so any rank fits."""
+        return None
+
+    def trained_tensors(
+        self, spec: AdapterSpec, module: str
+    ) -> dict[str, tuple[int, ...]]:
+        """Return last part of the name -> shape of each trained array of a module."""
+        out_features = spec.modules[module][0]
+        return {"vera_lambda_b": (out_features,), "vera_lambda_d": (spec.rank,)}
+
+    def initial_arrays(self, spec: AdapterSpec) -> Arrays:
+        """Return the trained values of an adapter that leaves the base unchanged."""
+        return {
+            name: np.full(
+                shape, _FIRST_LAMBDA_D if name.endswith("lambda_d") else 0, np.float32
+            )
+            for name, shape in spec.trained_shapes.items()
+        }
+
+    def peft_arrays(
+        self, spec: AdapterSpec, trained: Mapping[str, npt.NDArray[Any]]
+    ) -> Arrays:
+        """Return the lambdas and the shared factors under PEFT's names."""
+        a, b = _fixed_factors(spec)
+        lambdas = {
+            name: np.ascontiguousarray(trained[name], np.float32)
+            for name in spec.trained_shapes
+        }
+        return {"base_model.vera_A": a, "base_model.vera_B": b, **lambdas}
+
+    def peft_config(
+        self, spec: AdapterSpec, base_name: str | None = None
+    ) -> "VeraConfig":
+        """Return PEFT's configuration of this adapter.
+
+        The shared factors are saved: PEFT would draw other ones from its own key.
+        """
+        from peft import VeraConfig
+
+        return VeraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base_name,
+            r=spec.rank,
+            vera_dropout=spec.dropout,
+            target_modules=sorted(spec.target_modules),
+            save_projection=True,
+            bias="none",
         )
-        for name, shape in spec.trained_shapes.items()
-    }
 
+    def freeze_factors(self, model: "PeftModel", spec: AdapterSpec) -> None:
+        """Write the shared factors into a model; its modules hold references to them."""
+        import torch
 
-def peft_arrays(spec: AdapterSpec, trained: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-    """Return the lambdas and the shared factors under PEFT's names."""
-    a, b = _fixed_factors(spec)
-    lambdas = {
-        name: np.ascontiguousarray(trained[name], np.float32)
-        for name in spec.trained_shapes
-    }
-    return {"base_model.vera_A": a, "base_model.vera_B": b, **lambdas}
+        a, b = _fixed_factors(spec)
+        with torch.no_grad():
+            model.base_model.vera_A["default"].copy_(torch.from_numpy(a))
+            model.base_model.vera_B["default"].copy_(torch.from_numpy(b))
 
-
-def peft_config(spec: AdapterSpec, base_name: str | None = None) -> "VeraConfig":
-    """Make PEFT's configuration of this adapter.
-
-    The shared factors are saved: PEFT would draw other ones from its own key.
-    """
-    from peft import VeraConfig
-
-    return VeraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
-        r=spec.rank,
-        vera_dropout=spec.dropout,
-        target_modules=sorted(spec.target_modules),
-        save_projection=True,
-        bias="none",
-    )
-
-
-def freeze_factors(model: "PeftModel", spec: AdapterSpec) -> None:
-    """Write the shared factors into a model; its modules hold references to them."""
-    import torch
-
-    a, b = _fixed_factors(spec)
-    with torch.no_grad():
-        model.base_model.vera_A["default"].copy_(torch.from_numpy(a))
-        model.base_model.vera_B["default"].copy_(torch.from_numpy(b))
-
-
-def parameter(layer: Any, side: str) -> "torch.nn.Parameter":
-    """Return the parameter of a module that travels as `side`."""
-    found: torch.nn.Parameter = getattr(layer, side)["default"]
-    return found
+    def parameter(self, layer: Any, side: str) -> "torch.nn.Parameter":
+        """Return the parameter of an adapted layer that travels as `side`."""
+        vector: torch.nn.Parameter = getattr(layer, side)["default"]
+        return vector
 
 
 def _fixed_factors(spec: AdapterSpec) -> tuple[Any, Any]:

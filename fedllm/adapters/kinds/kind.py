@@ -1,0 +1,73 @@
+"""What every kind of adapter declares and does."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy.typing as npt
+
+from fedllm.adapters.spec import AdapterSpec, Arrays
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig, PeftModel
+
+Shape = tuple[int, int]
+"""(out features, in features) of a linear layer."""
+
+
+class Kind(Protocol):
+    """A kind of adapter: all that the rest of the package asks of it.
+
+    Attributes:
+        peft_method: PEFT's method, as its paper spells it; in small letters the tag that
+            the Hugging Face hub knows it by.
+        has_rank: Whether `adapter.rank` has a meaning.
+        has_dropout: Whether `adapter.dropout` may be above 0.
+        is_mean_exact: Whether the mean of clients' trained values is the adapter of their
+            mean update.
+        file_shapes: Last part of a weight's name in PEFT's file -> the shapes that it may
+            have, in the words "r", "in", "out" and "1".
+    """
+
+    peft_method: str
+    has_rank: bool
+    has_dropout: bool
+    is_mean_exact: bool
+    file_shapes: Mapping[str, Sequence[tuple[str, ...]]]
+
+    def default_modules(self, model_type: str) -> tuple[Sequence[str], Sequence[str]]:
+        """Return what `adapter.target-modules="auto"` means for an architecture.
+
+        Args:
+            model_type: As in a model's config.json.
+
+        Returns:
+            Last parts of the target modules' names, and of those whose input is rescaled.
+        """
+
+    def max_rank(self, shapes: Iterable[Shape]) -> int | None:
+        """Return the largest rank that target modules allow; None: any rank."""
+
+    def trained_tensors(
+        self, spec: AdapterSpec, module: str
+    ) -> dict[str, tuple[int, ...]]:
+        """Return last part of the name -> shape of each trained array of a module."""
+
+    def initial_arrays(self, spec: AdapterSpec) -> Arrays:
+        """Return the trained values of an adapter that leaves the base unchanged."""
+
+    def peft_arrays(
+        self, spec: AdapterSpec, trained: Mapping[str, npt.NDArray[Any]]
+    ) -> Arrays:
+        """Return all that PEFT needs under PEFT's names, fixed factors included."""
+
+    def peft_config(
+        self, spec: AdapterSpec, base_name: str | None = None
+    ) -> "PeftConfig":
+        """Return PEFT's configuration of this adapter."""
+
+    def freeze_factors(self, model: "PeftModel", spec: AdapterSpec) -> None:
+        """Write what is fixed into a model that PEFT has just wrapped."""
+
+    def parameter(self, layer: Any, side: str) -> "torch.nn.Parameter":
+        """Return the parameter of an adapted layer that travels as `side`."""
