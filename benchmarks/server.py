@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 from flwr.app import Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.resolve import resolve
@@ -34,6 +33,7 @@ from fedllm.privacy.ledger import Ledger
 from fedllm.strategy.build import make_strategy
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.wire.messages import ARRAYS, encoded_record
+from fedllm.wire.task_identity import set_task_identity
 
 _MODEL = "openlm-research/open_llama_3b_v2"
 _DIFFERENT = 8
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--encoding", default="float32")
     parser.add_argument("--replies", type=int, default=1000)
     args = parser.parse_args()
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    set_task_identity()
     config = parse_run_config(
         {
             "adapter.kind": args.kind,

@@ -3,46 +3,49 @@
 import logging
 import time
 import traceback
+from dataclasses import dataclass
 
-from flwr.app import Context
-
-from fedllm.client.node_config import partition_of
-from fedllm.config import RunConfig, fedllm_home
-from fedllm.errors import FedllmError
+from fedllm.config import fedllm_home
 
 logger = logging.getLogger(__name__)
 
 
-def note(context: Context, config: RunConfig, text: str) -> None:
-    """Write a line to this client's own log, and show it where that is no release.
+@dataclass(frozen=True)
+class ClientLog:
+    """The log of one client in one run: `logs/client-<number>.log`.
 
-    A simulation forwards what its actors print to the run's log, which is the server's.
+    Attributes:
+        number: The client's partition id.
+        run_id: Flower's id of the run, which begins every entry.
+        is_shown: Whether lines also go to standard output. A simulation forwards what
+            its actors print to the run's log, which is the server's; under differential
+            privacy that would be a release.
     """
-    _append_log(context, text)
-    simulated = "num-partitions" in context.node_config
-    if config.privacy.unit == "none" or not simulated:
-        logger.info(text)
 
+    number: int
+    run_id: int
+    is_shown: bool = False
 
-def log_failure(context: Context, code: str, error: Exception) -> str:
-    """Write the whole error to this client's own log and return the log's path."""
-    trace = "".join(traceback.format_exception(error))
-    return _append_log(context, f"no update (code {code})\n{trace}")
+    def write(self, text: str) -> None:
+        """Write a line, and show it if that releases nothing."""
+        self._append(text)
+        if self.is_shown:
+            logger.info(text)
 
+    def write_failure(self, code: str, error: Exception) -> str:
+        """Write the whole error, never shown, and return the log's path."""
+        trace = "".join(traceback.format_exception(error))
+        return self._append(f"no update (code {code})\n{trace}")
 
-def _append_log(context: Context, text: str) -> str:
-    """Append to `logs/client-<partition id>.log` and return its path."""
-    try:
-        partition_id, _ = partition_of(context)
-    except FedllmError:
-        partition_id = 0
-    path = fedllm_home() / "logs" / f"client-{partition_id}.log"
-    try:
-        # An error's text may quote a row.
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.write(f"{stamp} run {context.run_id} {text}\n")
-    except OSError as error:
-        logger.error("%s: cannot be written: %s", path, error.strerror)
-    return str(path)
+    def _append(self, text: str) -> str:
+        """Append an entry and return the log's path."""
+        path = fedllm_home() / "logs" / f"client-{self.number}.log"
+        try:
+            # An error's text may quote a row.
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+                file.write(f"{stamp} run {self.run_id} {text}\n")
+        except OSError as error:
+            logger.error("%s: cannot be written: %s", path, error.strerror)
+        return str(path)

@@ -1,27 +1,29 @@
-"""One client's part of a round: its data, its resident base model, its reply.
+"""One client's part of a round: one message in, arrays or one code out.
 
-A simulation's actors live through the run, so the base model is loaded, and a
-partition tokenised, once in each. On a SuperNode every message starts a new process and
-the caches are empty; the quantised base comes from disk.
+The order: the limits of the node's owner, before anything is loaded; the base model and
+the tokenised rows; the training; the reply.
 """
 
+import dataclasses
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 
 from fedllm.adapters.resolve import with_kind
-from fedllm.client.cache import _examples, _load, _Resident, _share
-from fedllm.client.log import log_failure, note
+from fedllm.client.cache import ClientRows, client_rows, resident_model
+from fedllm.client.log import ClientLog
 from fedllm.client.node_config import (
-    LIMITS,
+    NodeConfig,
     check_node_limits,
-    number_setting,
-    partition_of,
+    log_number,
+    parse_node_config,
 )
-from fedllm.config import RunConfig, fedllm_home, parse_run_config
+from fedllm.config import RunConfig, parse_run_config
 from fedllm.errors import (
     BudgetError,
     ConfigError,
@@ -43,8 +45,51 @@ from fedllm.wire.messages import (
 from fedllm.wire.resumed_run import original_context
 
 if TYPE_CHECKING:
-    from fedllm.data.tokens import Example
+    from fedllm.adapters.adapted_model import AdaptedModel
     from fedllm.training.result import Trained
+
+_CODES: tuple[tuple[type[Exception], str], ...] = (
+    (BudgetError, "budget-spent"),
+    (ConfigError, "bad-config"),
+    (DataError, "no-data"),
+    (TimeLimitError, "time-limit"),
+    (MemoryError, "out-of-memory"),
+)
+
+
+@dataclass(frozen=True)
+class _Client:
+    """One client in one run."""
+
+    config: RunConfig
+    node: NodeConfig
+    run_id: int
+
+    @property
+    def log(self) -> ClientLog:
+        """The client's own log."""
+        is_shown = self.config.privacy.unit == "none" or not self.node.is_simulated
+        return ClientLog(self.node.partition_id, self.run_id, is_shown)
+
+
+@dataclass(frozen=True)
+class _Times:
+    """`time.monotonic()` at each border between two of CLIENT_PHASES."""
+
+    started: float
+    loaded: float
+    ready: float
+    began: float
+    trained: float
+    encoded: float
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each phase, by the name of its metric."""
+        borders = pairwise(dataclasses.astuple(self))
+        return {
+            f"seconds-{phase}": until - since
+            for phase, (since, until) in zip(CLIENT_PHASES, borders, strict=True)
+        }
 
 
 def reply_to(message: Message, context: Context) -> Message:
@@ -61,98 +106,85 @@ def reply_to(message: Message, context: Context) -> Message:
         context = original_context(message, context)
         config = parse_run_config(context.run_config)
         private = config.privacy.unit != "none"
-        check_node_limits(context.node_config, config)
+        node = parse_node_config(context.node_config)
+        check_node_limits(node, config)
+        client = _Client(config, node, context.run_id)
         if message.metadata.message_type.startswith("evaluate"):
-            content = _evaluate(message, context, config)
+            content = _evaluate(message, client)
         else:
-            content = _train(message, context, config)
-    except Exception as error:  # noqa: BLE001 - a client's failure is told by code
-        code = _code(error)
-        where = log_failure(context, code, error)
-        text = str(error) if isinstance(error, FedllmError) else repr(error)
-        # A lone surrogate, as in a file name, could not be sent.
-        told = f"{text} (log: {where})".encode("utf-8", "backslashreplace").decode()
-        content = error_content(code, None if private else told)
+            content = _train(message, client)
+    except Exception as error:  # noqa: BLE001 - a client's failure becomes a code
+        content = _failure(error, context, private)
     return Message(content, reply_to=message)
 
 
-def _train(message: Message, context: Context, config: RunConfig) -> RecordDict:
+def _failure(error: Exception, context: Context, private: bool) -> RecordDict:
+    """Log an error and return its code, with its text only without privacy."""
+    code = _code(error)
+    log = ClientLog(log_number(context.node_config), context.run_id)
+    path = log.write_failure(code, error)
+    if private:
+        return error_content(code, None)
+    text = str(error) if isinstance(error, FedllmError) else repr(error)
+    # A lone surrogate, as in a file name, could not be sent.
+    sent = f"{text} (log: {path})".encode("utf-8", "backslashreplace").decode()
+    return error_content(code, sent)
+
+
+def _code(error: Exception) -> str:
+    """Map an error to the closed list of codes."""
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            return code
+    # An accelerator raises torch's own error; on a CPU torch raises a RuntimeError.
+    is_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if type(error).__name__ == "OutOfMemoryError" or is_cpu:
+        return "out-of-memory"
+    return "failed"
+
+
+def _train(message: Message, client: _Client) -> RecordDict:
     """Fine-tune from the server's arrays and return the trained ones."""
     started = time.monotonic()
+    config, node = client.config, client.node
     # The message's own clock is the server's, which may be wrong here by any amount.
     deadline = started + config.strategy.round_timeout
     record = message.content.config_records[CONFIG]
-    resident = _load(with_kind(config, record.get(ADAPTER_KIND)))
-    adapted = resident.adapted
+    resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
     loaded = time.monotonic()
-    partition_id, _ = partition_of(context)
-    examples = _examples(resident, context, config)
-    shapes, encoding = adapted.spec.trained_shapes, config.wire.encoding
-    arrays = read_global(message.content.array_records[ARRAYS], shapes, encoding)
+    rows = client_rows(resident, node, config, client.log)
+    arrays = _received(message, resident.adapted, config)
     server_round = int(record["server-round"])  # type: ignore[arg-type]
     learning_rate = float(record["learning-rate"])  # type: ignore[arg-type]
-    seed = training_seed(config.seed, server_round, partition_id)
+    seed = training_seed(config.seed, server_round, node.partition_id)
     task = RoundTask(arrays, learning_rate, seed, deadline)
     ready = time.monotonic()
     metrics: dict[str, Any] = {}
     if config.privacy.unit == "record":
         trained, metrics["epsilon"] = _train_privately(
-            resident, context, config, examples, task
+            client, resident.adapted, rows, task
         )
     else:
         from fedllm.training.sft import train_adapter
 
-        trained = train_adapter(adapted, examples, config.train, task)
+        trained = train_adapter(resident.adapted, rows.examples, config.train, task)
     ended = time.monotonic()
     began = ready if trained.began is None else trained.began
-    sent = _encoded(trained.arrays, arrays, config, server_round, partition_id)
-    content = RecordDict({ARRAYS: sent})
-    times = (started, loaded, ready, began, ended, time.monotonic())
+    sent = _encoded(trained.arrays, arrays, config, server_round, node.partition_id)
+    times = _Times(started, loaded, ready, began, ended, time.monotonic())
     if config.privacy.unit == "none":
-        metrics = {"num-examples": trained.num_examples, "train-loss": trained.loss}
         # Under DP times would leave without noise: they go to this client's log only.
-        for phase, since, until in zip(CLIENT_PHASES, times, times[1:], strict=False):
-            metrics[f"seconds-{phase}"] = until - since
-    # Until the first step, by the server's clock, which may be wrong here.
-    age = time.time() - (time.monotonic() - began) - message.metadata.created_at
-    note(
-        context,
-        config,
-        f"client {partition_id}: round {server_round}: {trained.num_steps} steps on "
-        f"{trained.num_examples} examples in {ended - ready:.1f} s "
-        f"(ready after {ready - started:.1f} s; first step {age:.1f} s after the "
-        f"message was made, {began - started:.1f} s after it was taken up)",
-    )
+        metrics = {"num-examples": trained.num_examples, "train-loss": trained.loss}
+        metrics |= times.seconds()
+    _log_training(client, server_round, trained, times, message.metadata.created_at)
+    content = RecordDict({ARRAYS: sent})
     if metrics:
         content[METRICS] = MetricRecord(metrics)
     return content
 
 
-def _encoded(
-    trained: Mapping[str, Any],
-    received: Mapping[str, Any],
-    config: RunConfig,
-    server_round: int,
-    partition_id: int,
-) -> ArrayRecord:
-    """Return what this client sends: values, or its update where the encoding rounds.
-
-    Rounding is a function of what would be sent exactly and of public numbers, so it
-    takes nothing from a guarantee, and its seed need not be secret.
-    """
-    encoding = config.wire.encoding
-    generator = np.random.default_rng([config.seed, server_round, partition_id])
-    if encoding != "float32":
-        trained = {name: value - received[name] for name, value in trained.items()}
-    return encoded_record(trained, encoding, generator)
-
-
 def _train_privately(
-    resident: _Resident,
-    context: Context,
-    config: RunConfig,
-    examples: "list[Example]",
-    task: RoundTask,
+    client: _Client, adapted: "AdaptedModel", rows: ClientRows, task: RoundTask
 ) -> tuple["Trained", float]:
     """Train by DP-SGD, and pay on this client's disk before anything leaves.
 
@@ -164,66 +196,94 @@ def _train_privately(
         ConfigError: The client has fewer records than a batch.
         PrivacyError: The ledger cannot be trusted or written.
     """
-    from fedllm.client.record_budget import RecordBudget, ledger_folder
-    from fedllm.privacy.record_ledger import RecordLedger
+    from fedllm.client.record_budget import open_budget
     from fedllm.training.dp_sgd import train_privately
 
-    node = context.node_config
-    partition_id, _ = partition_of(context)
-    # Whoever set a floor or a file is no simulation: that ledger has to outlive the run.
-    real = {"data-path", *LIMITS} & set(node)
-    simulated = not real and "num-partitions" in node
-    folder = ledger_folder(
-        fedllm_home(), context.run_id, partition_id if simulated else None
-    )
-    digests = resident.digests[_share(context, config)]
-    budget = RecordBudget(
-        RecordLedger(folder),
-        config,
-        context.run_id,
-        digests,
-        len(examples),
-        number_setting(node, "max-epsilon"),
+    config = client.config
+    budget = open_budget(
+        config, client.node, client.run_id, rows.digests, len(rows.examples)
     )
     budget.require()
-    trained = train_privately(resident.adapted, examples, config, budget.plan, task)
+    trained = train_privately(adapted, rows.examples, config, budget.plan, task)
     return trained, budget.spend()
 
 
-def _evaluate(message: Message, context: Context, config: RunConfig) -> RecordDict:
+def _received(
+    message: Message, adapted: "AdaptedModel", config: RunConfig
+) -> dict[str, Any]:
+    """Decode the server's arrays.
+
+    Raises:
+        ValueError: They are not those of the adapter.
+    """
+    record = message.content.array_records[ARRAYS]
+    return read_global(record, adapted.spec.trained_shapes, config.wire.encoding)
+
+
+def _encoded(
+    trained: Mapping[str, Any],
+    received: Mapping[str, Any],
+    config: RunConfig,
+    server_round: int,
+    partition_id: int,
+) -> ArrayRecord:
+    """Return what this client sends: values, or its update if the encoding rounds.
+
+    Rounding is a function of what would be sent exactly and of public numbers, so it
+    takes nothing from a guarantee, and its seed need not be secret.
+    """
+    encoding = config.wire.encoding
+    generator = np.random.default_rng([config.seed, server_round, partition_id])
+    if encoding != "float32":
+        trained = {name: value - received[name] for name, value in trained.items()}
+    return encoded_record(trained, encoding, generator)
+
+
+def _log_training(
+    client: _Client,
+    server_round: int,
+    trained: "Trained",
+    times: _Times,
+    created_at: float,
+) -> None:
+    """Log what a training did and how long it took.
+
+    Args:
+        client: Whose log it is.
+        server_round: The round.
+        trained: The result.
+        times: Its times, by this machine's clock.
+        created_at: When the server made the message, by the server's clock, which may
+            differ from this machine's.
+    """
+    age = time.time() - (time.monotonic() - times.began) - created_at
+    client.log.write(
+        f"client {client.node.partition_id}: round {server_round}: "
+        f"{trained.num_steps} steps on {trained.num_examples} examples in "
+        f"{times.trained - times.ready:.1f} s "
+        f"(ready after {times.ready - times.started:.1f} s; first step {age:.1f} s after "
+        f"the message was made, {times.began - times.started:.1f} s after it was taken "
+        "up)"
+    )
+
+
+def _evaluate(message: Message, client: _Client) -> RecordDict:
     """Return the loss of the server's adapter on this client's held-out rows."""
     from fedllm.evaluation.held_out_loss import held_out
 
+    config = client.config
     if config.privacy.unit != "none":
-        raise ConfigError("privacy.unit: clients evaluate only where it is 'none'")
+        raise ConfigError(
+            "privacy.unit: clients evaluate only if it is 'none' "
+            f"(got {config.privacy.unit!r})"
+        )
     record = message.content.config_records[CONFIG]
-    resident = _load(with_kind(config, record.get(ADAPTER_KIND)))
-    examples = _examples(resident, context, config, held_out=True)
+    resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
+    rows = client_rows(resident, client.node, config, client.log, held_out=True)
     adapted = resident.adapted
-    shapes = adapted.spec.trained_shapes
-    sent = message.content.array_records[ARRAYS]
-    arrays = read_global(sent, shapes, config.wire.encoding)
-    adapted.set(arrays)
-    examples = examples[: config.strategy.evaluate_examples or None]
+    adapted.set(_received(message, adapted, config))
+    examples = rows.examples[: config.strategy.evaluate_examples or None]
     score = held_out(adapted.model, examples, adapted.pad_token_id)
     metrics = MetricRecord({"num-examples": score.num_examples})
     metrics["eval-loss"] = score.loss
     return RecordDict({METRICS: metrics})
-
-
-def _code(error: Exception) -> str:
-    """Map an error to the closed list of codes."""
-    if isinstance(error, BudgetError):
-        return "budget-spent"
-    if isinstance(error, ConfigError):
-        return "bad-config"
-    if isinstance(error, DataError):
-        return "no-data"
-    if isinstance(error, TimeLimitError):
-        return "time-limit"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "out-of-memory"
-    # On a CPU torch says it with a plain RuntimeError.
-    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
-        return "out-of-memory"
-    return "failed"

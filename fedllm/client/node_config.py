@@ -1,87 +1,167 @@
-"""The node's own config: its data, its partition, and its limits on any run."""
+"""What the owner of a node decides: its data, its partition and its limits on any run."""
 
 import math
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
-
-from flwr.app import Context
 
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
 
 _LARGEST_DELTA = 1e-5
-"""Where a node says nothing else: any epsilon can be had at a delta near 1."""
+"""Largest delta of a run if the node sets a `max-epsilon` and no delta: at a delta near 1
+any epsilon can be reached."""
 
 LIMITS = ("privacy-unit", "max-epsilon", "delta")
-_FLOOR_WORDS = ("privacy", "epsilon", "delta")
+KEYS = ("data-path", "partition-id", "num-partitions", *LIMITS)
 
 
-def check_node_limits(node_config: Mapping[str, Any], config: RunConfig) -> None:
-    """Hold a run against the floors in this node's own config.
+@dataclass(frozen=True)
+class NodeConfig:
+    """The config of a node, set by its owner or, in a simulation, by Flower.
+
+    Attributes:
+        partition_id: Which partition the client has. It seeds the training and names the
+            client's log.
+        num_partitions: Partitions of `data.name`; 1 if the client has a file of its own.
+        data_path: The client's own file or folder; None: a partition of `data.name`.
+        privacy_unit: The `privacy.unit` that a run must have; None: any.
+        max_epsilon: Largest epsilon that a run may spend; None: no limit.
+        delta: Largest `privacy.delta` of a run; None: not set.
+    """
+
+    partition_id: int
+    num_partitions: int
+    data_path: str | None = None
+    privacy_unit: str | None = None
+    max_epsilon: float | None = None
+    delta: float | None = None
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether Flower made up this node: its owner set no file and no limit.
+
+        A simulated client starts a new ledger in every run, and what it prints goes to
+        the run's log. Both would be wrong for a real one.
+        """
+        own = (self.data_path, self.privacy_unit, self.max_epsilon, self.delta)
+        return all(value is None for value in own)
+
+
+def parse_node_config(values: Mapping[str, Any]) -> NodeConfig:
+    """Parse the node config that Flower hands a client.
+
+    Args:
+        values: Flower's mapping. A simulation sets `partition-id` and `num-partitions`;
+            a SuperNode has what its owner typed after `--node-config`.
+
+    Raises:
+        ConfigError: A key is unknown, a number is none, or there is neither a file nor a
+            partition.
+    """
+    _require_known_keys(values)
+    partition_id, num_partitions = _partition(values)
+    path, unit = values.get("data-path"), values.get("privacy-unit")
+    return NodeConfig(
+        partition_id=partition_id,
+        num_partitions=num_partitions,
+        data_path=None if path is None else str(path),
+        privacy_unit=None if unit is None else str(unit),
+        max_epsilon=_number(values, "max-epsilon"),
+        delta=_number(values, "delta"),
+    )
+
+
+def log_number(values: Mapping[str, Any]) -> int:
+    """Return the number in the name of a client's log, also for a wrong node config.
+
+    Returns:
+        The partition id; 0 if it cannot be read.
+    """
+    try:
+        return _partition(values)[0]
+    except ConfigError:
+        return 0
+
+
+def check_node_limits(node: NodeConfig, config: RunConfig) -> None:
+    """Check a run against the limits in this node's own config.
 
     Raises:
         ConfigError: The run promises less than the node's owner demands.
     """
+    _check_unit(node, config)
+    _check_epsilon(node, config)
     privacy = config.privacy
-    _require_known_floors(node_config)
-    unit = node_config.get("privacy-unit")
-    limit = number_setting(node_config, "max-epsilon")
-    delta = number_setting(node_config, "delta")
-    if limit is not None or delta is not None:
-        # An epsilon or delta of no guarantee at all is below every floor.
-        unit = unit or "client"
-    if unit is not None and unit != privacy.unit:
+    if node.delta is not None and not 0 < privacy.delta <= node.delta:
         raise ConfigError(
-            f"privacy.unit: this node demands {unit!r} (got {privacy.unit!r})"
-            + ("" if "privacy-unit" in node_config else "; its privacy-unit is not set")
-        )
-    promised = [e for e in (privacy.target_epsilon, privacy.max_epsilon) if e > 0]
-    if limit is not None and delta is None and privacy.delta > _LARGEST_DELTA:
-        raise ConfigError(
-            f"privacy.delta: this node's max-epsilon is meant at {_LARGEST_DELTA:g} "
-            f"or less, where it sets no delta (got {privacy.delta})"
-        )
-    if privacy.unit == "record":
-        # This client's own ledger holds the limit, whatever the run promises.
-        limit = None
-    if limit is not None and (not promised or min(promised) > limit):
-        raise ConfigError(
-            f"privacy.target-epsilon: this node demands at most {limit} "
-            f"(got {min(promised) if promised else 'no bound'})"
-        )
-    if delta is not None and not 0 < privacy.delta <= delta:
-        raise ConfigError(
-            f"privacy.delta: this node demands a set value of at most {delta} "
+            f"privacy.delta: this node demands a set value of at most {node.delta} "
             f"(got {privacy.delta})"
         )
 
 
-def _require_known_floors(node_config: Mapping[str, Any]) -> None:
-    """Refuse a floor by a name that nothing reads: its owner would rely on it.
+def _check_unit(node: NodeConfig, config: RunConfig) -> None:
+    """Check the unit of privacy.
+
+    An epsilon or delta without a guarantee behind it is below every limit, so a limit
+    without a unit demands client level.
+    """
+    unit, got = node.privacy_unit, config.privacy.unit
+    if node.max_epsilon is not None or node.delta is not None:
+        unit = unit or "client"
+    if unit is not None and unit != got:
+        raise ConfigError(
+            f"privacy.unit: this node demands {unit!r} (got {got!r})"
+            + ("; its privacy-unit is not set" if node.privacy_unit is None else "")
+        )
+
+
+def _check_epsilon(node: NodeConfig, config: RunConfig) -> None:
+    """Check the epsilon that the run promises, and the delta that it is meant at."""
+    privacy, limit = config.privacy, node.max_epsilon
+    if limit is None:
+        return
+    if node.delta is None and privacy.delta > _LARGEST_DELTA:
+        raise ConfigError(
+            f"privacy.delta: this node's max-epsilon is meant at {_LARGEST_DELTA:g} "
+            f"or less, since it sets no delta (got {privacy.delta})"
+        )
+    if privacy.unit == "record":
+        # This client's own ledger enforces the limit, whatever the run promises.
+        return
+    promised = [e for e in (privacy.target_epsilon, privacy.max_epsilon) if e > 0]
+    if not promised or min(promised) > limit:
+        raise ConfigError(
+            f"privacy.target-epsilon: this node demands at most {limit} "
+            f"(got {min(promised) if promised else 'no bound'})"
+        )
+
+
+def _require_known_keys(values: Mapping[str, Any]) -> None:
+    """Check that every key is read: an owner would rely on a limit that is misspelled.
 
     Raises:
-        ConfigError: There is one.
+        ConfigError: Names the keys that nothing reads.
     """
-    for key in node_config:
-        if key not in LIMITS and any(w in key.lower() for w in _FLOOR_WORDS):
-            raise ConfigError(
-                f"node config: {key}: is no floor; those are {', '.join(LIMITS)}"
-            )
+    unknown = [key for key in values if key not in KEYS]
+    if unknown:
+        raise ConfigError(
+            f"node config: {', '.join(unknown)}: unknown; the keys are {', '.join(KEYS)}"
+        )
 
 
-def partition_of(context: Context) -> tuple[int, int]:
-    """Return (partition id, number of partitions) as the node reports them.
+def _partition(values: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the partition id and the number of partitions.
 
-    A SuperNode with a file of its own has one partition; its id, which only seeds the
+    A client with a file of its own has one partition. Its id, which only seeds the
     training, comes from the file's path, since Flower's node ids are random.
     """
-    node = context.node_config
-    partition_id = number_setting(node, "partition-id")
-    if "data-path" in node:
-        path = str(node["data-path"]).encode("utf-8", "backslashreplace")
+    partition_id = _number(values, "partition-id")
+    if "data-path" in values:
+        path = str(values["data-path"]).encode("utf-8", "backslashreplace")
         return (zlib.crc32(path) if partition_id is None else int(partition_id)), 1
-    num_partitions = number_setting(node, "num-partitions")
+    num_partitions = _number(values, "num-partitions")
     if partition_id is None or num_partitions is None:
         raise ConfigError(
             "node config: needs data-path, the client's own data file, or partition-id "
@@ -90,13 +170,13 @@ def partition_of(context: Context) -> tuple[int, int]:
     return int(partition_id), int(num_partitions)
 
 
-def number_setting(node_config: Mapping[str, Any], key: str) -> float | None:
-    """Return a number of the node config, None where it is not set.
+def _number(values: Mapping[str, Any], key: str) -> float | None:
+    """Return a number of the node config, None if it is not set.
 
     Raises:
         ConfigError: It is set to something else.
     """
-    value = node_config.get(key)
+    value = values.get(key)
     if value is None:
         return None
     try:

@@ -4,13 +4,17 @@ import gc
 
 
 def import_libraries(*, quantized: bool, per_example: bool) -> None:
-    """Import what training takes, without looking for garbage in between.
+    """Import the libraries of a training with the garbage collector switched off.
 
-    What imports make stays. Python looks through all of it again and again all the same:
-    a fifth of the time that they take, and a SuperNode pays it for every message.
+    What imports make stays, yet Python searches all of it for garbage again and again: a
+    fifth of the time that they take, and a SuperNode pays it for every message.
+
+    Args:
+        quantized: Whether the base model needs bitsandbytes.
+        per_example: Whether the training is DP-SGD, which does not need TRL.
 
     Raises:
-        ModelError: bitsandbytes is wanted and broken.
+        ModelError: bitsandbytes is needed and cannot be imported.
     """
     collecting = gc.isenabled()
     gc.disable()

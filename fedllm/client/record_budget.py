@@ -1,11 +1,16 @@
-"""One client's budget in one run: its plan, its limit, and its ledger on its own disk."""
+"""One client's privacy budget in one run: its plan, its limit, its ledger on its disk.
+
+A round is paid for after the training and before the reply, so that a training that fails
+costs nothing and no adapter leaves unpaid.
+"""
 
 import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedllm.config import RunConfig, flat
+from fedllm.client.node_config import NodeConfig
+from fedllm.config import RunConfig, fedllm_home, flat
 from fedllm.planning.record_noise import client_plan
 from fedllm.privacy.record_ledger import RecordLedger, RecordPlan
 
@@ -22,14 +27,14 @@ _PLANNED_BY = (
 
 
 def ledger_folder(home: Path, run_id: int, simulated_partition: int | None) -> Path:
-    """Return where a client's ledger lies.
+    """Return the folder of a client's ledger.
 
     Args:
         home: fedllm's folder on the client's disk.
         run_id: Flower's id of the run.
         simulated_partition: Which virtual client this is; None for a real one. Real
             clients of one machine share a ledger, which knows each row by its hash
-            wherever the file lies; virtual ones begin anew in every run.
+            wherever the file lies; virtual ones start a new ledger in every run.
     """
     ledgers = home / "ledgers"
     if simulated_partition is None:
@@ -38,13 +43,13 @@ def ledger_folder(home: Path, run_id: int, simulated_partition: int | None) -> P
 
 
 class RecordBudget:
-    """What a client may still spend on the records it holds, and what it has spent.
+    """The budget of the records that a client holds.
 
     Guarantee:
         The limit is the smallest of the node's own `max-epsilon` and the run's
         `privacy.max-epsilon`, else `privacy.target-epsilon`; the noise is calibrated to
-        no more than it. A run's plan is fixed in its first round, kept on disk, and
-        holds although rows come or go.
+        no more than that. A run's plan is fixed in its first round, kept on disk, and
+        does not change if rows come or go.
 
     Args:
         ledger: The client's ledger.
@@ -52,7 +57,7 @@ class RecordBudget:
         run_id: Flower's id of the run.
         digests: `row_digest` of every row that the client holds.
         num_records: Rows that can be trained on.
-        floor: The node's own `max-epsilon`; None: not set.
+        node_limit: The node's own `max-epsilon`; None: not set.
 
     Raises:
         ConfigError: There are fewer records than one expected batch.
@@ -66,11 +71,11 @@ class RecordBudget:
         run_id: int,
         digests: Sequence[bytes],
         num_records: int,
-        floor: float | None,
+        node_limit: float | None,
     ) -> None:
         privacy = config.privacy
-        asked = privacy.max_epsilon or privacy.target_epsilon or math.inf
-        self._limit = min(asked, math.inf if floor is None else floor)
+        run_limit = privacy.max_epsilon or privacy.target_epsilon or math.inf
+        self._limit = min(run_limit, math.inf if node_limit is None else node_limit)
         self._ledger = ledger
         self._digests = digests
         target = privacy.target_epsilon
@@ -82,7 +87,7 @@ class RecordBudget:
         )
 
     def require(self) -> None:
-        """Refuse a round that would pass the limit, before training.
+        """Check before training that the round does not pass the limit.
 
         Raises:
             BudgetError: It would.
@@ -94,15 +99,40 @@ class RecordBudget:
         """Pay for a round, on disk, before its adapter leaves; return the epsilon.
 
         Raises:
-            BudgetError: It would pass the limit after all.
-            PrivacyError: It cannot be written.
+            BudgetError: The round passes the limit after all.
+            PrivacyError: The ledger cannot be written.
         """
         plan = self.plan
         return self._ledger.spend(self._digests, plan.event, plan.delta, self._limit)
 
 
 def _run_name(config: RunConfig, run_id: int, target_epsilon: float) -> str:
-    """Name a run with all that its plan depends on but the records."""
+    """Return a name of all that a run's plan depends on, except the records."""
     settings = flat(config)
     parts = [run_id, target_epsilon, *(settings[key] for key in _PLANNED_BY)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def open_budget(
+    config: RunConfig,
+    node: NodeConfig,
+    run_id: int,
+    digests: Sequence[bytes],
+    num_records: int,
+) -> RecordBudget:
+    """Return the budget of a client, with its ledger on this machine.
+
+    Args:
+        config: The run config.
+        node: The client's node config.
+        run_id: Flower's id of the run.
+        digests: `row_digest` of every row that the client holds.
+        num_records: Rows that can be trained on.
+
+    Raises:
+        ConfigError: There are fewer records than one expected batch.
+        PrivacyError: The ledger cannot be trusted.
+    """
+    simulated = node.partition_id if node.is_simulated else None
+    ledger = RecordLedger(ledger_folder(fedllm_home(), run_id, simulated))
+    return RecordBudget(ledger, config, run_id, digests, num_records, node.max_epsilon)

@@ -1,4 +1,4 @@
-"""How good a model is on rows it did not train on, and what it answers."""
+"""The loss of a model on rows that it did not train on."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ class HeldOut:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); inf where that overflows."""
+        """exp(loss); inf if that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 

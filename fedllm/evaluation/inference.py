@@ -1,4 +1,4 @@
-"""Who answers: a base model, with the adapter of a run, or of plain PEFT, on or off."""
+"""Inference with a base model and an optional adapter, from one of our runs or plain PEFT."""
 
 import contextlib
 import os
@@ -9,6 +9,7 @@ from typing import Any
 
 from fedllm.config import RunConfig, fedllm_home, parse_run_config
 from fedllm.errors import AdapterError, FedllmError
+from fedllm.runs.directory import CONFIG_FILE, RESULT_FILE, read_json
 
 Turn = tuple[str, str]
 """A question and its answer."""
@@ -16,15 +17,15 @@ Turn = tuple[str, str]
 
 @dataclass
 class ModelChoice:
-    """What answers: a base model, perhaps with an adapter.
+    """Which base model to load, and which adapter if any.
 
     Attributes:
         folder: The adapter; None for the untuned base.
         base_name: Folder or hub id of the base model.
         quantization: Bits of the base.
+        described: Model, round and run in a sentence.
+        config: The run's config if the adapter is of one of our runs.
         in_float32: Whether an unquantised base computes in float32.
-        described: Which model, round and run, for a person.
-        config: The run's config where the adapter is of a run of ours.
     """
 
     folder: Path | None
@@ -39,7 +40,7 @@ class ChatModel:
     """The model, loaded once, with the adapter on or off."""
 
     def __init__(self, subject: ModelChoice) -> None:
-        # What transformers and bitsandbytes say while loading is not for this screen.
+        # The log lines of transformers and bitsandbytes would run into the answers.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         from fedllm.adapters.files import load_adapter
@@ -68,15 +69,15 @@ class ChatModel:
 
         Args:
             history: Earlier turns, the oldest first.
-            question: What is asked now.
-            num_new: Tokens that the answer may take.
+            question: The question to answer.
+            num_new: Most tokens of the answer.
         """
         from fedllm.data.prompts import chat_prompt
 
         limit = getattr(self.model.config, "max_position_embeddings", None) or 2048
         for start in range(len(history) + 1):
             prompt = chat_prompt(self.tokenizer, question, history[start:])
-            # Not verbose: what is too long is the very question.
+            # Not verbose: the tokenizer would warn of a length that is cut here.
             encoded = self.tokenizer(prompt, add_special_tokens=False, verbose=False)
             if len(encoded["input_ids"]) + num_new <= limit:
                 break
@@ -90,7 +91,7 @@ class ChatModel:
         max_new_tokens: int = 96,
         temperature: float = 0.0,
     ) -> Generator[str, None, None]:
-        """Yield the answer piece by piece; whoever closes it ends the generation."""
+        """Yield the answer piece by piece; closing the generator ends the generation."""
         from fedllm.evaluation.generation import generate
 
         with self.adapter(tuned):
@@ -109,49 +110,61 @@ class ChatModel:
         return self.model.disable_adapter()
 
     def both(self) -> list[tuple[str, bool]]:
-        """Return the base, and the tuned model where there is one."""
+        """Return (name, with the adapter) of the base, and of the tuned model if any."""
         tuned = [] if self.subject.folder is None else [("tuned", True)]
         return [("base", False), *tuned]
 
 
 def find_model(peft_path: str | None, home: Path) -> ModelChoice:
-    """Find the adapter that is asked for, else what the latest run recommends.
+    """Return the model of an adapter folder, or the one that the latest run recommends.
+
+    Args:
+        peft_path: The adapter folder; None for the latest run.
+        home: The program's folder.
 
     Raises:
-        AdapterError: There is none.
+        AdapterError: There is no such folder, or no finished run.
     """
-    from fedllm.adapters.files import read_base_name, read_origin
-    from fedllm.runs.directory import CONFIG_FILE, RESULT_FILE
+    if peft_path is not None:
+        return _model_in(Path(peft_path).expanduser().absolute())
+    latest = home / "runs" / "latest"
+    if not (latest / RESULT_FILE).exists():
+        raise AdapterError(
+            f"{latest}: no finished run there: start one (see the README), or name "
+            "an adapter folder with --peft-path"
+        )
+    recommended = _entry(latest / RESULT_FILE, "recommended")
+    if recommended == "base":
+        return _base_of(latest)
+    return _model_in(latest.resolve() / Path(recommended).name)
 
-    if peft_path is None:
-        latest = home / "runs" / "latest"
-        if not (latest / RESULT_FILE).exists():
-            raise AdapterError(
-                f"{latest}: no finished run there: start one (see the README), or name "
-                "an adapter folder with --peft-path"
-            )
-        recommended = _entry(latest / RESULT_FILE, "recommended")
-        if recommended == "base":
-            run_file = latest / CONFIG_FILE
-            config = parse_run_config(_entry(run_file, "run_config"))
-            text = (
-                f"answers: the untuned {config.model.name}, since in the latest run "
-                f"({latest.resolve()}) the tuned one did not beat it"
-            )
-            bits = config.model.quantization
-            return ModelChoice(None, _entry(run_file, "base"), bits, text, config)
-        peft_path = str(latest.resolve() / Path(recommended).name)
-    folder = Path(peft_path).expanduser().absolute()
+
+def _base_of(run: Path) -> ModelChoice:
+    """Return the untuned base of a run whose tuned model did not beat it."""
+    config = parse_run_config(_entry(run / CONFIG_FILE, "run_config"))
+    described = (
+        f"answers: the untuned {config.model.name}, since in the latest run "
+        f"({run.resolve()}) the tuned one did not beat it"
+    )
+    base_name = _entry(run / CONFIG_FILE, "base")
+    return ModelChoice(None, base_name, config.model.quantization, described, config)
+
+
+def _model_in(folder: Path) -> ModelChoice:
+    """Return the model of an adapter folder, of a run or of plain PEFT."""
+    from fedllm.adapters.files import read_base_name, read_origin
+
     base_name, origin = read_base_name(folder), read_origin(folder)
-    of_run: RunConfig | None = None
-    if (folder.parent / CONFIG_FILE).exists() and origin:
-        of_run = parse_run_config(_entry(folder.parent / CONFIG_FILE, "run_config"))
+    run_file = folder.parent / CONFIG_FILE
+    config: RunConfig | None = None
+    if run_file.exists() and origin:
+        config = parse_run_config(_entry(run_file, "run_config"))
     round_text = f", round {origin['server_round']}" if origin else ""
     name = origin.get("model", base_name)
-    text = f"answers: {name} with the adapter {folder}{round_text}"
-    return ModelChoice(
-        folder, base_name, int(origin.get("quantization", 4)), text, of_run
-    )
+    described = f"answers: {name} with the adapter {folder}{round_text}"
+    # Plain PEFT does not store the bits of its base.
+    bits = int(origin.get("quantization", 4))
+    return ModelChoice(folder, base_name, bits, described, config)
 
 
 def _entry(path: Path, key: str) -> Any:
@@ -160,8 +173,6 @@ def _entry(path: Path, key: str) -> Any:
     Raises:
         FedllmError: The file lacks it.
     """
-    from fedllm.runs.directory import read_json
-
     content = read_json(path)
     if key not in content:
         raise FedllmError(f"{path}: is damaged: it has no {key}")

@@ -1,15 +1,15 @@
 """Accuracy on multiple-choice questions."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedllm.errors import DataError
+from fedllm.evaluation.question_files import read_questions
 from fedllm.models.answer_loss import answer_losses, collate
 
 if TYPE_CHECKING:
@@ -37,36 +37,23 @@ def load_questions(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: Names the first line that is not of that form.
     """
-    try:
-        lines = path.read_text("utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text: {error.reason}") from None
-    questions = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            question, options, answer = row["question"], row["options"], row["answer"]
-            fine = isinstance(question, str) and type(answer) is int
-            fine = fine and isinstance(options, list)
-            fine = fine and all(
-                isinstance(option, str) and option for option in options
-            )
-            fine = fine and len(options) >= 2 and 0 <= answer < len(options)
-        except (ValueError, KeyError, TypeError):
-            fine = False
-        if not fine:
-            raise DataError(
-                f"{path}:{number}: needs question (text), options (at least two texts) "
-                "and answer (index of the right option, from 0)"
-            )
-        questions.append(row)
-    if not questions:
-        raise DataError(f"{path}: has no question")
-    return questions
+    form = (
+        "question (text), options (at least two texts) and answer (index of the right "
+        "option, from 0)"
+    )
+    return read_questions(path, _is_question, form)
+
+
+def _is_question(row: Any) -> bool:
+    question, options, answer = row["question"], row["options"], row["answer"]
+    return (
+        isinstance(question, str)
+        and isinstance(options, list)
+        and all(isinstance(option, str) and option for option in options)
+        and type(answer) is int
+        and len(options) >= 2
+        and 0 <= answer < len(options)
+    )
 
 
 def multiple_choice(
@@ -84,39 +71,47 @@ def multiple_choice(
         prompt_of: Question -> the whole prompt, template included.
     """
     model.eval()
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id or 0
-    right, right_per_byte, chance = 0, 0, 0.0
+    correct, correct_per_byte, chance = 0, 0, 0.0
     for row in questions:
-        prompt = tokenizer(prompt_of(row["question"]), add_special_tokens=False)[
-            "input_ids"
+        prompt, options = prompt_of(row["question"]), row["options"]
+        losses = _option_losses(model, tokenizer, prompt, options)
+        per_token = [sum(option) / len(option) for option in losses]
+        per_byte = [
+            sum(option) / len(text.encode("utf-8"))
+            for option, text in zip(losses, options, strict=True)
         ]
-        examples = []
-        for option in row["options"]:
-            answer = tokenizer(option, add_special_tokens=False)["input_ids"]
-            labels = [-100] * len(prompt) + answer
-            examples.append({"input_ids": prompt + answer, "labels": labels})
-        with torch.inference_mode():
-            inputs = {k: v.to(device) for k, v in collate(examples, pad).items()}
-            losses = answer_losses(model, **inputs).tolist()
-        per_token, per_byte, start = [], [], 0
-        for option, example in zip(row["options"], examples, strict=True):
-            size = len(example["input_ids"]) - len(prompt)
-            total = sum(losses[start : start + size])
-            per_token.append(total / size)
-            per_byte.append(total / len(option.encode("utf-8")))
-            start += size
-        right += per_token.index(min(per_token)) == row["answer"]
-        right_per_byte += per_byte.index(min(per_byte)) == row["answer"]
-        chance += 1 / len(row["options"])
+        correct += per_token.index(min(per_token)) == row["answer"]
+        correct_per_byte += per_byte.index(min(per_byte)) == row["answer"]
+        chance += 1 / len(options)
     n = len(questions)
-    interval = _wilson(right, n)
-    return MultipleChoice(right / n, right_per_byte / n, n, chance / n, interval)
+    interval = _wilson(correct, n)
+    return MultipleChoice(correct / n, correct_per_byte / n, n, chance / n, interval)
 
 
-def _wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def _option_losses(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    options: Sequence[str],
+) -> list[list[float]]:
+    """Return for each option the loss of each of its tokens, in nats."""
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answers = [tokenizer(o, add_special_tokens=False)["input_ids"] for o in options]
+    examples = [
+        {"input_ids": prompt_ids + ids, "labels": [-100] * len(prompt_ids) + ids}
+        for ids in answers
+    ]
+    batch = collate(examples, tokenizer.pad_token_id or 0)
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        losses = answer_losses(model, **{k: v.to(device) for k, v in batch.items()})
+    rest = iter(losses.tolist())
+    return [list(islice(rest, len(ids))) for ids in answers]
+
+
+def _wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a share."""
-    share = right / n
+    share = correct / n
     middle = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n

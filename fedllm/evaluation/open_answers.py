@@ -1,4 +1,4 @@
-"""Open answers held against references, and questions of general knowledge."""
+"""Scores of open answers against references, and questions of general knowledge."""
 
 import json
 import re
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from fedllm.errors import DataError
+from fedllm.evaluation.question_files import read_questions
 
 
 @dataclass(frozen=True)
@@ -20,43 +21,27 @@ class OpenScore:
 
 
 def off_topic_rows() -> list[dict[str, str]]:
-    """Return the embedded questions and answers, of no medical subject."""
+    """Return the embedded questions and answers on subjects other than medicine."""
     text = files("fedllm.data").joinpath("off_topic.jsonl").read_text("utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
 def load_open_questions(path: Path) -> list[dict[str, str]]:
-    """Read JSONL with question and answer, both text.
+    """Read a JSONL file with question and answer, both text.
 
     Raises:
         DataError: Names the first line that is not of that form.
     """
-    try:
-        lines = path.read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            fine = all(
-                isinstance(row[name], str) and row[name].strip()
-                for name in ("question", "answer")
-            )
-        except (ValueError, KeyError, TypeError):
-            fine = False
-        if not fine:
-            raise DataError(f"{path}:{number}: needs question and answer, both text")
-        rows.append(row)
-    if not rows:
-        raise DataError(f"{path}: has no question")
-    return rows
+    return read_questions(path, _is_open_question, "question and answer, both text")
+
+
+def _is_open_question(row: Any) -> bool:
+    texts = row["question"], row["answer"]
+    return all(isinstance(text, str) and bool(text.strip()) for text in texts)
 
 
 def score_answers(answers: Sequence[str], references: Sequence[str]) -> OpenScore:
-    """Hold answers against one reference each.
+    """Score answers against one reference each.
 
     Args:
         answers: At least one answer.
@@ -94,5 +79,5 @@ def _common_length(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def _words(text: str) -> list[str]:
-    """Return words in small letters, without punctuation; of any script."""
+    """Return the lowercased words of a text without punctuation, in any script."""
     return re.findall(r"\w+", text.casefold())

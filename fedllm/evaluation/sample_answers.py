@@ -1,4 +1,4 @@
-"""What base and tuned model answer to the same few public questions."""
+"""Sample answers of the base and the tuned model to public questions."""
 
 import logging
 from collections.abc import Mapping
@@ -18,17 +18,17 @@ def sample_answers(
     tuned: Mapping[str, Any],
     server_round: int,
 ) -> dict[str, Any] | None:
-    """Let both models answer.
+    """Return the answers of both models.
 
     Args:
         public: Rows declared public, and the model.
         base: The untrained adapter, which changes nothing.
         tuned: The trained adapter.
-        server_round: The round that it is of.
+        server_round: The round of the trained adapter.
 
     Returns:
-        The content of answers.json; None without public rows, and where it failed, which
-        is said in one line: the run has what it was for.
+        The content of answers.json. None without public rows, and after a failure, which
+        is logged in one line: the run has its result without sample answers.
     """
     try:
         rows = public.questions(_QUESTIONS)

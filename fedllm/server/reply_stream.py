@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedllm.server.local_grid import LocalGrid
 from fedllm.wire.messages import UNREADABLE
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class ReplyStream:
         # A real client that hangs must not keep its place from the others.
         simulated = type(grid).__name__ == "InMemoryGrid"
         self._most = _STORED_IN_SIMULATION if simulated else len(messages)
+        self._in_process = isinstance(grid, LocalGrid)
         self._pending: dict[str, Message] = {}
         self._send()
         self._fetching: dict[str, _Fetch] = {}
@@ -154,8 +156,13 @@ class ReplyStream:
         fetch = self._fetching.pop(message_id, None)
         if fetch is None:
             fetch = _Fetch(self._grid, message_id)
-            fetch.start()
-            fetch.join(_PATIENCE)
+            if self._in_process:
+                # The client trains in this call. In a thread that is left behind it
+                # would share its model with the next client, and outlive an interrupt.
+                fetch.run()
+            else:
+                fetch.start()
+                fetch.join(_PATIENCE)
         if fetch.is_alive():
             self._fetching[message_id] = fetch
             return None

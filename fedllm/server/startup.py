@@ -29,7 +29,11 @@ _PACKAGES = ("flwr", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
 def set_up(
-    config: RunConfig, grid: Grid, run_id: int, least_clients: int = LEAST_CLIENTS
+    config: RunConfig,
+    grid: Grid,
+    run_id: int,
+    least_clients: int = LEAST_CLIENTS,
+    directory: RunDirectory | None = None,
 ) -> Federation:
     """Start a new run, or open the one that `resume.from` names.
 
@@ -38,6 +42,7 @@ def set_up(
         grid: Flower's way to the clients.
         run_id: Flower's id of the run.
         least_clients: Fewest clients that a run may have.
+        directory: The folder of a new run; None: one under `runs/`.
 
     Returns:
         The federation, whose folder is locked until its `run` ends.
@@ -57,7 +62,7 @@ def set_up(
         config, directory = resumed.config, resumed.directory
         run_id = resumed.checkpoint.state.run_id
     else:
-        directory = RunDirectory.create(home, run_id)
+        directory = directory or RunDirectory.create(home, run_id)
         directory.lock()
     try:
         logger.info("run folder: %s", directory.path)

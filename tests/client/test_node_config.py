@@ -2,23 +2,34 @@
 
 import pytest
 
-from fedllm.client.node_config import check_node_limits, partition_of
+from fedllm.client.node_config import (
+    KEYS,
+    NodeConfig,
+    check_node_limits,
+    log_number,
+    parse_node_config,
+)
 from fedllm.config import RunConfig, parse_run_config
 from fedllm.errors import ConfigError
 from fedllm.wire.messages import ARRAYS
 from tests.helpers.client_replies import NODE, WITHOUT_DP, code_of
-from tests.helpers.flower_messages import context
+
+
+def node_of(**limits: object) -> NodeConfig:
+    """A node with these limits, by the keys that its owner types."""
+    typed = {key.replace("_", "-"): value for key, value in limits.items()}
+    return parse_node_config({**NODE, **typed})
 
 
 @pytest.mark.parametrize(
-    ("floor", "unit"), [("client", "record"), ("record", "client"), ("record", "none")]
+    ("limit", "unit"), [("client", "record"), ("record", "client"), ("record", "none")]
 )
-def test_a_node_that_demands_another_unit_refuses(floor, unit):
+def test_a_node_that_demands_another_unit_refuses(limit, unit):
     promise = {} if unit != "none" else {"privacy.target-epsilon": 0.0}
     config = parse_run_config({"privacy.unit": unit, **promise})
 
-    with pytest.raises(ConfigError, match=f"demands '{floor}'"):
-        check_node_limits({"privacy-unit": floor}, config)
+    with pytest.raises(ConfigError, match=f"demands '{limit}'"):
+        check_node_limits(node_of(privacy_unit=limit), config)
 
 
 @pytest.mark.parametrize("unit", ["client", "record"])
@@ -26,25 +37,52 @@ def test_a_limit_cannot_be_passed_by_way_of_a_large_delta(unit):
     config = parse_run_config({"privacy.unit": unit, "privacy.delta": 0.9})
 
     with pytest.raises(ConfigError, match="max-epsilon is meant at 1e-05 or less"):
-        check_node_limits({"privacy-unit": unit, "max-epsilon": 8.0}, config)
-    check_node_limits({"privacy-unit": unit}, config)
-    check_node_limits({"privacy-unit": unit, "max-epsilon": 8.0, "delta": 0.95}, config)
+        check_node_limits(node_of(privacy_unit=unit, max_epsilon=8.0), config)
+    check_node_limits(node_of(privacy_unit=unit), config)
+    limits = node_of(privacy_unit=unit, max_epsilon=8.0, delta=0.95)
+    check_node_limits(limits, config)
 
 
-@pytest.mark.parametrize("key", ["max_epsilon", "privacy.unit", "epsilon", "Delta"])
-def test_a_floor_by_another_name_is_refused_and_not_passed_over(key):
-    with pytest.raises(ConfigError, match=f"node config: {key}: is no floor"):
-        check_node_limits({key: "client"}, RunConfig())
-    check_node_limits({"site-name": "north", "num-partitions": 2}, RunConfig())
+@pytest.mark.parametrize(
+    "key", ["max_epsilon", "privacy.unit", "epsilon", "Delta", "site-name"]
+)
+def test_a_key_that_nothing_reads_is_refused_by_its_name(key):
+    with pytest.raises(ConfigError, match=f"node config: {key}: unknown") as error:
+        parse_node_config({**NODE, key: "client"})
+    assert all(known in str(error.value) for known in KEYS)
+
+
+def test_all_unknown_keys_are_named_at_once():
+    with pytest.raises(ConfigError, match="node config: site, max_epsilon: unknown"):
+        parse_node_config({"site": "north", **NODE, "max_epsilon": 8.0})
+
+
+def test_what_flower_sets_in_a_simulation_is_all_known():
+    from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
+
+    assert parse_node_config({PARTITION_ID_KEY: 1, NUM_PARTITIONS_KEY: 2}).is_simulated
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"data-path": "rows.jsonl"},
+        {"privacy-unit": "record"},
+        {"max-epsilon": 0},
+        {"delta": 0.0},
+    ],
+)
+def test_a_node_with_a_file_or_a_limit_is_no_simulation(own):
+    assert not parse_node_config({**NODE, **own}).is_simulated
 
 
 def test_a_limit_without_a_unit_is_one_of_client_level():
     config = parse_run_config({"privacy.unit": "record"})
 
     with pytest.raises(ConfigError, match="its privacy-unit is not set"):
-        check_node_limits({"max-epsilon": 8.0}, config)
+        check_node_limits(node_of(max_epsilon=8.0), config)
     with pytest.raises(ConfigError, match="privacy.delta"):
-        check_node_limits({"privacy-unit": "record", "delta": 1e-6}, config)
+        check_node_limits(node_of(privacy_unit="record", delta=1e-6), config)
 
 
 @pytest.mark.parametrize(
@@ -65,16 +103,38 @@ def test_a_node_config_that_cannot_be_used_is_a_bad_config(answer, node):
 
 
 def test_the_partition_of_a_nodes_own_file_comes_from_its_path():
-    one = partition_of(context({}, {"data-path": "/data/a.jsonl"}))
+    def parsed(path: str, **more: int) -> tuple[int, int]:
+        node = parse_node_config({"data-path": path, **more})
+        assert node.data_path == path
+        return node.partition_id, node.num_partitions
 
-    assert one == partition_of(context({}, {"data-path": "/data/a.jsonl"}))
-    assert one != partition_of(context({}, {"data-path": "/data/b.jsonl"}))
+    one = parsed("/data/a.jsonl")
+
+    assert one == parsed("/data/a.jsonl")
+    assert one != parsed("/data/b.jsonl")
     assert one[1] == 1
-    own = {"data-path": "/data/a.jsonl", "partition-id": 3, "num-partitions": 9}
-    assert partition_of(context({}, own)) == (3, 1)
+    own = {"partition-id": 3, "num-partitions": 9}
+    assert parsed("/data/a.jsonl", **own) == (3, 1)
 
 
-def test_a_refused_floor_reaches_the_server_as_a_code(answer):
+@pytest.mark.parametrize(
+    ("node", "number"),
+    [
+        ({**NODE, "partition-id": 3, "max-epsilon": "much"}, 3),
+        ({**NODE, "partition-id": 3, "unknown": 1}, 3),
+        ({"partition-id": "x", "num-partitions": 2}, 0),
+        ({}, 0),
+    ],
+)
+def test_the_log_of_a_wrong_node_config_is_its_partitions_if_that_can_be_read(
+    node, number
+):
+    with pytest.raises(ConfigError):
+        parse_node_config(node)
+    assert log_number(node) == number
+
+
+def test_a_missed_limit_reaches_the_server_as_a_code(answer):
     assert code_of(answer(node={**NODE, "max-epsilon": 1.0})) == "bad-config"
     assert (
         code_of(answer(WITHOUT_DP, {**NODE, "privacy-unit": "client"})) == "bad-config"
@@ -109,15 +169,15 @@ FIXED_NOISE = {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
         ({}, WITHOUT_DP, None),
     ],
 )
-def test_no_run_can_loosen_a_nodes_floors(node, run, refused):
-    config = parse_run_config(run)
+def test_no_run_can_loosen_a_nodes_limits(node, run, refused):
+    config, limits = parse_run_config(run), parse_node_config({**NODE, **node})
 
     if refused is None:
-        check_node_limits(node, config)
+        check_node_limits(limits, config)
     else:
         with pytest.raises(ConfigError, match=f"{refused}.*this node demands"):
-            check_node_limits(node, config)
+            check_node_limits(limits, config)
 
 
-def test_a_node_without_floors_takes_any_run():
-    check_node_limits({}, RunConfig())
+def test_a_node_without_limits_takes_any_run():
+    check_node_limits(node_of(), RunConfig())

@@ -7,7 +7,7 @@ import pytest
 
 IMPORTS = """
 import gc, sys
-from fedllm.client.message_handler import import_libraries
+from fedllm.client.preload import import_libraries
 collections = []
 gc.callbacks.append(lambda *_: collections.append(_))
 import_libraries(quantized=True, per_example=sys.argv[1] == "record")

@@ -4,32 +4,10 @@ import json
 
 import pytest
 
-from fedllm.commands import compare, options
-from tests.helpers.rows import write_rows
+from fedllm.commands import compare, comparison_bench
+from tests.helpers.comparisons import config_file
 
-
-@pytest.fixture
-def config_file(tmp_path, tiny_llama, monkeypatch):
-    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
-    path = tmp_path / "run.toml"
-    rows = [write_rows(tmp_path / f"{i}.jsonl", 12, 100 * i) for i in range(3)]
-    path.write_text(f"""
-num-server-rounds = 2
-[model]
-name = "{tiny_llama}"
-quantization = 0
-[data]
-name = "{rows[0]}"
-public-validation = "{rows[1]}"
-public-test = "{rows[2]}"
-[adapter]
-kind = "lora"
-rank = 4
-[train]
-batch-size = 2
-local-steps = 1
-""")
-    return path
+__all__ = ["config_file"]
 
 
 def test_every_arm_is_trained_once_and_a_second_sitting_trains_nothing(
@@ -47,7 +25,7 @@ def test_every_arm_is_trained_once_and_a_second_sitting_trains_nothing(
     compare.main(command)
     content = json.loads((out / "compare.json").read_text())
     arms = {row["arm"]: row for row in content["rows"]}
-    ledger = json.loads((out / "seed-42" / "privacy-1.json").read_text())
+    ledger = json.loads((out / "seed-42/federated-dp/run-1/privacy.json").read_text())
 
     assert set(arms) == {
         *("base", "federated", "federated-dp", "centralised", "alone-0", "alone-1")
@@ -64,7 +42,7 @@ def test_every_arm_is_trained_once_and_a_second_sitting_trains_nothing(
         "http://www.w3.", ""
     )
 
-    monkeypatch.setattr(compare, "Bench", None)
+    monkeypatch.setattr(comparison_bench, "Bench", None)
     compare.main(command)
     assert json.loads((out / "compare.json").read_text()) == content
 
@@ -81,11 +59,6 @@ def test_only_the_arms_and_clients_that_are_asked_for_are_trained(
     made = {path.stem for path in out.glob("seed-42/*.json")}
     assert made == {"base", "alone-0", "alone-2"}
     assert "seed 42: 2 of 4" in (out / "compare.md").read_text()
-
-
-def test_the_centralised_arm_sees_as_many_examples_as_all_clients(config_file):
-    config = options.read_config(config_file)
-    assert compare.centralised(config, 20).train.local_steps == 20
 
 
 def test_a_folder_of_another_comparison_is_refused(config_file, tmp_path):
@@ -109,7 +82,7 @@ def test_a_sitting_that_was_stopped_goes_on_with_what_is_missing(
     out = tmp_path / "out"
     command = ["--run-config", str(config_file), "--num-clients", "2"]
     command += ["--seed", "1", "2", "--out", str(out)]
-    real, measured = compare.Bench.measure, []
+    real, measured = comparison_bench.Bench.measure, []
 
     def measure(bench, arm, folder):
         measured.append((bench.config.seed, arm))
@@ -117,7 +90,7 @@ def test_a_sitting_that_was_stopped_goes_on_with_what_is_missing(
             raise KeyboardInterrupt
         return real(bench, arm, folder)
 
-    monkeypatch.setattr(compare.Bench, "measure", measure)
+    monkeypatch.setattr(comparison_bench.Bench, "measure", measure)
     with pytest.raises(SystemExit, match="goes on"):
         compare.main(command)
     assert not (out / "compare.json").exists()

@@ -1,27 +1,16 @@
-"""Flower messages and contexts outside a run.
-
-A Message takes who it is from out of the task of its process, which Flower keeps
-private: the one place of the tests that reaches for it.
-"""
+"""Flower messages and contexts outside a run."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedllm.config import Encoding
 from fedllm.wire.messages import ADAPTER_KIND, ARRAYS, CONFIG, encoded_record
+from fedllm.wire.task_identity import set_task_identity
 
 RUN_ID = 7
-
-
-def set_task_identity() -> None:
-    """Give this process the identity that Flower's Message wants (private API)."""
-    TaskIdentity.task_id = 1
-    TaskIdentity.run_id = RUN_ID
-    TaskIdentity.node_id = 1
 
 
 def instruction(

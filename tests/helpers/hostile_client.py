@@ -35,7 +35,7 @@ def train(message: Message, context: Context) -> Message:
     server_round = int(message.content.config_records["config"]["server-round"])
     begins = int(context.node_config.get("attack-from", 1))
     if attacker is None or server_round < begins:
-        return reply_to(message, context)
+        return reply_to(message, without_attack(context))
     number = ATTACKERS * (server_round - 1) + int(attacker)
     name = context.node_config.get("attack")
     attack = NAMED[str(name)] if name else ATTACKS[number]
@@ -44,6 +44,14 @@ def train(message: Message, context: Context) -> Message:
     content = attack(message.content.array_records["arrays"])
     keep_id(message, context)
     return Message(content, reply_to=message)
+
+
+def without_attack(context):
+    """The context of an honest node, whose config holds fedllm's keys alone."""
+    node = {k: v for k, v in context.node_config.items() if "attack" not in k}
+    return Context(
+        context.run_id, context.node_id, node, context.state, context.run_config
+    )
 
 
 def keep_id(message, context):

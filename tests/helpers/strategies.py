@@ -14,7 +14,7 @@ from fedllm.wire.messages import (
     encoded_record,
     read_global,
 )
-from tests.helpers.flower_messages import set_task_identity
+from fedllm.wire.task_identity import set_task_identity
 
 C = 0.5
 SHAPES = {"b": (3, 2), "a": (4,)}

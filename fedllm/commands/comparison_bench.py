@@ -1,0 +1,211 @@
+"""Trains the arms of a comparison through the real round loop, in this process.
+
+All arms share one resident base model and one set of public rows.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fedllm.adapters.adapted_model import AdaptedModel
+from fedllm.adapters.peft_model import initial_arrays
+from fedllm.adapters.spec import Arrays
+from fedllm.client.cache import resident_model
+from fedllm.client.message_handler import reply_to
+from fedllm.commands.comparison_arms import Arm, make_arm
+from fedllm.config import ResumeConfig, RunConfig, fedllm_home, flat
+from fedllm.data.prompts import chat_prompt
+from fedllm.errors import ConfigError
+from fedllm.evaluation.held_out_loss import HeldOut
+from fedllm.evaluation.multiple_choice import load_questions, multiple_choice
+from fedllm.evaluation.public_rows import PublicRows
+from fedllm.planning.adapter_choice import choose_adapter, with_choice
+from fedllm.runs.directory import METRICS_FILE, RunDirectory, read_metrics
+from fedllm.server.federation import Federation
+from fedllm.server.local_grid import LocalGrid
+from fedllm.server.startup import set_up
+
+_T = TypeVar("_T")
+
+_RUN_ID = 1
+"""Of every arm: a simulated client of `privacy.unit="client"` keeps nothing by it."""
+
+
+class Bench:
+    """One seed's resident base model and public rows, and the arms trained on them.
+
+    Args:
+        config: The run config, with the seed.
+        num_clients: N.
+        benchmark: File of multiple choice questions, or None.
+
+    Raises:
+        ConfigError: There are no public test rows.
+        DataError: The benchmark cannot be read.
+    """
+
+    def __init__(
+        self, config: RunConfig, num_clients: int, benchmark: str | None
+    ) -> None:
+        config = replace(config, resume=ResumeConfig())
+        if config.adapter.kind == "auto":
+            config = with_choice(config, choose_adapter(config, num_clients))
+        self.config = config
+        self.num_clients = num_clients
+        self._questions = load_questions(Path(benchmark)) if benchmark else None
+        self._adapted = resident_model(config).adapted
+        self._base = initial_arrays(self._adapted.spec)
+        self._public = SharedRows(config, fedllm_home(), self._adapted)
+        self._test_score(self._base)
+
+    def measure(self, arm: str, folder: Path) -> dict[str, Any]:
+        """Train an arm, let validation choose its round, and score that round once.
+
+        Args:
+            arm: One of `arm_names`.
+            folder: Gets a folder of the arm's name, with a run folder in it.
+
+        Raises:
+            FederationError: No client returned a usable update.
+        """
+        if arm == "base":
+            return self._scores(self._base)
+        run = new_run(folder / arm)
+        federation = self._train(make_arm(arm, self.config, self.num_clients), run)
+        progress = federation.progress
+        chosen = progress.arrays if progress.best is None else progress.best.arrays
+        return {**self._scores(chosen), **_figures(federation)}
+
+    def _train(self, arm: Arm, directory: RunDirectory) -> Federation:
+        """Run an arm's federation to its end."""
+        grid = LocalGrid(reply_to, arm.nodes, flat(arm.config), _RUN_ID)
+        federation = set_up(
+            arm.server_config, grid, _RUN_ID, least_clients=1, directory=directory
+        )
+        federation.public = self._public
+        federation.run()
+        return federation
+
+    def _scores(self, arrays: Arrays) -> dict[str, Any]:
+        """Return an adapter's scores, with the figures of an arm that was not trained."""
+        score = self._test_score(arrays)
+        row: dict[str, Any] = {
+            "validation_losses": [],
+            "best_round": 0,
+            "test_loss": score.loss,
+            "perplexity": score.perplexity,
+            "test_examples": score.num_examples,
+            "seconds": 0.0,
+            "megabytes": None,
+            "failed_replies": 0,
+            "epsilon": None,
+            "accuracy": None,
+        }
+        if self._questions is not None:
+            self._adapted.set(arrays)
+            tokenizer = self._adapted.tokenizer
+            choice = multiple_choice(
+                self._adapted.model,
+                tokenizer,
+                self._questions,
+                lambda question: chat_prompt(tokenizer, question),
+            )
+            row |= {"accuracy": choice.accuracy, "chance": choice.chance}
+        return row
+
+    def _test_score(self, arrays: Arrays) -> HeldOut:
+        """Return the score on public test rows.
+
+        Raises:
+            ConfigError: There are none.
+        """
+        score = self._public.test_loss(arrays)
+        if score is None:
+            raise ConfigError(
+                "data.public-test: compare needs public test rows: name a file"
+            )
+        return score
+
+
+class SharedRows(PublicRows):
+    """The public rows of all arms: what was just scored is not scored again.
+
+    Every arm scores the base, as any run does, and the chosen adapter twice. Sample
+    answers, which take longer than either, are in no table.
+    """
+
+    def __init__(self, config: RunConfig, home: Path, adapted: AdaptedModel) -> None:
+        super().__init__(config, home, adapted)
+        self._known: dict[str, list[tuple[Mapping[str, Any], Any]]] = {}
+
+    def validation_loss(self, arrays: Mapping[str, Any]) -> float | None:
+        """Return the loss on validation rows; None without such rows."""
+        return self._remember("validation", arrays, super().validation_loss)
+
+    def test_loss(self, arrays: Mapping[str, Any]) -> HeldOut | None:
+        """Return the score on test rows; None without such rows."""
+        return self._remember("test", arrays, super().test_loss)
+
+    def questions(self, count: int) -> list[tuple[str, str]]:
+        """Return no question, so that a run writes no sample answers."""
+        return []
+
+    def _remember(
+        self,
+        split: str,
+        arrays: Mapping[str, Any],
+        score_of: Callable[[Mapping[str, Any]], _T],
+    ) -> _T:
+        """Return a known score, or score the adapter."""
+        known = self._known.setdefault(split, [])
+        for other, score in known:
+            if all(np.array_equal(other[name], arrays[name]) for name in arrays):
+                return score  # type: ignore[no-any-return] # of this split
+        score = score_of(arrays)
+        # The first is the base, which every arm scores; of the others the latest.
+        known[1:] = [(arrays, score)] if known else []
+        if not known:
+            known.append((arrays, score))
+        return score
+
+
+def new_run(parent: Path) -> RunDirectory:
+    """Return a fresh run folder: that of an arm which was stopped is kept.
+
+    Its ledger says what was released of the clients' rows.
+    """
+    number = 1
+    while (path := parent / f"run-{number}").exists():
+        number += 1
+    path.mkdir(mode=0o700, parents=True)
+    return RunDirectory(path)
+
+
+def _figures(federation: Federation) -> dict[str, Any]:
+    """Return a training's losses, cost and epsilon, read from its run folder."""
+    lines = read_metrics(federation.directory.path / METRICS_FILE)
+    rounds = lines[1:]
+    losses = [line["validation_loss"] for line in lines]
+    best, ledger = federation.progress.best, federation.account.ledger
+    figures: dict[str, Any] = {
+        "validation_losses": [loss for loss in losses if loss is not None],
+        "best_round": len(rounds) if best is None else best.server_round,
+    }
+    if federation.config.cohorts_are_secret:
+        # How long a cohort takes, and how many fail, depends on how many it has.
+        figures |= {"seconds": None, "failed_replies": None}
+    else:
+        figures["seconds"] = sum(sum(line["seconds"].values()) for line in rounds)
+        figures["failed_replies"] = sum(line["clients_rejected"] for line in rounds)
+        if len(federation.population) > 1:
+            figures["megabytes"] = sum(
+                line["megabytes_down"] + line["megabytes_up"] for line in rounds
+            )
+    if ledger is not None:
+        spent = ledger.epsilons()
+        figures["epsilon"] = spent.zero_out
+        figures["epsilon_replace_one"] = spent.replace_one
+    return figures

@@ -1,0 +1,96 @@
+"""An arm is a run of the real round loop, and is scored once."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fedllm.adapters.peft_model import initial_arrays
+from fedllm.client.message_handler import reply_to
+from fedllm.commands import comparison_bench
+from fedllm.commands.comparison_bench import Bench, SharedRows, new_run
+from fedllm.commands.options import read_config
+from fedllm.config import flat
+from fedllm.errors import ConfigError
+from fedllm.evaluation.held_out_loss import HeldOut
+from fedllm.evaluation.public_rows import PublicRows
+from fedllm.server.startup import set_up
+from tests.helpers.comparisons import config_file
+from tests.helpers.federations import partitions
+from tests.helpers.in_process_grid import InProcessGrid
+
+__all__ = ["config_file"]
+
+
+def test_the_federated_arm_is_the_run_that_anybody_can_start(config_file, tmp_path):
+    from fedllm.commands.comparison_arms import without_privacy
+
+    config = read_config(config_file)
+    plain = without_privacy(config)
+    run = set_up(plain, InProcessGrid(partitions(2), flat(plain), reply_to), 7)
+    result = run.run()
+    text = (run.directory.path / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+
+    row = Bench(config, 2, None).measure("federated", tmp_path / "out")
+
+    assert row["test_loss"] == result["test_loss_after"]
+    assert row["best_round"] == result["best_round"]
+    assert row["validation_losses"] == [line["validation_loss"] for line in lines]
+    assert row["megabytes"] == sum(
+        line["megabytes_down"] + line["megabytes_up"] for line in lines
+    )
+    kept = json.loads((tmp_path / "out/federated/run-1/result.json").read_text())
+    assert kept["test_loss_after"] == result["test_loss_after"]
+
+
+def test_the_counts_of_secret_cohorts_are_in_no_row(config_file, tmp_path):
+    text = config_file.read_text() + "[strategy]\nsampling = 'poisson'\n"
+    config_file.write_text(text + "fraction-train = 0.5\n")
+    bench = Bench(read_config(config_file), 4, None)
+
+    secret = bench.measure("federated-dp", tmp_path / "out")
+
+    assert secret["epsilon"] > 0 and len(secret["validation_losses"]) == 3
+    for column in ("seconds", "megabytes", "failed_replies"):
+        assert secret[column] is None
+    assert bench.measure("alone-0", tmp_path / "out")["failed_replies"] == 0
+
+
+def test_without_public_test_rows_nothing_is_trained(config_file):
+    lines = config_file.read_text().splitlines()
+    config_file.write_text("\n".join(x for x in lines if "public-test" not in x))
+
+    with pytest.raises(ConfigError, match="data.public-test"):
+        Bench(read_config(config_file), 2, None)
+
+
+def test_a_run_folder_of_an_arm_that_was_stopped_is_kept(tmp_path):
+    first = new_run(tmp_path / "federated-dp")
+    (first.path / "privacy.json").write_text("{}")
+    second = new_run(tmp_path / "federated-dp")
+
+    assert [first.path.name, second.path.name] == ["run-1", "run-2"]
+    assert (first.path / "privacy.json").exists()
+
+
+def test_the_base_is_scored_once_and_an_adapter_once_in_a_row(config_file, monkeypatch):
+    scored = []
+
+    def score(self, arrays):
+        scored.append(arrays)
+        return HeldOut(float(len(scored)), 1, 1)
+
+    monkeypatch.setattr(PublicRows, "test_loss", score)
+    bench = Bench(read_config(config_file), 2, None)
+    rows, spec = bench._public, bench._adapted.spec
+    one = {name: value + 1 for name, value in initial_arrays(spec).items()}
+    two = {name: value + 2 for name, value in one.items()}
+    copies = {name: np.array(value) for name, value in one.items()}
+
+    asked = [initial_arrays(spec), one, copies, two, initial_arrays(spec), one]
+    losses = [rows.test_loss(arrays).loss for arrays in asked]
+
+    assert isinstance(rows, SharedRows)
+    assert losses == [1.0, 2.0, 2.0, 3.0, 1.0, 4.0]
+    assert comparison_bench.SharedRows.questions(rows, 3) == []
