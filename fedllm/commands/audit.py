@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.auditing.auditor import MEANING, Audit, Auditor, Check
-from fedllm.auditing.run_folder import require_client_unit, load_audited_run
+from fedllm.auditing.run_folder import load_audited_run, require_client_unit
 from fedllm.commands.options import (
     add_clients,
     add_json,
