@@ -15,7 +15,7 @@ SECRET_COHORTS = {
     "strategy__sampling": "poisson",
     "strategy__fraction_train": 0.5,
     "privacy__target_epsilon": 0.0,
-    "privacy__noise_multiplier": 2.0,
+    "privacy__noise_multiplier": 5.0,
 }
 
 
