@@ -7,12 +7,19 @@ from tests.helpers.rows import ROOT
 
 # Modules without a test file of their own, and what tests them.
 UNMIRRORED = {
+    "adapters/adapted_model.py": "loaded by tests/client/ and tests/evaluation/",
+    "adapters/kinds/kind.py": "the contract that tests/adapters/kinds/ holds every kind to",
     "auditing/harness.py": "runs every check of tests/auditing/",
     "auditing/hostile_replies.py": "a list of replies, sent by tests/auditing/test_auditor.py",
     "client_app.py": "a screen of wiring, run by tests/slow/",
+    "commands/demo_page.py": "tests/commands/test_demo.py",
+    "data/embedded.py": "a record a data set, read in tests/data/test_rows.py",
+    "deployment/flower_programs.py": "tests/commands/test_superlink.py and test_supernode.py",
     "deployment/superlink.py": "starts real processes: tests/slow/test_real_flower.py",
     "errors.py": "names alone",
+    "evaluation/question_files.py": "read through tests/commands/test_evaluate.py",
     "evaluation/inference.py": "asked by tests/commands/test_evaluate.py and test_demo.py",
+    "models/known.py": "a record a model, read in tests/models/test_builtin.py",
     "logs.py": "the log's form, read from real runs in tests/slow/",
     "privacy/record_claims.py": "claims of whole runs: tests/server/test_privacy_account.py",
     "reporting/sentences.py": "wording, read in tests/reporting/test_page.py",
@@ -32,6 +39,7 @@ EXTRA = {
     "deployment/test_deploy_files.py": "the folder deploy/",
     "reporting/test_browser.py": "report.html in a browser",
     "server/test_faults.py": "faults across the server's modules",
+    "test_contributing.py": "the rows of CONTRIBUTING.md's table",
     "test_docs.py": "the commands of the pages",
     "test_layout.py": "this mirror",
     "test_package.py": "what is built and published",
