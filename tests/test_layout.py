@@ -17,7 +17,7 @@ UNMIRRORED = {
     "deployment/flower_programs.py": "tests/commands/test_superlink.py and test_supernode.py",
     "deployment/superlink.py": "starts real processes: tests/slow/test_real_flower.py",
     "errors.py": "names alone",
-    "evaluation/question_files.py": "read through tests/commands/test_evaluate.py",
+    "evaluation/question_files.py": "read by both kinds of questions beside it",
     "evaluation/inference.py": "asked by tests/commands/test_evaluate.py and test_demo.py",
     "models/known.py": "a record a model, read in tests/models/test_builtin.py",
     "logs.py": "the log's form, read from real runs in tests/slow/",
