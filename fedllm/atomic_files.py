@@ -111,7 +111,10 @@ def _publish(folder: Path) -> None:
     # mkdtemp and safetensors let only the owner read; a home may serve several users,
     # as where one of them builds a container's image and another runs it.
     folder.chmod(0o755)
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            path.chmod(0o755)
+            continue
         path.chmod(0o644)
         # A rename may reach the disk before the contents of what it publishes.
         with path.open("rb") as file:

@@ -10,12 +10,18 @@ from pathlib import Path
 
 import pytest
 from flwr.common.config import parse_config_args
+from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
-from fedllm.commands.options import typed_config
+from fedllm.commands.main import COMMANDS
+from fedllm.commands.options import read_settings
 from fedllm.config import parse_run_config
 
 ROOT = Path(__file__).parent.parent
+OURS = (
+    rf"fedllm (?:{'|'.join(COMMANDS)})|python -m fedllm\.commands\.\w+|"
+    r"python evaluate\.py|flwr run"
+)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
@@ -31,12 +37,9 @@ def shown() -> list[tuple[str, str]]:
         ]
         for line in lines:
             for command in line.split(" && "):
-                ours = re.search(
-                    r"(python -m fedllm\.commands\.\w+|python evaluate\.py|flwr run)\b.*",
-                    command,
-                )
+                ours = re.search(rf"(?<![\w-])({OURS})(?![\w-]).*", command)
                 if ours and not re.search(r"\.\.\.|FILE|DIR|NAME|=N\b", command):
-                    found.append((page.name, ours.group().split("  #")[0]))
+                    found.append((page.name, ours.group().split("  #")[0].strip()))
     return sorted(set(found))
 
 
@@ -55,18 +58,43 @@ def test_a_command_that_is_shown_can_be_typed(page, command, monkeypatch):
     if words[0] == "flwr":
         assert set(flags(words)) <= {"--stream", "--run-config", "--federation-config"}
     else:
-        module = "evaluate" if words[1] == "evaluate.py" else words[2].split(".")[-1]
-        if module == "supernode":
-            parser = _parse_args_run_supernode()
-        else:
-            parser = import_module(f"fedllm.commands.{module}")._parser()
-        parser.parse_args(words[2 if words[1] == "evaluate.py" else 3 :])
+        parse(*command_line(words))
     for typed in values(words, "--run-config"):
         if typed.startswith("~"):
             continue  # A file that the page has just had the reader write.
-        parse_run_config(typed_config([typed]))
+        parse_run_config(read_settings([typed]))
     for typed in values(words, "--federation-config"):
         assert parse_config_args([typed])["num-supernodes"] > 0
+
+
+def command_line(words: list[str]) -> tuple[str, list[str]]:
+    """Return a command of ours and its arguments."""
+    if words[:2] == ["python", "evaluate.py"]:
+        return "evaluate", words[2:]
+    if words[0] == "python":
+        return words[2].rpartition(".")[2], words[3:]
+    return words[1], words[2:]
+
+
+def parse(name: str, arguments: list[str]) -> None:
+    """Parse a command's arguments, and what it hands on by the parser of Flower.
+
+    A text may only name a command, or an option without its value: then these exist.
+    """
+    parser = import_module(f"fedllm.commands.{name}").parser()
+    flowers = {
+        "superlink": _parse_args_run_superlink,
+        "supernode": _parse_args_run_supernode,
+    }
+    options = parser._option_string_actions
+    last = options.get(arguments[-1]) if arguments else None
+    lacks_value = last is not None and last.nargs is None
+    if name in flowers:
+        flowers[name]().parse_args(parser.parse_known_args(arguments)[1])
+    elif lacks_value or not arguments:
+        assert set(flags(arguments)) <= set(options)
+    else:
+        parser.parse_args(arguments)
 
 
 def flags(words: list[str]) -> list[str]:

@@ -1,21 +1,33 @@
 """Audit client-level privacy: hostile replies, noise, ledger, and canary clients.
 
-Runs the strategy of a run on a toy adapter, without a base model and without data. With
-no arguments it takes the settings of ./pyproject.toml; with --run those that a run had,
-and writes audit.json into its folder. The exit status is 0 where every check passed.
+    fedllm audit
+    fedllm audit --run latest
+
+It runs a run's strategy on a toy adapter, without a base model and without data. With no
+arguments it takes the settings of ./pyproject.toml. With --run it takes those of a run and
+writes audit.json into the run's folder. The exit status is 0 if every check passed.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from fedllm.auditing.auditor import MEANING, Audit, Auditor, Check
 from fedllm.auditing.run_folder import load_audited_run, require_client_unit
-from fedllm.commands.options import typed_config
+from fedllm.commands.options import (
+    add_clients,
+    add_json,
+    add_run_config,
+    new_parser,
+    read_settings,
+    run_command,
+    write_json,
+)
 from fedllm.config import RunConfig, fedllm_home, parse_run_config
-from fedllm.errors import FedllmError, PrivacyError
+from fedllm.errors import PrivacyError
 from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.ledger import PrivacySettings
 from fedllm.privacy.wording import plain
@@ -24,42 +36,50 @@ from fedllm.runs.directory import CONFIG_FILE, RunDirectory, read_json
 from fedllm.runs.record import AUDIT_FILE
 
 LATEST = "latest"
+_DEFAULT_CLIENTS = 20
+_DEFAULT_RECORD_CLIENTS = 10
+
+Print = Callable[[str], None]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    args = _parser().parse_args(arguments)
-    try:
-        passed = _run(args)
-    except FedllmError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0 if passed else 1)
+def run(args: argparse.Namespace) -> int:
+    """Audit what the arguments name; print a line a check and the verdict."""
+    folder = None if args.run is None else _run_folder(args.run)
+    config = _record_level(args, folder)
+    show: Print = (lambda line: None) if args.json else _print
+    if config is not None:
+        passed, content = _audit_records(args, config, folder, show)
+    else:
+        passed, content = _audit_clients(args, folder, show)
+    if folder is not None:
+        RunDirectory(folder).write_json(AUDIT_FILE, content)
+        write_report(folder)
+        show(f"written: {folder / AUDIT_FILE}")
+    show("PASS" if passed else "FAIL")
+    if args.json:
+        write_json(content | {"run": None if folder is None else str(folder)})
+    return 0 if passed else 1
 
 
-def _run(args: argparse.Namespace) -> bool:
-    """Audit what the arguments name, and say so."""
-    folder: Path | None = None
+def _audit_clients(
+    args: argparse.Namespace, folder: Path | None, show: Print
+) -> tuple[bool, dict[str, Any]]:
+    """Audit client-level privacy; return whether it passed and audit.json's content."""
     first: list[Check] = []
-    if args.run is not None:
-        folder = _run_folder(args.run)
-    if (config := _record_level(args, folder)) is not None:
-        return _run_records(args, config, folder)
     if folder is not None:
         config, settings, check = load_audited_run(folder)
         first.append(check)
         num_clients = settings.population_size if args.clients is None else args.clients
     else:
-        config = parse_run_config(typed_config(args.run_config or ()))
+        config = parse_run_config(read_settings(args.run_config))
         require_client_unit(config.privacy.unit, "these settings")
-        connected = config.strategy.num_clients or 20
+        connected = config.strategy.num_clients or _DEFAULT_CLIENTS
         num_clients = connected if args.clients is None else args.clients
         # d enters R only, and no epsilon.
         settings = privacy_settings(config, max(num_clients, 1), args.dimension)
     num_canaries = 1000 if args.canaries is None else args.canaries
     auditor = Auditor(config, settings, num_clients, num_canaries, args.dimension)
-    _say(
+    show(
         f"audit of {folder or 'the settings'}: {settings.planned_rounds} rounds, "
         f"sampling {settings.sampling!r}, clipping norm {settings.clipping_norm:g}, "
         f"noise multiplier {settings.noise_multiplier:.4g}, delta {settings.delta:g}; "
@@ -67,64 +87,59 @@ def _run(args: argparse.Namespace) -> bool:
         "values"
     )
     for check in first:
-        _say_check(check)
-    found = auditor.run(_say_check)
-    audit = replace(found, checks=first + found.checks)
-    _say_verdict(audit, settings)
-    if folder is not None:
-        content = {**audit.as_dict(), "settings": asdict(settings)}
-        RunDirectory(folder).write_json(AUDIT_FILE, content)
-        write_report(folder)
-        _say(f"written: {folder / AUDIT_FILE}")
-    _say("PASS" if audit.passed else "FAIL")
-    return audit.passed
+        show(_check_line(check))
+    audit = auditor.run(lambda check: show(_check_line(check)))
+    audit = replace(audit, checks=first + audit.checks)
+    for line in _verdict_lines(audit, settings):
+        show(line)
+    return audit.passed, {**audit.as_dict(), "settings": asdict(settings)}
 
 
 def _record_level(args: argparse.Namespace, folder: Path | None) -> RunConfig | None:
-    """Return the run config if it is one of record level."""
-    typed: dict[str, Any] = {}
+    """Return the run config if its privacy unit is the record, else None."""
+    settings: dict[str, Any] = {}
     if folder is None:
-        typed = dict(typed_config(args.run_config or ()))
+        settings = dict(read_settings(args.run_config))
     elif (folder / CONFIG_FILE).is_file():
-        typed = read_json(folder / CONFIG_FILE).get("run_config") or {}
-    if typed.get("privacy.unit") != "record":
+        settings = read_json(folder / CONFIG_FILE).get("run_config") or {}
+    if settings.get("privacy.unit") != "record":
         return None
-    return parse_run_config(typed)
+    return parse_run_config(settings)
 
 
-def _run_records(
-    args: argparse.Namespace, config: RunConfig, folder: Path | None
-) -> bool:
-    """Plant canaries in the records of one client, and say what a guesser sees."""
+def _audit_records(
+    args: argparse.Namespace, config: RunConfig, folder: Path | None, show: Print
+) -> tuple[bool, dict[str, Any]]:
+    """Plant canaries in one client's records and guess which; return as for clients."""
     from fedllm.auditing.canary_records import audit_first_client
 
     num_canaries = 200 if args.canaries is None else args.canaries
     if num_canaries < 1:
         raise PrivacyError(f"--canaries: must be at least 1 (got {num_canaries})")
-    num_clients = args.clients or config.strategy.num_clients or 10
-    _say(
+    connected = config.strategy.num_clients or _DEFAULT_RECORD_CLIENTS
+    num_clients = args.clients or connected
+    show(
         f"audit of {folder or 'the settings'}: record level, {num_canaries} canary "
         f"examples, each planted in the first of {num_clients} clients by a fair coin; "
         f"{config.num_server_rounds} rounds of training on {config.model.name}"
     )
-    found = audit_first_client(config, num_clients, num_canaries)
-    _say(
-        f"{'PASS' if found.passed else 'FAIL'}  membership: the loss of planted canaries "
-        f"fell by {found.fall_planted:.3f}, of others by {found.fall_others:.3f}; "
-        f"{found.certified.num_correct} of {found.certified.num_guesses} guesses right"
+    findings = audit_first_client(config, num_clients, num_canaries)
+    certified = findings.certified
+    show(
+        f"{'PASS' if findings.passed else 'FAIL'}  membership: the loss of planted "
+        f"canaries fell by {findings.fall_planted:.3f}, of others by "
+        f"{findings.fall_others:.3f}; {certified.num_correct} of "
+        f"{certified.num_guesses} guesses right"
     )
-    _say(f"accounted epsilon:     {plain(found.accounted)} (add or remove one record)")
-    _say(
-        f"certified lower bound: {found.certified.epsilon:.2f} (confidence 95 %; "
-        f"{num_canaries} canaries can certify at most {found.most:.2f})"
+    show(
+        f"accounted epsilon:     {plain(findings.accounted)} (add or remove one record)"
     )
-    _say(MEANING)
-    if folder is not None:
-        RunDirectory(folder).write_json(AUDIT_FILE, found.as_dict())
-        write_report(folder)
-        _say(f"written: {folder / AUDIT_FILE}")
-    _say("PASS" if found.passed else "FAIL")
-    return found.passed
+    show(
+        f"certified lower bound: {certified.epsilon:.2f} (confidence 95 %; "
+        f"{num_canaries} canaries can certify at most {findings.most:.2f})"
+    )
+    show(MEANING)
+    return findings.passed, findings.as_dict()
 
 
 def _run_folder(name: str) -> Path:
@@ -140,40 +155,37 @@ def _run_folder(name: str) -> Path:
     return folder.resolve()
 
 
-def _say_verdict(audit: Audit, settings: PrivacySettings) -> None:
-    found = audit.rehearsal
-    if found is None:
-        _say("the run could not be rehearsed, so nothing is known of its epsilon")
-        return
-    _say(
-        f"accounted epsilon:     {plain(found.accounted)} (zero-out, delta "
-        f"{settings.delta:g}, {found.rounds} of {settings.planned_rounds} rounds)"
-    )
-    _say(f"certified lower bound: {found.certified.epsilon:.2f} (confidence 95 %)")
-    if found.estimate is None:
-        _say("estimate:              none under Poisson sampling")
-    else:
-        estimate = found.estimate
-        _say(
-            f"estimate:              {estimate.epsilon:.2f} ({estimate.low:.2f} to "
-            f"{estimate.high:.2f})"
-        )
-    _say(MEANING)
+def _verdict_lines(audit: Audit, settings: PrivacySettings) -> list[str]:
+    """Return what the canaries of the whole run show."""
+    findings = audit.rehearsal
+    if findings is None:
+        return ["the run could not be rehearsed, so nothing is known of its epsilon"]
+    estimate = "none under Poisson sampling"
+    if findings.estimate is not None:
+        bounds = findings.estimate
+        estimate = f"{bounds.epsilon:.2f} ({bounds.low:.2f} to {bounds.high:.2f})"
+    return [
+        f"accounted epsilon:     {plain(findings.accounted)} (zero-out, delta "
+        f"{settings.delta:g}, {findings.rounds} of {settings.planned_rounds} rounds)",
+        f"certified lower bound: {findings.certified.epsilon:.2f} (confidence 95 %)",
+        f"estimate:              {estimate}",
+        MEANING,
+    ]
 
 
-def _say_check(check: Check) -> None:
-    _say(f"{'PASS' if check.passed else 'FAIL'}  {check.name}: {check.text}")
+def _check_line(check: Check) -> str:
+    return f"{'PASS' if check.passed else 'FAIL'}  {check.name}: {check.text}"
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+def _print(line: str) -> None:
+    """Print a line at once: an audit takes minutes."""
+    sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = new_parser("audit", __doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--run",
@@ -182,23 +194,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="audit the settings of a run, by default the latest, and its ledger",
     )
-    source.add_argument(
-        "--run-config",
-        action="append",
-        metavar="CONFIG",
-        help="as of flwr run: a TOML file, or key=value pairs",
-    )
-    parser.add_argument(
-        "--clients",
-        type=int,
-        metavar="N",
-        help="honest clients of the rehearsal; default: those of the run, else 20",
+    add_run_config(source)
+    add_clients(
+        parser, "honest clients of the rehearsal; default: those of the run, else 20"
     )
     parser.add_argument(
         "--canaries",
         type=int,
         metavar="M",
-        help="canary clients, default 1000; of record level canary examples, 200",
+        help="canary clients, default 1000; at record level canary examples, 200",
     )
     parser.add_argument(
         "--dimension",
@@ -207,7 +211,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="D",
         help="values of the toy adapter; at least 10 times the canaries",
     )
+    add_json(parser)
     return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; an error is one line and exit status 1."""
+    run_command(parser(), run, arguments)
 
 
 if __name__ == "__main__":

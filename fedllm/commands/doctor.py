@@ -1,54 +1,62 @@
-"""Say whether this machine can run a config, with a remedy for each thing that is wrong.
+"""Check whether this machine can run a config; print a remedy for each problem.
 
-    python -m fedllm.commands.doctor
-    python -m fedllm.commands.doctor --run-config configs/openllama-3b-private.toml
+    fedllm doctor
+    fedllm doctor --run-config configs/openllama-3b-private.toml
 
-Nothing is fetched or trained. The exit status is 1 where a run would fail.
+Nothing is fetched or trained. The exit status is 1 if a run would fail.
 """
 
 import argparse
-import json
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from fedllm.commands.options import typed_config
-from fedllm.config import parse_run_config
+from fedllm.commands.options import (
+    add_json,
+    add_run_config,
+    new_parser,
+    read_run_config,
+    run_command,
+    write_json,
+)
 from fedllm.deployment.preflight import Check, checks
 from fedllm.errors import FedllmError
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command."""
-    args = _parser().parse_args(arguments)
-    # What transformers says while it is imported is not for this screen.
+def run(args: argparse.Namespace) -> int:
+    """Print each check as it ends, then the verdict."""
+    # A user cannot act on what transformers logs while it is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    found: list[Check] = []
-    try:
-        config = parse_run_config(typed_config(args.run_config or []))
-        found.append(Check("config", "ok", "every key is understood"))
-    except FedllmError as error:
-        sys.exit("\n".join(f"FAIL  config: {line}" for line in str(error).splitlines()))
-    for check in found:
-        _say(args, check)
-    for check in checks(config):
-        found.append(check)
-        _say(args, check)
-    failed = [check for check in found if check.level == "FAIL"]
+    made: list[Check] = []
+    for check in _all_checks(args.run_config):
+        made.append(check)
+        if not args.json:
+            _print_check(check)
+    failed = [check for check in made if check.level == "FAIL"]
     if args.json:
-        content = {"ready": not failed, "checks": [asdict(check) for check in found]}
-        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        write_json({"ready": not failed, "checks": [asdict(check) for check in made]})
     elif failed:
-        sys.stdout.write(f"{len(failed)} of {len(found)} checks failed\n")
+        sys.stdout.write(f"{len(failed)} of {len(made)} checks failed\n")
     else:
         sys.stdout.write("this machine can run it\n")
-    sys.exit(1 if failed else 0)
+    return 1 if failed else 0
 
 
-def _say(args: argparse.Namespace, check: Check) -> None:
-    """Write one line, and its remedy below it."""
-    if args.json:
+def _all_checks(run_config: Sequence[str]) -> Iterator[Check]:
+    """Yield the check of the settings; if they are valid, the machine's after it."""
+    try:
+        config = read_run_config(run_config)
+    except FedllmError as error:
+        for line in str(error).splitlines():
+            yield Check("config", "FAIL", line)
         return
+    yield Check("config", "ok", "every key is understood")
+    yield from checks(config)
+
+
+def _print_check(check: Check) -> None:
+    """Print one line, with the remedy below it."""
     text = f"{check.level:<5} {check.name}: {check.text}\n"
     if check.remedy:
         text += f"      -> {check.remedy}\n"
@@ -56,18 +64,17 @@ def _say(args: argparse.Namespace, check: Check) -> None:
     sys.stdout.flush()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--run-config",
-        action="append",
-        metavar="CONFIG",
-        help="as of flwr run: a TOML file, or key=value pairs",
-    )
-    parser.add_argument("--json", action="store_true", help="one object, for programs")
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = new_parser("doctor", __doc__)
+    add_run_config(parser)
+    add_json(parser)
     return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; an error is one line and exit status 1."""
+    run_command(parser(), run, arguments)
 
 
 if __name__ == "__main__":

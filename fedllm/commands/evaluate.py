@@ -1,110 +1,121 @@
-"""Prompt and measure an adapter: of any run of ours, or plain PEFT's."""
+"""Ask a tuned model, or measure it: with the adapter of a run, or one of plain PEFT.
+
+fedllm evaluate --question "What is asthma?" --base
+fedllm evaluate --held-out --json
+"""
 
 import argparse
-import json
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedllm.commands.options import positive_int, temperature
+from fedllm.commands.options import (
+    add_answers,
+    add_json,
+    log_to_stderr,
+    new_parser,
+    run_command,
+    write_json,
+)
 from fedllm.config import DataConfig, RunConfig, fedllm_home
-from fedllm.errors import DataError, FedllmError
+from fedllm.errors import DataError
 from fedllm.evaluation.inference import ChatModel, Turn, find_model
 from fedllm.reporting.sentences import NOT_ADVICE
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    measured = args.benchmark or args.held_out or args.off_topic or args.open
-    if not (args.question or args.interactive or measured):
-        parser.error(
-            "say what to do: --question, --interactive, --benchmark, --held-out, "
-            "--off-topic, --open"
-        )
-    if args.json and args.interactive:
-        parser.error("--interactive is a conversation: it has no --json")
-    if args.float32 and args.quantization:
-        parser.error("--float32 is for an unquantised base: it has no --quantization")
-    try:
-        _run(args)
-    except FedllmError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _run(args: argparse.Namespace) -> None:
-    subject = find_model(args.peft_path, fedllm_home())
+def run(args: argparse.Namespace) -> int:
+    """Measure and ask what the options name."""
+    _check(args)
+    log_to_stderr()
+    choice = find_model(args.peft_path, fedllm_home())
     if args.quantization is not None:
-        subject.quantization = args.quantization
+        choice.quantization = args.quantization
     if args.float32:
-        subject.quantization, subject.in_float32 = 0, True
-    report: dict[str, Any] = {"answers_for": subject.described}
-    _say(args, subject.described)
-    asker = ChatModel(subject)
+        choice.quantization, choice.in_float32 = 0, True
+    report: dict[str, Any] = {"answers_for": choice.described}
+    _print(args, choice.described)
+    chat = ChatModel(choice)
     if args.held_out:
-        report["held_out"] = _held_out(args, asker)
+        report["held_out"] = _held_out(args, chat)
     if args.benchmark:
-        report["benchmark"] = _benchmark(args, asker, Path(args.benchmark))
+        report["benchmark"] = _benchmark(args, chat, Path(args.benchmark))
     if args.off_topic:
-        report["off_topic"] = _off_topic(args, asker)
+        report["off_topic"] = _off_topic(args, chat)
     if args.open:
-        report["open"] = _open(args, asker, Path(args.open))
+        report["open"] = _open(args, chat, Path(args.open))
     if args.question:
         report["question"] = args.question
-        report["answers"] = _answer(args, asker, args.question)
+        report["answers"] = _answer(args, chat, args.question)
         report["note"] = NOT_ADVICE
-        _say(args, NOT_ADVICE)
+        _print(args, NOT_ADVICE)
     if args.json:
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        write_json(report)
     if args.interactive:
-        _interact(args, asker)
+        _interact(args, chat)
+    return 0
 
 
-def _names(args: argparse.Namespace, asker: ChatModel) -> list[tuple[str, bool]]:
-    """Return which models are asked: (name, with the adapter)."""
-    return asker.both() if args.base else asker.both()[-1:]
+def _check(args: argparse.Namespace) -> None:
+    """Check that the options name something to do and fit together.
+
+    Raises:
+        argparse.ArgumentError: They do not.
+    """
+    measures = args.benchmark or args.held_out or args.off_topic or args.open
+    problem = None
+    if not (args.question or args.interactive or measures):
+        problem = (
+            "name what to do: --question, --interactive, --benchmark, --held-out, "
+            "--off-topic, --open"
+        )
+    elif args.json and args.interactive:
+        problem = "--interactive is a conversation: it has no --json"
+    elif args.float32 and args.quantization:
+        problem = "--float32 is for an unquantised base: it has no --quantization"
+    if problem:
+        raise argparse.ArgumentError(None, problem)
+
+
+def _names(args: argparse.Namespace, chat: ChatModel) -> list[tuple[str, bool]]:
+    """Return the models to ask, each (name, with the adapter)."""
+    return chat.both() if args.base else chat.both()[-1:]
 
 
 def _answer(
     args: argparse.Namespace,
-    asker: ChatModel,
+    chat: ChatModel,
     question: str,
     histories: Mapping[str, Sequence[Turn]] | None = None,
 ) -> dict[str, str]:
     """Stream the answers of each model, each after its own history."""
     answers = {}
     histories = histories or {}
-    for name, tuned in _names(args, asker):
-        _say(args, f"\n{name}: ", end="")
+    for name, tuned in _names(args, chat):
+        _print(args, f"\n{name}: ", end="")
         pieces = []
-        for piece in asker.answer(
+        for piece in chat.answer(
             question,
             tuned,
             histories.get(name, ()),
             args.max_new_tokens,
             args.temperature,
         ):
-            _say(args, piece, end="")
+            _print(args, piece, end="")
             pieces.append(piece)
-        _say(args, "")
+        _print(args, "")
         answers[name] = "".join(pieces).strip()
-    _say(args, "")
+    _print(args, "")
     return answers
 
 
-def _held_out(args: argparse.Namespace, asker: ChatModel) -> dict[str, Any]:
+def _held_out(args: argparse.Namespace, chat: ChatModel) -> dict[str, Any]:
     """Measure loss and perplexity on the run's public test rows."""
     from fedllm.data.rows import load_public
     from fedllm.data.tokens import tokenize
 
-    config = asker.subject.config
+    config = chat.subject.config
     data = config.data if config else DataConfig()
     length = config.train.max_length if config else RunConfig().train.max_length
     rows = load_public(data, "test")
@@ -112,12 +123,12 @@ def _held_out(args: argparse.Namespace, asker: ChatModel) -> dict[str, Any]:
         raise DataError(
             "--held-out: this run has no public test rows (data.public-test)"
         )
-    examples = tokenize(rows, asker.tokenizer, data, length).examples
-    return _losses(args, asker, examples, "test rows", _names(args, asker))
+    examples = tokenize(rows, chat.tokenizer, data, length).examples
+    return _losses(args, chat, examples, "test rows", _names(args, chat))
 
 
-def _off_topic(args: argparse.Namespace, asker: ChatModel) -> dict[str, Any]:
-    """Measure the loss of base and tuned model on general knowledge: forgetting shows."""
+def _off_topic(args: argparse.Namespace, chat: ChatModel) -> dict[str, Any]:
+    """Measure the loss of base and tuned model on general knowledge: what was forgotten."""
     from datasets import Dataset
 
     from fedllm.data.tokens import tokenize
@@ -126,13 +137,13 @@ def _off_topic(args: argparse.Namespace, asker: ChatModel) -> dict[str, Any]:
     data = DataConfig(prompt_column="question", response_column="answer")
     length = RunConfig().train.max_length
     rows = Dataset.from_list(off_topic_rows())
-    examples = tokenize(rows, asker.tokenizer, data, length).examples
-    return _losses(args, asker, examples, "off-topic questions", asker.both())
+    examples = tokenize(rows, chat.tokenizer, data, length).examples
+    return _losses(args, chat, examples, "off-topic questions", chat.both())
 
 
 def _losses(
     args: argparse.Namespace,
-    asker: ChatModel,
+    chat: ChatModel,
     examples: Sequence[Mapping[str, Any]],
     what: str,
     names: Sequence[tuple[str, bool]],
@@ -141,24 +152,24 @@ def _losses(
 
     Args:
         args: The command line.
-        asker: The models.
+        chat: Base and tuned model.
         examples: Rows with `input_ids` and `labels`.
-        what: What the rows are, in a sentence.
-        names: Which models: (name, with the adapter).
+        what: What the rows are, in words.
+        names: The models, each (name, with the adapter).
     """
     from fedllm.evaluation.held_out_loss import held_out
 
     scores = {}
     for name, tuned in names:
-        with asker.adapter(tuned):
-            score = held_out(asker.model, examples, asker.tokenizer.pad_token_id or 0)
+        with chat.adapter(tuned):
+            score = held_out(chat.model, examples, chat.tokenizer.pad_token_id or 0)
         scores[name] = {
             "loss": score.loss,
             "perplexity": score.perplexity,
             "num_examples": score.num_examples,
             "num_tokens": score.num_tokens,
         }
-        _say(
+        _print(
             args,
             f"{name}: loss {score.loss:.3f}, perplexity {score.perplexity:.2f} on "
             f"{score.num_examples} {what} ({score.num_tokens} answer tokens)",
@@ -166,19 +177,15 @@ def _losses(
     return scores
 
 
-def _benchmark(
-    args: argparse.Namespace, asker: ChatModel, path: Path
-) -> dict[str, Any]:
+def _benchmark(args: argparse.Namespace, chat: ChatModel, path: Path) -> dict[str, Any]:
     """Score multiple choice."""
     from fedllm.evaluation.multiple_choice import load_questions, multiple_choice
 
     questions = load_questions(path)
     scores = {}
-    for name, tuned in _names(args, asker):
-        with asker.adapter(tuned):
-            score = multiple_choice(
-                asker.model, asker.tokenizer, questions, asker.prompt
-            )
+    for name, tuned in _names(args, chat):
+        with chat.adapter(tuned):
+            score = multiple_choice(chat.model, chat.tokenizer, questions, chat.prompt)
         low, high = score.interval
         scores[name] = {
             "accuracy": score.accuracy,
@@ -187,7 +194,7 @@ def _benchmark(
             "chance": score.chance,
             "interval_95": [low, high],
         }
-        _say(
+        _print(
             args,
             f"{name}: accuracy {score.accuracy:.3f} (95 % interval {low:.3f} to "
             f"{high:.3f}) on {score.num_questions} questions; chance {score.chance:.3f}; "
@@ -196,18 +203,20 @@ def _benchmark(
     return scores
 
 
-def _open(args: argparse.Namespace, asker: ChatModel, path: Path) -> dict[str, Any]:
-    """Let the models answer open questions, and hold that against the references."""
+def _open(args: argparse.Namespace, chat: ChatModel, path: Path) -> dict[str, Any]:
+    """Score the models' answers to open questions against the references."""
     from fedllm.evaluation.open_answers import load_open_questions, score_answers
 
     rows = load_open_questions(path)
     scores = {}
-    for name, tuned in _names(args, asker):
-        told = (args.max_new_tokens, args.temperature)
-        answers = ["".join(asker.answer(r["question"], tuned, (), *told)) for r in rows]
+    for name, tuned in _names(args, chat):
+        limits = (args.max_new_tokens, args.temperature)
+        answers = [
+            "".join(chat.answer(row["question"], tuned, (), *limits)) for row in rows
+        ]
         score = score_answers(answers, [row["answer"] for row in rows])
         scores[name] = asdict(score)
-        _say(
+        _print(
             args,
             f"{name}: exact match {score.exact_match:.3f}, ROUGE-L {score.rouge_l:.3f} "
             f"on {score.num_questions} open questions",
@@ -215,9 +224,9 @@ def _open(args: argparse.Namespace, asker: ChatModel, path: Path) -> dict[str, A
     return scores
 
 
-def _interact(args: argparse.Namespace, asker: ChatModel) -> None:
+def _interact(args: argparse.Namespace, chat: ChatModel) -> None:
     """Answer questions until the input ends; each model remembers its own answers."""
-    _say(args, f"{NOT_ADVICE} An empty line ends, /new forgets what was said.")
+    _print(args, f"{NOT_ADVICE} An empty line ends, /new forgets the conversation.")
     histories: dict[str, list[Turn]] = {}
     while True:
         try:
@@ -229,19 +238,20 @@ def _interact(args: argparse.Namespace, asker: ChatModel) -> None:
         if question == "/new":
             histories = {}
             continue
-        for name, answer in _answer(args, asker, question, histories).items():
+        for name, answer in _answer(args, chat, question, histories).items():
             histories.setdefault(name, []).append((question, answer))
 
 
-def _say(args: argparse.Namespace, text: str, end: str = "\n") -> None:
-    """Write to the screen, unless JSON is asked for."""
+def _print(args: argparse.Namespace, text: str, end: str = "\n") -> None:
+    """Print at once, unless JSON is asked for."""
     if not args.json:
         sys.stdout.write(text + end)
         sys.stdout.flush()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = new_parser("evaluate", __doc__)
     parser.add_argument(
         "--peft-path",
         metavar="DIR",
@@ -272,26 +282,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--interactive", action="store_true", help="ask again and again"
     )
-    parser.add_argument("--json", action="store_true", help="write one JSON object")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=96, metavar="N")
-    parser.add_argument(
-        "--temperature",
-        type=temperature,
-        default=0.0,
-        help="0.0: always the likeliest token",
-    )
-    parser.add_argument(
-        "--quantization",
-        type=int,
-        choices=(0, 4, 8),
-        help="bits of the base; default: as in training, 4 for plain PEFT",
-    )
+    add_json(parser)
+    add_answers(parser, default_bits="as in training, 4 for plain PEFT")
     parser.add_argument(
         "--float32",
         action="store_true",
         help="unquantised and in float32, for numbers beside another program's",
     )
     return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; an error is one line and exit status 1."""
+    run_command(parser(), run, arguments)
 
 
 if __name__ == "__main__":

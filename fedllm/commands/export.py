@@ -1,8 +1,8 @@
 """Merge an adapter into its unquantised base, as a model that needs no PEFT.
 
-python -m fedllm.commands.export --peft-path RUN/peft_final --out my-model
+    fedllm export --peft-path RUN/peft_final --out my-model
 
-Nothing leaves this machine unless --push-to-hub names where to.
+Nothing leaves this machine unless --push-to-hub names a repository.
 """
 
 import argparse
@@ -11,23 +11,30 @@ import shutil
 import sys
 from pathlib import Path
 
+from fedllm.commands.options import (
+    add_json,
+    add_out,
+    new_parser,
+    run_command,
+    write_json,
+)
 from fedllm.config import fedllm_home
-from fedllm.errors import AdapterError, FedllmError, ModelError
+from fedllm.errors import AdapterError, ModelError
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    args = _parser().parse_args(arguments)
-    # What transformers says while loading is not for this screen.
+def run(args: argparse.Namespace) -> int:
+    """Write the merged model and print its folder."""
+    # A user cannot act on what transformers logs while it loads.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        out = Path(args.out).expanduser()
-        export(Path(args.peft_path).expanduser(), out, args.quantize)
-        if args.push_to_hub:
-            _push(out, args.push_to_hub)
-    except FedllmError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    sys.stdout.write(f"{args.out}\n")
+    out = Path(args.out).expanduser()
+    export(Path(args.peft_path).expanduser(), out, args.quantize)
+    if args.push_to_hub:
+        _push(out, args.push_to_hub)
+    if args.json:
+        write_json({"model": str(out.absolute()), "pushed_to": args.push_to_hub})
+    else:
+        sys.stdout.write(f"{args.out}\n")
+    return 0
 
 
 def export(adapter: Path, out: Path, bits: int = 0) -> None:
@@ -53,7 +60,7 @@ def export(adapter: Path, out: Path, bits: int = 0) -> None:
     # In bfloat16 small updates would be lost in rounding.
     base = load_base(base_name, 0, fedllm_home()).float()
     merged = load_adapter(base, adapter).merge_and_unload()
-    # A folder that is there is a whole one.
+    # Renamed at the end, so that a folder of this name is always complete.
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     merged.save_pretrained(str(partial))
@@ -80,7 +87,7 @@ def _push(folder: Path, name: str) -> None:
     """Upload a folder to a new private repository of the Hugging Face hub.
 
     Raises:
-        ModelError: The hub refuses, or has a repository of that name.
+        ModelError: The hub rejects it, or has a repository of that name already.
     """
     from huggingface_hub import HfApi
 
@@ -95,12 +102,13 @@ def _push(folder: Path, name: str) -> None:
         ) from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = new_parser("export", __doc__)
+    parser.add_argument(
+        "--peft-path", required=True, metavar="DIR", help="adapter folder"
     )
-    parser.add_argument("--peft-path", required=True, metavar="DIR")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    add_out(parser, "a new folder", required=True)
     parser.add_argument(
         "--quantize",
         type=int,
@@ -113,7 +121,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OWNER/NAME",
         help="also upload it, to a new private repository",
     )
+    add_json(parser)
     return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; an error is one line and exit status 1."""
+    run_command(parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Make what a federation across machines needs: certificates and the nodes' keys.
 
-    python -m fedllm.commands.keys --out ~/federation/keys --server-name fl.example.org --nodes 3
-    python -m fedllm.commands.keys --out ~/federation/keys --add-node clinic-d
+    fedllm keys --out ~/federation/keys --server-name fl.example.org --nodes 3
+    fedllm keys --out ~/federation/keys --add-node clinic-d
 
-The first makes a private certificate authority, the server's certificate and keys of
-node-1, node-2 and node-3; the second one more node's key, best on that node's own
+The first makes a private certificate authority, the server's certificate and the keys of
+node-1, node-2 and node-3. The second makes one more node's key: run it on that node's own
 machine, so that the private key never travels. docs/deployment.md has the rest.
 """
 
@@ -12,44 +12,58 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
+from fedllm.commands.options import (
+    add_json,
+    add_out,
+    new_parser,
+    run_command,
+    write_json,
+)
 from fedllm.deployment.keys import (
     SUPERLINK_NAME,
     VALID_DAYS,
     add_node_key,
     make_key_folder,
 )
-from fedllm.errors import FedllmError
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
+def run(args: argparse.Namespace) -> int:
+    """Make the keys; print where they belong and what to type next."""
     if args.nodes < 0:
-        parser.error(f"--nodes: must be >= 0 (got {args.nodes})")
+        raise argparse.ArgumentError(None, f"--nodes: must be >= 0 (got {args.nodes})")
     folder = Path(args.out).expanduser().absolute()
-    try:
-        if args.add_node is not None:
-            said = _add_node(folder, args.add_node)
-        else:
-            said = _make_all(folder, args)
-    except FedllmError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    sys.stdout.write(said)
+    if args.add_node is not None:
+        path = add_node_key(folder, args.add_node)
+        text = _node_text(folder, args.add_node)
+        nodes = {args.add_node: _pair(path)}
+        report: dict[str, Any] = {"nodes": nodes}
+    else:
+        names = [f"node-{number}" for number in range(1, args.nodes + 1)]
+        server_names = [args.server_name, *args.server_ip]
+        make_key_folder(folder, server_names, names, args.control_address)
+        text = _folder_text(folder, names, args.control_address)
+        nodes = {name: _pair(folder / "nodes" / name) for name in names}
+        files = ("ca.crt", "ca.key", "server.crt", "server.key", "config.toml")
+        report = {name: str(folder / name) for name in files} | {"nodes": nodes}
+    if args.json:
+        write_json(report)
+    else:
+        sys.stdout.write(text)
+    return 0
 
 
-def _make_all(folder: Path, args: argparse.Namespace) -> str:
-    """Make the folder, and say what lies where and what to type next."""
-    nodes = [f"node-{number}" for number in range(1, args.nodes + 1)]
-    names = [args.server_name, *args.server_ip]
-    make_key_folder(folder, names, nodes, args.control_address)
+def _pair(path: Path) -> dict[str, str]:
+    return {"private": str(path), "public": f"{path}.pub"}
+
+
+def _folder_text(folder: Path, nodes: list[str], control_address: str) -> str:
+    """Return where each file of a new folder belongs, and what to type next."""
     keys = "\n".join(f"  {folder / 'nodes' / node}" for node in nodes)
     register = "\n".join(_register(folder, node) for node in nodes)
-    typed = {
-        name: shlex.quote(str(folder / name))
-        for name in ("config.toml", "ca.crt", "server.crt", "server.key")
-    }
+    config = shlex.quote(str(folder / "config.toml"))
+    port = control_address.rpartition(":")[2]
     return f"""\
 keys: {folder} (certificates are valid for {VALID_DAYS // 365} years)
 to every machine:
@@ -62,18 +76,16 @@ to one node each:
 to nobody; keep it off the network, or delete it:
   {folder / "ca.key"}
 next, on the server's machine (docs/deployment.md has every step):
-  mkdir -p ~/.flwr && cat {typed["config.toml"]} >> ~/.flwr/config.toml
-  flower-superlink --port {args.control_address.rpartition(":")[2]} \
---ssl-ca-certfile {typed["ca.crt"]} --ssl-certfile {typed["server.crt"]} \
---ssl-keyfile {typed["server.key"]} --enable-supernode-auth --database superlink.db
+  mkdir -p ~/.flwr && cat {config} >> ~/.flwr/config.toml
+  fedllm superlink --keys {shlex.quote(str(folder))} --port {port}
 then, while it runs:
 {register}
 """
 
 
-def _add_node(folder: Path, node: str) -> str:
-    """Make one more key, and say what to do with it."""
-    path = add_node_key(folder, node)
+def _node_text(folder: Path, node: str) -> str:
+    """Return where one more node's key belongs, and what to type next."""
+    path = folder / "nodes" / node
     return f"""\
 private key, for that node alone: {path}
 public key, for the server: {path}.pub
@@ -87,13 +99,10 @@ def _register(folder: Path, node: str) -> str:
     return f"  flwr supernode register --name {node} {public} {SUPERLINK_NAME}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder of the keys"
-    )
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = new_parser("keys", __doc__)
+    add_out(parser, "folder of the keys", required=True)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--server-name", metavar="NAME", help="name or address that nodes connect to"
@@ -117,7 +126,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT",
         help="where runs are started (default: the server's own machine, %(default)s)",
     )
+    add_json(parser)
     return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; an error is one line and exit status 1."""
+    run_command(parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Plan a private federation: epsilon, noise, what to expect, what would be better.
 
-    python -m fedllm.commands.plan --clients 20
-    python -m fedllm.commands.plan --run-config configs/private-100.toml --epsilon 2
-    python -m fedllm.commands.plan --clients 20 --rounds 100 --noise-multiplier 0.02
-    python -m fedllm.commands.plan --run-config configs/record-level.toml --records 486
+    fedllm plan --clients 20
+    fedllm plan --run-config configs/private-100.toml --epsilon 2
+    fedllm plan --clients 20 --rounds 100 --noise-multiplier 0.02
+    fedllm plan --run-config configs/record-level.toml --records 486
 
 No client is asked, and nothing is loaded but with `--probe`, which makes the noise of all
 rounds, puts it into the fresh adapter of the real base model and scores that on the public
@@ -11,15 +11,22 @@ validation rows.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from fedllm.commands.options import typed_config
+from fedllm.commands.options import (
+    add_clients,
+    add_json,
+    add_run_config,
+    new_parser,
+    read_settings,
+    run_command,
+    write_json,
+)
 from fedllm.config import RunConfig, parse_run_config
-from fedllm.errors import ConfigError, FedllmError
+from fedllm.errors import ConfigError
 from fedllm.planning.adapter_choice import choose_adapter, with_choice
 from fedllm.planning.frontier import load_frontier
 from fedllm.planning.noise import privacy_settings
@@ -33,45 +40,49 @@ _DEFAULT_CLIENTS = 20
 _EPSILONS = (1.0, 2.0, 4.0, 8.0)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command."""
-    args = _parser().parse_args(arguments)
-    try:
-        config = _config(args)
-        if config.privacy.unit == "record":
-            plan = _record_plan(config, args)
-            _say(args, plan, record_plan_lines(config, plan))
-            return
-        clients = config.strategy.num_clients or _DEFAULT_CLIENTS
-        chosen = (
-            choose_adapter(config, clients) if config.adapter.kind == "auto" else None
-        )
-        if chosen is not None:
-            config = with_choice(config, chosen)
-        if args.trainable is not None and args.trainable < 1:
-            raise ConfigError(f"--trainable: must be at least 1 (got {args.trainable})")
-        d = args.trainable or count_trainable(config)
-        settings = privacy_settings(config, clients, d)
-        plan = plan_run(config, settings)
-        plan["auto"] = chosen.reason if chosen is not None else None
-        if args.plot:
-            plan["plot"] = str(_write_plot(Path(args.plot), config.adapter.kind, plan))
-        if args.probe:
-            plan["noise_probe"] = _probe(config, settings)
-    except FedllmError as error:
-        sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
-    _say(args, plan, _lines(config, settings, plan))
-
-
-def _say(args: argparse.Namespace, plan: dict[str, Any], lines: list[str]) -> None:
+def run(args: argparse.Namespace) -> int:
     """Print the plan, for a person or as JSON."""
-    text = json.dumps(plan, indent=2) if args.json else "\n".join(lines)
-    sys.stdout.write(text + "\n")
+    config = _config(args)
+    if config.privacy.unit == "record":
+        plan = _record_plan(config, args)
+        lines = record_plan_lines(config, plan)
+    else:
+        plan, lines = _client_plan(config, args)
+    if args.json:
+        write_json(plan)
+    else:
+        sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _client_plan(
+    config: RunConfig, args: argparse.Namespace
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the plan of client-level privacy, and its lines for a person.
+
+    Raises:
+        ConfigError: A flag's value cannot be used.
+    """
+    clients = config.strategy.num_clients or _DEFAULT_CLIENTS
+    choice = choose_adapter(config, clients) if config.adapter.kind == "auto" else None
+    if choice is not None:
+        config = with_choice(config, choice)
+    if args.trainable is not None and args.trainable < 1:
+        raise ConfigError(f"--trainable: must be at least 1 (got {args.trainable})")
+    d = args.trainable or count_trainable(config)
+    settings = privacy_settings(config, clients, d)
+    plan = plan_run(config, settings)
+    plan["auto"] = choice.reason if choice is not None else None
+    if args.plot:
+        plan["plot"] = str(_write_plot(Path(args.plot), config.adapter.kind, plan))
+    if args.probe:
+        plan["noise_probe"] = _probe(config, settings)
+    return plan, _lines(config, settings, plan)
 
 
 def _config(args: argparse.Namespace) -> RunConfig:
     """Return the run config with what the flags say in its place."""
-    settings = typed_config(args.run_config or [])
+    settings = read_settings(args.run_config)
     flags = {
         "strategy.num-clients": args.clients,
         "num-server-rounds": args.rounds,
@@ -111,6 +122,21 @@ def _record_plan(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     if args.probe or args.plot:
         raise ConfigError("--probe and --plot are for privacy.unit='client'")
     return record_plan(config, args.records)
+
+
+def record_plan_lines(config: RunConfig, plan: dict[str, Any]) -> list[str]:
+    """Return what a person reads of a client's plan."""
+    z, batch = plan["noise_multiplier"], plan["expected_batch_size"]
+    return [
+        f"a client of {plan['num_records']:,} records: batches of about {batch} by "
+        f"secret coins, {plan['steps_per_round']} steps in each of "
+        f"{plan['num_rounds']} rounds",
+        f"noise multiplier {z:.4g} <-> epsilon {plain(plan['epsilon'])} for adding or "
+        f"removing one record, at delta {plan['delta']:.3g} (pld): protection is "
+        f"{strength(plan['epsilon'])}",
+        f"a step's mean gradient has noise of {z / batch:.3g} times "
+        f"privacy.max-grad-norm {config.privacy.max_grad_norm:g} in each trained value",
+    ]
 
 
 def _lines(
@@ -261,52 +287,37 @@ def _probe(config: RunConfig, settings: PrivacySettings) -> dict[str, float]:
     return {"before": before, "noise_alone": after}
 
 
-def _parser() -> argparse.ArgumentParser:
-    """Make the parser."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fedllm.commands.plan",
-        description="Plan a private federation, without asking a client.",
-    )
-    parser.add_argument(
-        "--run-config", action="append", help="a .toml file or key=value pairs"
-    )
-    parser.add_argument("--clients", type=int, help="default 20")
-    parser.add_argument("--rounds", type=int)
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = new_parser("plan", __doc__)
+    add_run_config(parser)
+    add_clients(parser, f"clients of the run (default: {_DEFAULT_CLIENTS})")
+    parser.add_argument("--rounds", type=int, help="rounds of the run")
     parser.add_argument("--epsilon", type=float, help="calibrate the noise to this")
     parser.add_argument("--noise-multiplier", type=float, help="epsilon falls out")
     parser.add_argument(
         "--records", type=int, help="of one client, under privacy.unit='record'"
     )
-    parser.add_argument("--delta", type=float)
+    parser.add_argument("--delta", type=float, help="delta of (epsilon, delta)")
     parser.add_argument("--sampling", help="all, fixed or poisson")
     parser.add_argument("--fraction", type=float, help="of the clients, in a round")
     parser.add_argument("--kind", help="kind of adapter")
-    parser.add_argument("--rank", type=int)
-    parser.add_argument("--target-modules")
-    parser.add_argument("--model")
+    parser.add_argument("--rank", type=int, help="rank of the adapter")
+    parser.add_argument("--target-modules", help="modules that the adapter changes")
+    parser.add_argument("--model", help="base model")
     parser.add_argument("--trainable", type=int, help="trained values, if known")
     parser.add_argument(
         "--probe", action="store_true", help="try the noise on the real base model"
     )
     parser.add_argument("--plot", metavar="FILE", help="draw loss over clients")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
     return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; an error is one line and exit status 1."""
+    run_command(parser(), run, arguments)
 
 
 if __name__ == "__main__":
     main()
-
-
-def record_plan_lines(config: RunConfig, plan: dict[str, Any]) -> list[str]:
-    """Return what a person reads of a client's plan."""
-    z, batch = plan["noise_multiplier"], plan["expected_batch_size"]
-    return [
-        f"a client of {plan['num_records']:,} records: batches of about {batch} by "
-        f"secret coins, {plan['steps_per_round']} steps in each of "
-        f"{plan['num_rounds']} rounds",
-        f"noise multiplier {z:.4g} <-> epsilon {plain(plan['epsilon'])} for adding or "
-        f"removing one record, at delta {plan['delta']:.3g} (pld): protection is "
-        f"{strength(plan['epsilon'])}",
-        f"a step's mean gradient has noise of {z / batch:.3g} times "
-        f"privacy.max-grad-norm {config.privacy.max_grad_norm:g} in each trained value",
-    ]

@@ -1,16 +1,16 @@
 """List the runs of this machine, or show one.
 
-python -m fedllm.commands.runs
-python -m fedllm.commands.runs latest
-python -m fedllm.commands.runs 2026-11-23_05-39-35_12018571944861707352 --json
+fedllm runs
+fedllm runs latest
+fedllm runs 2026-11-23_05-39-35_12018571944861707352 --json
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from fedllm.commands.options import add_json, new_parser, run_command, write_json
 from fedllm.config import fedllm_home
 from fedllm.errors import FedllmError
 from fedllm.privacy.wording import plain
@@ -19,30 +19,28 @@ from fedllm.runs.listing import LATEST, all_runs, epsilon_words, find_run, run_s
 from fedllm.runs.record import RunRecord, read_run
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    args = _parser().parse_args(arguments)
+def run(args: argparse.Namespace) -> int:
+    """Print the list of runs, or the one that is named."""
     runs = fedllm_home() / "runs"
-    found: object
-    try:
-        if args.name is None:
-            found = listed = all_runs(runs)
-            lines = _list_lines(runs, listed)
-        else:
-            found, lines = _one(find_run(runs, args.name))
-    except FedllmError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    content: object
+    if args.name is None:
+        content = summaries = all_runs(runs)
+        lines = _list_lines(runs, summaries)
+    else:
+        content, lines = _one(find_run(runs, args.name))
     if args.json:
-        lines = [json.dumps(found, indent=2)]
-    sys.stdout.write("\n".join(lines) + "\n")
+        write_json(content)
+    else:
+        sys.stdout.write("\n".join(lines) + "\n")
+    return 0
 
 
-def _list_lines(runs: Path, found: list[dict[str, Any]]) -> list[str]:
-    """Return the list for a person."""
-    if not found:
+def _list_lines(runs: Path, summaries: list[dict[str, Any]]) -> list[str]:
+    """Return the list as a person reads it."""
+    if not summaries:
         return [f"no runs in {runs} (FEDLLM_HOME names another folder)"]
     head = ("time", "model", "rounds", "loss", "epsilon", "state", "name")
-    rows = [head, *(_row(summary) for summary in found)]
+    rows = [head, *(_row(summary) for summary in summaries)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
     return [
         "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]])
@@ -69,23 +67,23 @@ def _row(summary: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _one(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return a run, for programs and for a person.
+    """Return a run as JSON content and as lines for a person.
 
     Raises:
-        FedllmError: It is damaged.
+        FedllmError: The run is damaged.
     """
     summary = run_summary(folder)
     if summary["state"] == "damaged":
         raise FedllmError(summary["reason"])
-    run = read_run(folder)
+    record = read_run(folder)
     if summary["state"] == "finished" and not (folder / "report.html").exists():
-        # It was killed between its result and its page.
+        # The run was killed between its result and its page.
         write_report(folder)
-    found = summary | {
+    content = summary | {
         "folder": str(folder),
-        "statement": run.privacy.get("statement"),
-        "recommended": None if run.result is None else run.result["recommended"],
-        "rounds": run.rounds,
+        "statement": record.privacy.get("statement"),
+        "recommended": None if record.result is None else record.result["recommended"],
+        "rounds": record.rounds,
     }
     adapters = sorted(p.name for p in folder.glob("peft_*") if p.is_dir())
     lines = [
@@ -96,17 +94,17 @@ def _one(folder: Path) -> tuple[dict[str, Any], list[str]]:
         f"page: {folder / 'report.html'}",
         f"adapters: {', '.join(adapters) or 'none'}",
     ]
-    if found["recommended"]:
-        lines.append(f"recommended: {found['recommended']}")
-    if found["statement"]:
-        lines.append(f"privacy: {found['statement']}")
-    return found, lines + _round_lines(run)
+    if content["recommended"]:
+        lines.append(f"recommended: {content['recommended']}")
+    if content["statement"]:
+        lines.append(f"privacy: {content['statement']}")
+    return content, lines + _round_lines(record)
 
 
-def _round_lines(run: RunRecord) -> list[str]:
-    """Return a table of rounds."""
+def _round_lines(record: RunRecord) -> list[str]:
+    """Return the table of rounds, a line each."""
     lines = []
-    for line in run.rounds:
+    for line in record.rounds:
         loss, answered = line["validation_loss"], line["clients_answered"]
         cells = [f"round {line['server_round']:>4}"]
         if loss is not None:
@@ -118,18 +116,22 @@ def _round_lines(run: RunRecord) -> list[str]:
         if answered is not None and line["server_round"]:
             cells.append(f"{answered} of {line['clients_asked']} clients answered")
         lines.append("  ".join(cells))
-    if run.secret_cohorts and run.rounds:
-        lines.append("who or how many took part is not said, since cohorts are secret")
+    if record.secret_cohorts and record.rounds:
+        lines.append("who or how many took part is not shown, since cohorts are secret")
     return lines
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = new_parser("runs", __doc__)
     parser.add_argument("name", nargs="?", help=f"a run, or `{LATEST}`")
-    parser.add_argument("--json", action="store_true", help="one object, for programs")
+    add_json(parser)
     return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; an error is one line and exit status 1."""
+    run_command(parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,70 @@
-"""Flower's SuperNode, whose clients need not import their libraries for every message.
+"""Start Flower's SuperNode, whose clients need not import their libraries every time.
 
-    python -m fedllm.commands.supernode --superlink HOST:9192 --node-config 'data-path="..."'
+    fedllm supernode --superlink HOST:9192 --node-config 'data-path="..."' ...
 
-All arguments are `flower-supernode`'s. Beside it a process waits that has imported torch,
-transformers, PEFT and TRL, and forks a client for each message; and the SuperNode looks
-for work 20 times a second, not once (FLWR_SUPEREXEC_TASK_POLL_INTERVAL sets it). Linux
-only: elsewhere, and where the process cannot be had, each client imports them itself.
+This is `flower-supernode`: it gets every argument but --home, and its own help follows
+this one. Beside it waits a process that has imported torch, transformers, PEFT and TRL,
+and forks a client for each message. The SuperNode looks for work 20 times a second, not
+once (FLWR_SUPEREXEC_TASK_POLL_INTERVAL sets it). Linux only: elsewhere, and if that process
+cannot be started, each client imports the libraries itself.
 """
 
+import argparse
 import os
 import sys
-from pathlib import Path
 
-from fedllm.deployment import fork_client, supernode
+from fedllm.commands.options import add_home, new_parser, print_help, run_command
 
-_BIN = Path(sys.executable).parent
-_POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
+_POLL_SECONDS = 0.05
+_ASKS_FLOWER = {"-h", "--help", "-V", "--version"}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start the fork server if clients can be forked, and become `flower-supernode`."""
+    from fedllm.deployment.flower_programs import (
+        become,
+        flower_environment,
+        make_home,
+    )
+
+    arguments = args.others
+    os.environ.update(flower_environment(_POLL_SECONDS))
+    if _ASKS_FLOWER & {*arguments}:
+        print_help(parser(), arguments)
+    else:
+        if args.home:
+            make_home(args.home)
+        _prepare_forks(arguments)
+    become("flower-supernode", arguments)
+
+
+def _prepare_forks(arguments: list[str]) -> None:
+    """Put the program that asks for forks first on PATH, if it is of use."""
+    from fedllm.deployment import supernode
+    from fedllm.deployment.flower_programs import environment_bin
+
+    if not supernode.can_fork(arguments):
+        return
+    try:
+        folder, *_ = supernode.start_fork_server(
+            environment_bin() / supernode.CLIENTAPP, supernode.FORK_SERVER_COMMAND
+        )
+    except OSError as error:
+        print(f"each client imports its libraries: {error}", file=sys.stderr)
+    else:
+        os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = new_parser("supernode", __doc__, hands_on=True)
+    add_home(parser, "models, logs and ledgers")
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Start the fork server, and become `flower-supernode`."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if sys.platform == "linux" and _forks(given):
-        try:
-            folder, *_ = supernode.start_fork_server(
-                _BIN / supernode.CLIENTAPP, supernode.FORK_SERVER_COMMAND
-            )
-        except OSError as error:
-            print(f"each client imports its libraries: {error}", file=sys.stderr)
-        else:
-            path = os.environ.get("PATH", os.defpath)
-            os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
-    os.environ.setdefault(_POLL, "0.05")
-    program = str(_BIN / "flower-supernode")
-    os.execv(program, [program, *given])
-
-
-def _forks(given: list[str]) -> bool:
-    """Tell whether a SuperNode with these arguments starts clients that can be forked."""
-    says = {"-h", "--help", "-V", "--version"}
-    starts_none = {"--isolation=process", "process"}
-    return not (says | starts_none | {fork_client.INSTALLS}) & {*given}
+    """Run the command; an error is one line and exit status 1."""
+    run_command(parser(), run, arguments, hands_on=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The fork server of a SuperNode: how it is started."""
+"""The fork server of a SuperNode: whether it is of use, and how it is started."""
 
 import os
 import shlex
@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedllm.config import fedllm_home
@@ -15,6 +16,17 @@ from fedllm.deployment import fork_client
 CLIENTAPP = "flwr-clientapp"
 FORK_SERVER_COMMAND = (sys.executable, "-P", "-m", "fedllm.deployment.fork_server")
 
+_NO_CLIENT_TO_FORK = {"--isolation=process", "process", fork_client.INSTALLS}
+
+
+def can_fork(arguments: Sequence[str]) -> bool:
+    """Return whether a SuperNode starts clients that can be forked.
+
+    Args:
+        arguments: Of `flower-supernode`.
+    """
+    return sys.platform == "linux" and not _NO_CLIENT_TO_FORK & {*arguments}
+
 
 def start_fork_server(
     clientapp: Path, server: tuple[str, ...]
@@ -22,18 +34,18 @@ def start_fork_server(
     """Start a process that forks clients for as long as this one lives.
 
     Args:
-        clientapp: Flower's own `flwr-clientapp`, for when there is nobody to fork.
+        clientapp: Flower's own `flwr-clientapp`, which runs if no client can be forked.
         server: The command of `fedllm.deployment.fork_server`, less its arguments.
 
     Returns:
-        The folder of a program `flwr-clientapp`, for PATH, which goes with the server;
-        the server; and a descriptor whose end ends it, which a program that this process
-        becomes inherits and a child does not.
+        The folder of a program `flwr-clientapp`, for PATH, which the server removes when
+        it ends; the server; and a descriptor: the server ends when it is closed. A program
+        that this process becomes inherits the descriptor, and a child does not.
 
     Raises:
-        OSError: There is no folder for it.
+        OSError: No folder will do for the program and the socket.
     """
-    folder, listening = _program_and_socket(clientapp)
+    folder, listening = _make_program_and_socket(clientapp)
     ended, alive = os.pipe()
     os.set_inheritable(alive, True)
     with listening:
@@ -53,21 +65,21 @@ def start_fork_server(
     return folder, process, alive
 
 
-def _program_and_socket(clientapp: Path) -> tuple[Path, socket.socket]:
-    """Return the folder of the program, and a socket there that listens already.
+def _make_program_and_socket(clientapp: Path) -> tuple[Path, socket.socket]:
+    """Return the folder of the program, and a socket in it that listens already.
 
     Raises:
-        OSError: It can be had in neither place.
+        OSError: Neither folder will do.
     """
-    # It goes first on a PATH, so where nobody else can write, if that can be had.
+    # The program goes first on a PATH, so it lies where nobody else can write, if possible.
     try:
-        return _made_in(fedllm_home(), clientapp)
+        return _make_in(fedllm_home(), clientapp)
     except OSError:
-        return _made_in(Path(tempfile.gettempdir()), clientapp)
+        return _make_in(Path(tempfile.gettempdir()), clientapp)
 
 
-def _made_in(parent: Path, clientapp: Path) -> tuple[Path, socket.socket]:
-    """Make the folder in this one.
+def _make_in(parent: Path, clientapp: Path) -> tuple[Path, socket.socket]:
+    """Make the program's folder in this one.
 
     Raises:
         OSError: Its path is too long for a socket, or programs cannot be run there.

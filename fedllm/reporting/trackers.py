@@ -128,11 +128,13 @@ class _Wandb:
             x_disable_machine_info=True,
             x_save_requirements=False,
         )
+        # wandb checks its own variable.
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
         self._run: Any = wandb.init(
             project="fedllm",
             name=folder.name,
             dir=str(folder),
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=mode,
             settings=settings,
         )
 

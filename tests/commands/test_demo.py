@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fedllm.adapters.resolve import adapter_spec
-from fedllm.commands import demo
+from fedllm.commands import demo, demo_page
 from fedllm.config import AdapterConfig
 from fedllm.models.loading import load_config
 from fedllm.runs import listing
@@ -52,8 +52,8 @@ def add_run(home: Path, base: Path, name: str, seed: int, **changes) -> Path:
     return folder
 
 
-def args(*typed: str):
-    return demo._parser().parse_args(["--max-new-tokens", "6", *typed])
+def options():
+    return demo_page.AnswerOptions(6, 0.0, None)
 
 
 def no_turns():
@@ -94,11 +94,11 @@ def test_rounds_are_offered_in_the_order_of_numbers_and_the_recommended_is_chose
 def test_the_runs_own_statement_and_what_it_leaves_out_are_shown(home):
     private = json.loads((home / "runs" / NEW / "privacy.json").read_text())
 
-    text = html.unescape(demo.about(home / "runs" / NEW))
+    text = html.unescape(demo_page.about(home / "runs" / NEW))
 
     assert all(x in text for x in [private["statement"], *private["not_covered"]])
     assert "not medical advice" in text
-    bare = demo.about(home / "runs" / OLD)
+    bare = demo_page.about(home / "runs" / OLD)
     assert "No differential privacy: no noise was added" in bare
 
 
@@ -106,11 +106,11 @@ def test_no_text_of_a_run_becomes_html(home):
     path = home / "runs" / NEW / "privacy.json"
     path.write_text(json.dumps({"statement": HOSTILE, "not_covered": [HOSTILE]}))
 
-    assert "<script" not in demo.about(home / "runs" / NEW)
+    assert "<script" not in demo_page.about(home / "runs" / NEW)
 
 
 def test_the_two_models_answer_and_each_round_for_itself(home):
-    resident = demo.Resident(args(), home)
+    resident = demo_page.Resident(options(), home)
     folder = home / "runs" / NEW
 
     def ask(name):
@@ -130,7 +130,7 @@ def test_the_two_models_answer_and_each_round_for_itself(home):
 def test_one_model_is_in_memory_and_stays_there(home, monkeypatch):
     loaded, alive = [], []
 
-    class Fake(demo.ChatModel):
+    class Fake(demo_page.ChatModel):
         def __init__(self, subject):
             assert not alive
             self.subject = subject
@@ -146,8 +146,8 @@ def test_one_model_is_in_memory_and_stays_there(home, monkeypatch):
         def answer(self, *asked):
             yield "yes"
 
-    monkeypatch.setattr(demo, "ChatModel", Fake)
-    resident = demo.Resident(args(), home)
+    monkeypatch.setattr(demo_page, "ChatModel", Fake)
+    resident = demo_page.Resident(options(), home)
     for name in ("peft_2", "peft_2", "peft_10"):
         last(resident.answers(home / "runs" / NEW / name, "?", no_turns()))
 
@@ -162,7 +162,7 @@ def test_a_conversation_goes_on_from_what_each_model_said_itself(home, monkeypat
         yield f"word{len(prompts)}"
 
     monkeypatch.setattr("fedllm.evaluation.generation.generate", echo)
-    handlers = demo._Handlers(args(), home)
+    handlers = demo_page.Handlers(options(), home)
     turns = handlers.no_turns()
     for question in ("first?", "second?"):
         *_, turns, _ = last(handlers.ask(NEW, "peft_2", question, turns))
@@ -183,7 +183,7 @@ BREAK = {
 @pytest.mark.parametrize("name", BREAK)
 def test_a_bad_adapter_is_a_line_on_the_page_which_goes_on(home, name):
     (home / "runs" / NEW / "peft_10" / name).write_text("{")
-    handlers = demo._Handlers(args(), home)
+    handlers = demo_page.Handlers(options(), home)
 
     question, *_, told = last(handlers.ask(NEW, "peft_10", "why?", no_turns()))
 
@@ -197,7 +197,9 @@ def test_a_bad_adapter_is_a_line_on_the_page_which_goes_on(home, name):
     [(f"../runs/{NEW}", "peft_2"), (NEW, f"../{OLD}/peft_2"), (None, None), (NEW, "x")],
 )
 def test_only_what_is_offered_can_be_asked(home, run, adapter):
-    told = last(demo._Handlers(args(), home).ask(run, adapter, "?", no_turns()))[-1]
+    told = last(demo_page.Handlers(options(), home).ask(run, adapter, "?", no_turns()))[
+        -1
+    ]
 
     assert told.startswith("AdapterError: ") and "reload the page" in told
 

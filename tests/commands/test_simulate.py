@@ -1,97 +1,32 @@
-import argparse
-import os
-import types
-from pathlib import Path
+"""The command of a simulation: its options, and what it prints as JSON."""
 
-import psutil
+import json
+
 import pytest
 
 from fedllm.commands import simulate
-
-ROOT = Path(__file__).parents[2]
-GIB = 2**30
-
-
-def cpus(monkeypatch, cores, free, clients=20, run_config=None, app=ROOT):
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    memory = types.SimpleNamespace(available=int(free * GIB))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    args = argparse.Namespace(num_supernodes=clients, run_config=run_config)
-    return simulate._fitting_cpus(app, args)
-
-
-@pytest.mark.parametrize(
-    ("cores", "free", "clients", "wanted"),
-    [
-        (2, 20, 20, 1),
-        (16, 64, 20, 1),
-        (16, 64, 5, 4),  # no more actors than clients
-        (16, 64, 1, 16),
-        (8, 6.5, 20, 3),  # three fit
-        (8, 0.5, 20, 8),  # one has to
-        (1, 20, 20, 1),
-    ],
-)
-def test_a_client_gets_few_cpus_where_memory_allows(
-    monkeypatch, cores, free, clients, wanted
-):
-    assert cpus(monkeypatch, cores, free, clients) == wanted
-
-
-def test_with_a_model_of_unknown_size_the_number_is_flower_s(monkeypatch, tmp_path):
-    name = 'model.name="openlm-research/open_llama_3b_v2"'
-    assert cpus(monkeypatch, 8, 64, run_config=[name]) == 2
-    preset = tmp_path / "preset.toml"
-    preset.write_text(name)
-    assert cpus(monkeypatch, 8, 64, run_config=[str(preset)]) == 2
-    assert cpus(monkeypatch, 8, 64, run_config=["num-server-rounds=1"]) == 1
-
-
-def test_what_flower_is_to_refuse_is_left_to_it(monkeypatch, tmp_path):
-    assert cpus(monkeypatch, 8, 64, run_config=["a=[b"]) == 2
-    assert cpus(monkeypatch, 8, 64, app=tmp_path) == 2
+from tests.helpers.commands import exit_status
 
 
 @pytest.fixture
-def app(tmp_path):
-    """An app's folder with an environment and git's folder in it."""
-    folder = tmp_path / "app"
-    for name in ("pyproject.toml", "code/a.py", ".gitignore", ".git/HEAD"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
-    for name in ("pyvenv.cfg", "lib/b.py"):
-        (folder / "env" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "env" / name).write_text(name)
-    return folder
+def simulated(monkeypatch, tmp_path):
+    """What is handed to the simulation, which logs a run folder and completes."""
+    calls = []
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    (folder / "result.json").write_text('{"test_loss_after": 2.5}')
 
+    def fake(simulation, home, on_line=None):
+        config = [v for v in simulation.run_config if v.endswith(".toml")]
+        texts = [(home / name).read_text() for name in config]
+        calls.append((simulation, texts))
+        if on_line:
+            on_line("INFO :      round 0\n")
+            on_line(f"INFO :      run folder: {folder}\n")
+        return 0
 
-def files(folder):
-    return {
-        str(path.relative_to(folder)): path.read_text()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def test_flower_is_shown_the_app_without_environments(app, tmp_path, monkeypatch):
-    wanted = {name: name for name in ("pyproject.toml", "code/a.py", ".gitignore")}
-    linked = simulate._without_environments(app, tmp_path / "linked")
-    assert files(linked) == wanted
-    assert (linked / "code/a.py").samefile(app / "code/a.py")
-
-    def no_link(*_):
-        raise OSError("another disk")
-
-    monkeypatch.setattr(os, "link", no_link)
-    assert files(simulate._without_environments(app, tmp_path / "copied")) == wanted
-
-
-def test_what_cannot_be_copied_is_shown_as_it_is(app, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(simulate, "_link", full)
-    assert simulate._without_environments(app, tmp_path / "copied") == app
+    monkeypatch.setattr(simulate, "simulate", fake)
+    return calls
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "1.5", "many"])
@@ -100,3 +35,51 @@ def test_no_fraction_of_a_cpu(capsys, number):
         simulate.main(["--client-cpus", number])
     assert ended.value.code == 2
     assert "--client-cpus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--clients", "--num-supernodes"])
+def test_clients_have_fedllms_name_and_flowers(simulated, flag):
+    simulate.main([flag, "7"])
+
+    assert simulated[0][0].num_clients == 7
+
+
+def test_a_file_and_pairs_become_one_file_in_which_the_later_value_wins(
+    simulated, tmp_path
+):
+    file = tmp_path / "mine.toml"
+    file.write_text('num-server-rounds = 7\n[model]\nname = "a"\nquantization = 8\n')
+    pairs = 'model.name="b" num-server-rounds=2 data.partition-alpha=0.5'
+    simulate.main(["--run-config", str(file), "--run-config", pairs])
+
+    assert sorted(simulated[0][1][0].splitlines()) == [
+        "data.partition-alpha = 0.5",
+        'model.name = "b"',
+        "model.quantization = 8",
+        "num-server-rounds = 2",
+    ]
+
+
+def test_json_is_the_result_alone_and_the_log_goes_to_stderr(
+    simulated, capsys, tmp_path
+):
+    simulate.main(["--json"])
+    printed = capsys.readouterr()
+
+    assert json.loads(printed.out) == {
+        "completed": True,
+        "folder": str(tmp_path / "a run"),
+        "result": {"test_loss_after": 2.5},
+    }
+    assert "round 0" in printed.err
+
+
+def test_a_run_that_fails_ends_with_its_status(monkeypatch, capsys):
+    monkeypatch.setattr(simulate, "simulate", lambda *_: 1)
+
+    assert exit_status(simulate.main, ["--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == {
+        "completed": False,
+        "folder": None,
+        "result": None,
+    }

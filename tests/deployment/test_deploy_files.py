@@ -89,21 +89,43 @@ def test_kubernetes_types_what_compose_types():
     assert {c["image"] for c in (*server.values(), *node.values())} == images
 
 
-def test_the_images_are_pinned_and_not_root():
-    dockerfile = (DEPLOY / "Dockerfile").read_text()
-    bases = re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
-    assert [b for b in bases if b != "base"] == [bases[0]]
-    assert re.search(r":\d+\.\d+\.\d+-slim-\w+$", bases[0])
-    assert "USER 10001:10001" in dockerfile.partition("AS server")[0]
-    assert "--constraint deploy/constraints.txt" in dockerfile
+def stages(dockerfile: str) -> dict[str, tuple[str, str]]:
+    """Return what each stage builds on, and its own lines."""
+    parts = re.split(r"^FROM (\S+) AS (\S+)\n", dockerfile, flags=re.MULTILINE)[1:]
+    return {
+        name: (of, lines)
+        for of, name, lines in zip(parts[::3], parts[1::3], parts[2::3], strict=True)
+    }
 
-    pinned = dict(
-        re.findall(r"^([\w.-]+)==(\S+)", (DEPLOY / "constraints.txt").read_text(), re.M)
-    )
+
+def test_the_images_are_pinned_and_not_root():
+    found = stages((DEPLOY / "Dockerfile").read_text())
+    others = [of for of, _ in found.values() if of not in found]
+    assert len(others) == 1
+    assert re.search(r":\d+\.\d+\.\d+-slim-\w+$", others[0])
+    for image in ("server", "client", "client-cuda"):
+        base = found[found[image][0]][1]
+        assert "pip install" in base and "--constraint deploy/constraints.txt" in base
+        assert "USER 10001:10001\n" in base
+        assert "USER" not in found[image][1]
+
+
+def test_the_client_with_cuda_is_the_client_with_another_torch():
+    found = stages((DEPLOY / "Dockerfile").read_text())
+    entry = [line for line in found["client"][1].splitlines() if line]
+    assert [line for line in found["client-cuda"][1].splitlines() if line] == entry
+    # An index with a CPU build of torch must not reach it.
+    assert "PIP_EXTRA_INDEX_URL" in found["base"][1]
+    assert "PIP_EXTRA_INDEX_URL" not in found["base-cuda"][1] + found["app"][1]
+    assert found["base"][0] == found["base-cuda"][0] == "app"
+
+
+def test_the_images_name_the_version_and_licence_of_the_package():
+    of, lines = stages((DEPLOY / "Dockerfile").read_text())["app"]
+    labels = dict(re.findall(r'opencontainers\.image\.([\w.]+)="(.*?)"', lines))
     project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]
-    for wanted in project["dependencies"]:
-        name, exact = re.match(r"([\w-]+)(?:\[\w+\])?(?:==(\S+))?", wanted).groups()
-        assert (
-            name in pinned
-        ), f"{name}: benchmarks/dependency_ranges.py writes the file"
-        assert exact in (None, pinned[name])
+    assert labels["title"] == project["name"]
+    assert labels["version"] == project["version"]
+    assert labels["licenses"] == "Apache-2.0"
+    assert labels["base.name"] == f"docker.io/library/{of}"
+    assert labels["revision"] == "${REVISION}" and "ARG REVISION" in lines

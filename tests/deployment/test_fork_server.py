@@ -151,18 +151,20 @@ def test_a_server_that_cannot_serve_leaves_its_folder_to_nobody(cold, imported):
 IMPORTS = """
 import sys
 import torch
-from fedllm import client, errors, fork_server, logs
+from fedllm import errors, logs
+from fedllm.client import preload
+from fedllm.deployment import fork_server
 
 logs.show_log()
 def broken(**asked):
     print(asked)
     raise errors.ModelError("broken here")
 
-real, client.import_libraries = client.import_libraries, broken
+real, preload.import_libraries = preload.import_libraries, broken
 print(fork_server._imported())
 torch.cuda.is_available = lambda: True
 print(fork_server._imported())
-client.import_libraries = lambda **asked: None
+preload.import_libraries = lambda **asked: None
 def unusable():
     raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
 torch.cuda.init = unusable

@@ -23,9 +23,8 @@ BECOMES = """
 import sys
 from pathlib import Path
 from fedllm.commands.supernode import main
-from fedllm.commands import supernode as command
-from fedllm.deployment import supernode
-command._BIN = Path(sys.argv[1])
+from fedllm.deployment import flower_programs, supernode
+flower_programs.environment_bin = lambda: Path(sys.argv[1])
 supernode.FORK_SERVER_COMMAND = (sys.executable, "-P", "-c", sys.argv[2])
 main(["6"])
 """

@@ -1,12 +1,11 @@
 """Audits of a size that takes a second."""
 
-import pytest
-
 from fedllm.auditing.auditor import Auditor
 from fedllm.commands.audit import main
 from fedllm.config import parse_run_config
 from fedllm.planning.noise import privacy_settings
 from fedllm.strategy.build import make_strategy
+from tests.helpers.commands import exit_status
 
 CLIENTS, CANARIES, DIMENSION = 8, 100, 4000
 
@@ -29,7 +28,5 @@ def failed(audit):
 SMALL = ["--canaries", "50", "--dimension", "1000", "--clients", "5"]
 
 
-def audit(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([*arguments, *SMALL])
-    return caught.value.code  # type: ignore[return-value]
+def audit(*arguments: str) -> object:
+    return exit_status(main, [*arguments, *SMALL])

@@ -3,9 +3,8 @@
 import json
 import socket
 
-import pytest
-
 from fedllm.commands import doctor
+from tests.helpers.commands import exit_status
 
 
 def free_port():
@@ -17,8 +16,7 @@ def free_port():
 def examined(capsys, typed):
     """Return the exit status, and the checks by name."""
     pairs = " ".join(f"{k}={json.dumps(v)}" for k, v in typed.items())
-    with pytest.raises(SystemExit) as stopped:
-        doctor.main(["--json", "--run-config", pairs])
+    status = exit_status(doctor.main, ["--json", "--run-config", pairs])
     content = json.loads(capsys.readouterr().out)
-    assert content["ready"] == (stopped.value.code == 0)
-    return stopped.value.code, {check["name"]: check for check in content["checks"]}
+    assert content["ready"] == (status == 0)
+    return status, {check["name"]: check for check in content["checks"]}

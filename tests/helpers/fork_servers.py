@@ -16,7 +16,7 @@ from fedllm.deployment import supernode
 SERVER = """
 import json, os, signal, sys, time
 import numpy.random
-from fedllm import fork_server
+from fedllm.deployment import fork_server
 
 class Torch:
     seeded = False

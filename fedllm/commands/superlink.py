@@ -1,0 +1,82 @@
+"""Start Flower's SuperLink as the server of a deployment.
+
+    fedllm superlink --keys ~/federation/keys --home ~/federation/server
+
+This is `flower-superlink` with TLS, nodes' keys, a database and the packages of this
+environment. It listens on loopback: let the gate of deploy/Caddyfile open a port to the
+network, and nothing else. Any argument that is not listed here is handed on to
+`flower-superlink`, whose own help follows this one.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from fedllm.commands.options import add_home, new_parser, print_help, run_command
+
+_POLL_SECONDS = 0.25
+_ASKS_FLOWER = {"-h", "--help", "-V", "--version"}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Become `flower-superlink`."""
+    from fedllm.deployment.flower_programs import become, flower_environment
+
+    arguments = args.others
+    if _ASKS_FLOWER & {*arguments}:
+        print_help(parser(), arguments)
+    else:
+        arguments = _arguments(args)
+    os.environ.update(flower_environment(_POLL_SECONDS))
+    become("flower-superlink", arguments)
+
+
+def _arguments(args: argparse.Namespace) -> list[str]:
+    """Return the arguments of `flower-superlink`, and prepare its home.
+
+    Raises:
+        ConfigError: Keys are missing, or the home cannot be made.
+    """
+    from fedllm.deployment.flower_programs import make_home
+    from fedllm.deployment.superlink import superlink_arguments
+
+    # The database holds clients' updates: only its owner may read it.
+    os.umask(0o077)
+    home = make_home(args.home)
+    return superlink_arguments(
+        Path(args.keys).expanduser() if args.keys else None,
+        args.port,
+        args.database or str(home / "superlink.db"),
+        args.others,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = new_parser("superlink", __doc__, hands_on=True)
+    parser.add_argument(
+        "--keys",
+        metavar="DIR",
+        help="folder that `fedllm keys` made, for TLS and nodes",
+    )
+    add_home(parser, "run folders and the database")
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=9191,
+        metavar="N",
+        help="where it listens, on loopback (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--database", metavar="FILE", help="its state (default: superlink.db at home)"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; an error is one line and exit status 1."""
+    run_command(parser(), run, arguments, hands_on=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""A simulation: how many clients train at a time, and what Flower is shown."""
+
+import os
+import sys
+import types
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedllm.deployment import simulation
+from fedllm.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+
+
+def cpus(monkeypatch, cores, free, clients=20, run_config=(), app=ROOT):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    memory = types.SimpleNamespace(available=int(free * GIB))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    return simulation.fitting_cpus(app, clients, run_config)
+
+
+@pytest.mark.parametrize(
+    ("cores", "free", "clients", "wanted"),
+    [
+        (2, 20, 20, 1),
+        (16, 64, 20, 1),
+        (16, 64, 5, 4),  # no more actors than clients
+        (16, 64, 1, 16),
+        (8, 6.5, 20, 3),  # three fit
+        (8, 0.5, 20, 8),  # one has to
+        (1, 20, 20, 1),
+    ],
+)
+def test_a_client_gets_few_cpus_where_memory_allows(
+    monkeypatch, cores, free, clients, wanted
+):
+    assert cpus(monkeypatch, cores, free, clients) == wanted
+
+
+def test_with_a_model_of_unknown_size_the_number_is_flower_s(monkeypatch, tmp_path):
+    name = 'model.name="openlm-research/open_llama_3b_v2"'
+    assert cpus(monkeypatch, 8, 64, run_config=[name]) == 2
+    preset = tmp_path / "preset.toml"
+    preset.write_text(name)
+    assert cpus(monkeypatch, 8, 64, run_config=[str(preset)]) == 2
+    assert cpus(monkeypatch, 8, 64, run_config=["num-server-rounds=1"]) == 1
+
+
+def test_what_flower_is_to_refuse_is_left_to_it(monkeypatch, tmp_path):
+    assert cpus(monkeypatch, 8, 64, run_config=["a=[b"]) == 2
+    assert cpus(monkeypatch, 8, 64, app=tmp_path) == 2
+
+
+@pytest.fixture
+def app(tmp_path):
+    """An app's folder with an environment and git's folder in it."""
+    folder = tmp_path / "app"
+    for name in ("pyproject.toml", "code/a.py", ".gitignore", ".git/HEAD"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    for name in ("pyvenv.cfg", "lib/b.py"):
+        (folder / "env" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "env" / name).write_text(name)
+    return folder
+
+
+def files(folder):
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_flower_is_shown_the_app_without_environments(app, tmp_path, monkeypatch):
+    wanted = {name: name for name in ("pyproject.toml", "code/a.py", ".gitignore")}
+    linked = simulation.app_without_environments(app, tmp_path / "linked")
+    assert files(linked) == wanted
+    assert (linked / "code/a.py").samefile(app / "code/a.py")
+
+    def no_link(*_):
+        raise OSError("another disk")
+
+    monkeypatch.setattr(os, "link", no_link)
+    assert (
+        files(simulation.app_without_environments(app, tmp_path / "copied")) == wanted
+    )
+
+
+def test_what_cannot_be_copied_is_shown_as_it_is(app, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(simulation, "_link", full)
+    assert simulation.app_without_environments(app, tmp_path / "copied") == app
+
+
+def test_the_current_folder_is_run_if_it_holds_an_app(app, tmp_path, monkeypatch):
+    (app / "pyproject.toml").write_text("[tool.flwr.app]\n")
+    monkeypatch.chdir(app)
+
+    assert simulation.find_app(None, tmp_path) == app
+    assert simulation.find_app(str(app), tmp_path) == app
+
+
+def test_elsewhere_the_installed_packages_app_is_run(app, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    unpacked = types.SimpleNamespace(app_folder=lambda home: home / "app")
+    monkeypatch.setitem(sys.modules, "fedllm.deployment.app_folder", unpacked)
+
+    assert simulation.find_app(None, tmp_path / "home") == tmp_path / "home" / "app"
+    # Another project's pyproject.toml is no app.
+    monkeypatch.chdir(app)
+    assert simulation.find_app(None, tmp_path / "home") == tmp_path / "home" / "app"
+
+
+def test_a_named_folder_without_an_app_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="holds no Flower app"):
+        simulation.find_app(str(tmp_path), tmp_path)
