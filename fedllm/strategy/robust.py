@@ -60,9 +60,13 @@ def validated_reply(
 def _aggregator(config: StrategyConfig, num_replies: int) -> FedAvg:
     """Make Flower's robust aggregator."""
     keys: dict[str, Any] = {"arrayrecord_key": ARRAYS, "weighted_by_key": NUM_EXAMPLES}
-    if config.aggregator == "median":
-        return FedMedian(**keys)
-    if config.aggregator == "trimmed-mean":
-        return FedTrimmedAvg(beta=config.malicious_share, **keys)
-    malicious = int(config.malicious_share * num_replies)
-    return Krum(num_malicious_nodes=malicious, **keys)
+    match config.aggregator:
+        case "median":
+            return FedMedian(**keys)
+        case "trimmed-mean":
+            return FedTrimmedAvg(beta=config.malicious_share, **keys)
+        case "krum":
+            malicious = int(config.malicious_share * num_replies)
+            return Krum(num_malicious_nodes=malicious, **keys)
+        case _:
+            raise ValueError(f"no robust aggregator is called {config.aggregator!r}")
