@@ -1,14 +1,14 @@
 """Does federation help? The same data, rounds and settings, trained five ways.
 
-    python -m fedllm.commands.compare --run-config configs/private-20.toml --seed 0 1 2
+fedllm compare --run-config configs/private-20.toml --seed 0 1 2
 
 Arms: the base model; each client alone; all data in one place; federated without DP;
-federated with the DP that the config asks for. All go through fedllm's own client and
-strategy, in this process and on one resident base model. Every arm that is finished is
-kept in the output folder: the same command goes on where it was stopped.
+federated with the DP that the config asks for. Each is a run of fedllm's own round loop
+and clients, in this process and on one resident base model. Every finished arm is kept in
+the output folder: the same command, stopped and repeated, trains only what is missing.
 
 This needs all clients' data in one place, so it is for simulations on public data. Arms
-without DP are private in no way, and nobody promises anything for the table as a whole.
+without DP are not private, and no epsilon covers the table as a whole.
 """
 
 import argparse
@@ -24,32 +24,42 @@ from typing import Any
 
 from fedllm.atomic_files import write_atomic
 from fedllm.commands.comparison_arms import ARMS, arm_names
-from fedllm.commands.options import read_config
+from fedllm.commands.options import (
+    add_clients,
+    add_json,
+    add_out,
+    add_run_config,
+    log_to_stderr,
+    new_parser,
+    positive_int,
+    read_run_config,
+    run_command,
+    write_json,
+)
 from fedllm.config import RunConfig, fedllm_home, flat
-from fedllm.errors import ConfigError, FedllmError
+from fedllm.errors import ConfigError
 from fedllm.reporting.comparison import BUDGET, write_comparison
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    args = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+def run(args: argparse.Namespace) -> int:
+    """Train the arms that are missing, and write the table of all."""
+    log_to_stderr()
     try:
-        _run(args)
-    except FedllmError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        content = _compare(args)
     except KeyboardInterrupt:
-        sys.exit("stopped: the same command goes on with the arms that are missing")
+        sys.exit("stopped: the same command trains the arms that are missing")
+    if args.json:
+        write_json(content)
+    return 0
 
 
-def _run(args: argparse.Namespace) -> None:
-    config = read_config(Path(args.run_config))
-    name = f"compare-{Path(args.run_config).stem}-{args.num_clients}"
-    out = Path(args.out) if args.out else fedllm_home() / "runs" / name
-    out.mkdir(parents=True, exist_ok=True)
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the content of compare.json, and print progress and the table."""
+    config = _read_config(args.run_config)
+    out = _output_folder(args)
     setting = {
         "run_config": {k: v for k, v in flat(config).items() if k != "seed"},
-        "num_clients": args.num_clients,
+        "num_clients": args.clients,
         "benchmark": args.benchmark,
     }
     _keep_setting(out / "setting.json", setting)
@@ -57,14 +67,47 @@ def _run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     for done, row in enumerate(_measured(args, config, out, todo), start=1):
         left = (time.monotonic() - began) / done * (len(todo) - done)
-        sys.stdout.write(
+        _print(
+            args,
             f"seed {row['seed']}, {row['arm']}: test loss {row['test_loss']:.3f}; "
-            f"{len(todo) - done} left, about {left / 60:.0f} min\n"
+            f"{len(todo) - done} left, about {left / 60:.0f} min",
         )
-        sys.stdout.flush()
     rows = [json.loads(p.read_text("utf-8")) for p in sorted(out.glob("seed-*/*.json"))]
+    # An older version kept its ledgers beside the rows.
     rows = [row for row in rows if "arm" in row]
-    sys.stdout.write(write_comparison(out, setting, rows) + f"\n{out}\n")
+    _print(args, write_comparison(out, setting, rows) + f"\n{out}")
+    content: dict[str, Any] = json.loads((out / "compare.json").read_text("utf-8"))
+    return content
+
+
+def _print(args: argparse.Namespace, text: str) -> None:
+    """Print text: to stderr if standard output is for JSON."""
+    stream = sys.stderr if args.json else sys.stdout
+    stream.write(text + "\n")
+    stream.flush()
+
+
+def _read_config(values: Sequence[str]) -> RunConfig:
+    """Return the run config.
+
+    Raises:
+        ConfigError: It cannot be read, or compare has no arm for its privacy unit.
+    """
+    config = read_run_config(values)
+    if config.privacy.unit == "record":
+        raise ConfigError(
+            "privacy.unit: compare knows 'client' and 'none' (got 'record')"
+        )
+    return config
+
+
+def _output_folder(args: argparse.Namespace) -> Path:
+    """Make the folder of the comparison: by default one of the settings' name."""
+    files = [Path(value).stem for value in args.run_config if value.endswith(".toml")]
+    name = "-".join(["compare", *files, str(args.clients)])
+    out = Path(args.out) if args.out else fedllm_home() / "runs" / name
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def _missing(
@@ -72,7 +115,7 @@ def _missing(
 ) -> Iterator[tuple[int, str]]:
     """Yield the seed and the name of each arm that is asked for and not there yet."""
     for seed in args.seed or [config.seed]:
-        for arm in arm_names(config, args.num_clients, args.alone):
+        for arm in arm_names(config, args.clients, args.alone):
             is_asked = re.sub(r"-\d+$", "", arm) in args.arms
             if is_asked and not _result(out, seed, arm).exists():
                 yield seed, arm
@@ -92,7 +135,7 @@ def _measured(
         if bench is None or bench.config.seed != seed:
             from fedllm.commands.comparison_bench import Bench
 
-            bench = Bench(replace(config, seed=seed), args.num_clients, args.benchmark)
+            bench = Bench(replace(config, seed=seed), args.clients, args.benchmark)
         path = _result(out, seed, arm)
         path.parent.mkdir(exist_ok=True)
         row = {"arm": arm, "seed": seed, **bench.measure(arm, path.parent)}
@@ -118,24 +161,47 @@ def _keep_setting(path: Path, setting: dict[str, Any]) -> None:
     write_atomic(path, text.encode())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=BUDGET,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--run-config", required=True, metavar="FILE.toml")
-    parser.add_argument("--num-clients", type=int, default=20, metavar="N")
-    parser.add_argument("--seed", type=int, nargs="+", help="default: the config's")
-    parser.add_argument("--benchmark", metavar="FILE.jsonl", help="multiple choice")
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = new_parser("compare", __doc__)
+    parser.epilog = BUDGET
+    add_run_config(parser)
+    add_clients(parser, "number of clients (default: %(default)s)")
+    parser.set_defaults(clients=20)
     parser.add_argument(
-        "--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all"
+        "--num-clients",
+        dest="clients",
+        type=int,
+        metavar="N",
+        help="another name of --clients",
     )
     parser.add_argument(
-        "--alone", type=int, metavar="K", help="train K of the clients alone, not all"
+        "--seed", type=int, nargs="+", help="seeds (default: the config's)"
     )
-    parser.add_argument("--out", metavar="DIR", help="default: under runs/")
+    parser.add_argument(
+        "--benchmark", metavar="FILE.jsonl", help="multiple choice questions to score"
+    )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=ARMS,
+        default=ARMS,
+        help="arms to train (default: all)",
+    )
+    parser.add_argument(
+        "--alone",
+        type=positive_int,
+        metavar="K",
+        help="train K of the clients alone (default: all)",
+    )
+    add_out(parser, "folder of the comparison (default: one under runs/)")
+    add_json(parser)
     return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; an error is one line and exit status 1."""
+    run_command(parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -261,22 +261,6 @@ def _parse_pairs(text: str) -> "dict[str, Scalar]":
         raise ConfigError(f"--run-config: {reason}") from None
 
 
-def read_config(path: Path) -> "RunConfig":
-    """Read a run config as `flwr run --run-config FILE` does.
-
-    Raises:
-        ConfigError: The file cannot be read, or holds what no run would take.
-    """
-    from fedllm.config import parse_run_config
-
-    config = parse_run_config(_joined(_read_toml(path)))
-    if config.privacy.unit == "record":
-        raise ConfigError(
-            "privacy.unit: compare knows 'client' and 'none' (got 'record')"
-        )
-    return config
-
-
 def positive_int(text: str) -> int:
     """Read a whole number of at least 1; argparse shows the error."""
     value = int(text)

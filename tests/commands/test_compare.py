@@ -17,7 +17,7 @@ def test_every_arm_is_trained_once_and_a_second_sitting_trains_nothing(
     command = [
         "--run-config",
         str(config_file),
-        "--num-clients",
+        "--clients",
         "2",
         "--out",
         str(out),
@@ -51,7 +51,7 @@ def test_only_the_arms_and_clients_that_are_asked_for_are_trained(
     config_file, tmp_path
 ):
     out = tmp_path / "out"
-    command = ["--run-config", str(config_file), "--num-clients", "4"]
+    command = ["--run-config", str(config_file), "--clients", "4"]
     command += ["--out", str(out), "--arms", "base", "alone", "--alone", "2"]
 
     compare.main(command)
@@ -80,7 +80,7 @@ def test_a_sitting_that_was_stopped_goes_on_with_what_is_missing(
     text = config_file.read_text().replace(str(tmp_path / "0.jsonl"), str(train))
     config_file.write_text(text.replace("[data]", f'[data]\npartition = "{partition}"'))
     out = tmp_path / "out"
-    command = ["--run-config", str(config_file), "--num-clients", "2"]
+    command = ["--run-config", str(config_file), "--clients", "2"]
     command += ["--seed", "1", "2", "--out", str(out)]
     real, measured = comparison_bench.Bench.measure, []
 
@@ -91,7 +91,7 @@ def test_a_sitting_that_was_stopped_goes_on_with_what_is_missing(
         return real(bench, arm, folder)
 
     monkeypatch.setattr(comparison_bench.Bench, "measure", measure)
-    with pytest.raises(SystemExit, match="goes on"):
+    with pytest.raises(SystemExit, match="stopped: the same command"):
         compare.main(command)
     assert not (out / "compare.json").exists()
     compare.main(command)
@@ -105,3 +105,30 @@ def test_a_sitting_that_was_stopped_goes_on_with_what_is_missing(
     assert len(set(alone.values())) == 2
     assert content["summary"]["federated"]["test_loss"]["seeds"] == 2
     assert content["equal"] in (out / "compare.md").read_text()
+
+
+def test_json_is_the_content_of_the_files(config_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["--run-config", str(config_file), "--num-clients", "2", "--json"]
+    compare.main([*command, "--arms", "base", "--out", str(out)])
+
+    streams = capsys.readouterr()
+    assert json.loads(streams.out) == json.loads((out / "compare.json").read_text())
+    assert "seed 42, base: test loss" in streams.err
+
+
+def test_pairs_of_the_run_config_win_over_a_file(config_file, tmp_path):
+    out = tmp_path / "out"
+    command = ["--run-config", str(config_file), "--run-config", "adapter.rank=2"]
+    compare.main([*command, "--clients", "2", "--arms", "base", "--out", str(out)])
+
+    setting = json.loads((out / "setting.json").read_text())
+    assert setting["run_config"]["adapter.rank"] == 2
+    assert setting["run_config"]["train.batch-size"] == 2
+    assert setting["num_clients"] == 2
+
+
+def test_the_unit_that_has_no_arm_is_refused(config_file):
+    record = ["--run-config", 'privacy.unit="record"']
+    with pytest.raises(SystemExit, match="privacy.unit: compare knows"):
+        compare.main(["--run-config", str(config_file), *record])

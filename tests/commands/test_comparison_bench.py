@@ -9,7 +9,7 @@ from fedllm.adapters.peft_model import initial_arrays
 from fedllm.client.message_handler import reply_to
 from fedllm.commands import comparison_bench
 from fedllm.commands.comparison_bench import Bench, SharedRows, new_run
-from fedllm.commands.options import read_config
+from fedllm.commands.options import read_run_config
 from fedllm.config import flat
 from fedllm.errors import ConfigError
 from fedllm.evaluation.held_out_loss import HeldOut
@@ -25,7 +25,7 @@ __all__ = ["config_file"]
 def test_the_federated_arm_is_the_run_that_anybody_can_start(config_file, tmp_path):
     from fedllm.commands.comparison_arms import without_privacy
 
-    config = read_config(config_file)
+    config = read_run_config([str(config_file)])
     plain = without_privacy(config)
     run = set_up(plain, InProcessGrid(partitions(2), flat(plain), reply_to), 7)
     result = run.run()
@@ -47,7 +47,7 @@ def test_the_federated_arm_is_the_run_that_anybody_can_start(config_file, tmp_pa
 def test_the_counts_of_secret_cohorts_are_in_no_row(config_file, tmp_path):
     text = config_file.read_text() + "[strategy]\nsampling = 'poisson'\n"
     config_file.write_text(text + "fraction-train = 0.5\n")
-    bench = Bench(read_config(config_file), 4, None)
+    bench = Bench(read_run_config([str(config_file)]), 4, None)
 
     secret = bench.measure("federated-dp", tmp_path / "out")
 
@@ -62,7 +62,7 @@ def test_without_public_test_rows_nothing_is_trained(config_file):
     config_file.write_text("\n".join(x for x in lines if "public-test" not in x))
 
     with pytest.raises(ConfigError, match="data.public-test"):
-        Bench(read_config(config_file), 2, None)
+        Bench(read_run_config([str(config_file)]), 2, None)
 
 
 def test_a_run_folder_of_an_arm_that_was_stopped_is_kept(tmp_path):
@@ -82,7 +82,7 @@ def test_the_base_is_scored_once_and_an_adapter_once_in_a_row(config_file, monke
         return HeldOut(float(len(scored)), 1, 1)
 
     monkeypatch.setattr(PublicRows, "test_loss", score)
-    bench = Bench(read_config(config_file), 2, None)
+    bench = Bench(read_run_config([str(config_file)]), 2, None)
     rows, spec = bench._public, bench._adapted.spec
     one = {name: value + 1 for name, value in initial_arrays(spec).items()}
     two = {name: value + 2 for name, value in one.items()}
