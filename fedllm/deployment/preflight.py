@@ -19,12 +19,7 @@ from urllib.request import Request, urlopen
 from fedllm.config import RunConfig, fedllm_home
 from fedllm.data.prompts import to_prompt_completion
 from fedllm.data.readers import looks_local, read_rows
-from fedllm.deployment.flower_daemon import (
-    FLOWER_PORT,
-    interpreter_of,
-    listener_on,
-    variables_of,
-)
+from fedllm.deployment import flower_daemon
 from fedllm.errors import DataError, FedllmError
 from fedllm.models.known import BUILT_IN_MODEL, KNOWN_MODELS
 from fedllm.reporting.trackers import require_tracker
@@ -336,16 +331,18 @@ def _free_memory(device: str) -> float:
 
 def _daemon(config: RunConfig) -> Check:
     """Report which daemon a bare `flwr run` would join."""
+    port = flower_daemon.FLOWER_PORT
     with socket.socket() as probe:
         probe.settimeout(0.5)
-        if probe.connect_ex(("127.0.0.1", FLOWER_PORT)) != 0:
+        if probe.connect_ex(("127.0.0.1", port)) != 0:
             return Check("Flower daemon", "ok", "none runs; `flwr run` would start one")
-    process = listener_on(FLOWER_PORT)
-    where = f"something listens on 127.0.0.1:{FLOWER_PORT}"
+    process = flower_daemon.listener_on(port)
+    where = f"something listens on 127.0.0.1:{port}"
     advice = "use `fedllm simulate`, which starts its own"
     if process is None:
-        return Check("Flower daemon", "warn", f"{where}, not ours to see", advice)
-    interpreter, variables = interpreter_of(process), variables_of(process)
+        return Check("Flower daemon", "warn", f"{where}, not visible to this user", advice)
+    interpreter = flower_daemon.interpreter_of(process)
+    variables = flower_daemon.variables_of(process)
     text = f"{where}: process {process}, {interpreter}"
     if variables:
         text += f", with {', '.join(f'{k}={v}' for k, v in variables.items())}"
