@@ -89,6 +89,8 @@ def parse(name: str, arguments: list[str]) -> None:
     options = parser._option_string_actions
     last = options.get(arguments[-1]) if arguments else None
     lacks_value = last is not None and last.nargs is None
+    if arguments == ["--help"]:
+        return
     if name in flowers:
         flowers[name]().parse_args(parser.parse_known_args(arguments)[1])
     elif lacks_value or not arguments:

@@ -8,7 +8,7 @@ FLOWER_PORT = 39091
 
 
 def listener_on(port: int) -> int | None:
-    """Return the process that listens on a port of this machine; None: not to be seen."""
+    """Return the process that listens on a port of this machine; None if not visible."""
     sockets = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         if not Path(table).is_file():
@@ -29,7 +29,7 @@ def listener_on(port: int) -> int | None:
 
 
 def interpreter_of(process: int) -> str:
-    """Return how a process was started: its interpreter, as it was typed."""
+    """Return the interpreter of a process, as it was typed."""
     try:
         line = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
         return line[0].decode(errors="replace")
@@ -38,8 +38,8 @@ def interpreter_of(process: int) -> str:
 
 
 def variables_of(process: int) -> dict[str, str]:
-    """Return the variables of a process that change what a run does."""
-    wanted = (
+    """Return the variables of a process that change a run."""
+    names = (
         "FEDLLM_HOME",
         "FLWR_HOME",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION",
@@ -49,4 +49,4 @@ def variables_of(process: int) -> dict[str, str]:
     except OSError:
         return {}
     pairs = (entry.decode(errors="replace").partition("=") for entry in entries)
-    return {key: value for key, _, value in pairs if key in wanted}
+    return {key: value for key, _, value in pairs if key in names}

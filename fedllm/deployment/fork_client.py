@@ -1,8 +1,9 @@
-"""The program that a SuperNode finds as `flwr-clientapp`: ask the fork server for one.
+"""The program that a SuperNode finds as `flwr-clientapp`: it asks the fork server for one.
 
-It runs without site packages and imports nothing of fedllm, for it starts with every
-message. Arguments are the fork server's socket, Flower's own `flwr-clientapp`, and what
-the SuperNode gave that. If no fork server answers, it becomes Flower's program.
+It runs without site packages and imports nothing of fedllm, since it starts with every
+message. Its arguments are the fork server's socket, Flower's own `flwr-clientapp`, and the
+arguments that the SuperNode gives that. If no fork server answers, it becomes Flower's
+program.
 """
 
 import json
@@ -16,19 +17,19 @@ INSTALLS = "--allow-runtime-dependency-installation"
 
 
 def main() -> None:
-    """Wait for the forked client and end with its status."""
+    """Wait for the forked client and exit with its status."""
     path, program, *argv = sys.argv[1:]
-    # Libraries that a run brings along must not meet others that are imported already.
-    status = None if INSTALLS in argv else _asked(path, argv)
+    # Libraries that a run installs must not meet others that are imported already.
+    status = None if INSTALLS in argv else _status_of_fork(path, argv)
     if status is None:
         os.execv(program, [program, *argv])
-    # A signal's number cannot be an exit status: a shell's way of saying it.
+    # A signal's number cannot be an exit status: 128 is added, as shells do.
     sys.exit(128 - status if status < 0 else status)
 
 
-def _asked(path: str, argv: list[str]) -> int | None:
-    """Return the exit status of the client that was forked; None if none was."""
-    taken, said = b"", b""
+def _status_of_fork(path: str, argv: list[str]) -> int | None:
+    """Return the exit status of the forked client; None if none was forked."""
+    taken, status = b"", b""
     try:
         environment = dict(os.environ)
         request = {"argv": argv, "folder": os.getcwd(), "environment": environment}
@@ -40,18 +41,18 @@ def _asked(path: str, argv: list[str]) -> int | None:
             try:
                 taken = server.recv(1)
             except TimeoutError:
-                # Flower gives a message that nobody took to another process after 30 s.
-                # A client that is forked from here on cannot say so, and ends.
+                # After 30 s Flower gives a message that was not taken to another process.
+                # A client that is forked from here on cannot report it, and ends.
                 server.shutdown(socket.SHUT_RD)
                 taken = server.recv(1)
             server.settimeout(None)
-            said = server.recv(16)
+            status = server.recv(16)
     except OSError:
-        # It has ended, before a client was forked or after.
+        # The server has ended, before a client was forked or after.
         pass
     if taken != TAKEN:
         return None
-    return int(said) if said else 1
+    return int(status) if status else 1
 
 
 if __name__ == "__main__":

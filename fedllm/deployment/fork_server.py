@@ -1,11 +1,11 @@
 """A process that has imported what a client needs, and forks one for each message.
 
-Flower starts a new `flwr-clientapp` for every message, and most of the time until its
-first training step Python imports libraries. `fedllm.commands.supernode` puts a program of
-that name (`fork_client.py`) first on the SuperNode's PATH, which hands its arguments to
-this process. The child that is forked runs Flower's own `flwr-clientapp`: one process a
-message, in which nothing of another message is left. Whenever this process cannot be
-had, `fork_client.py` becomes Flower's `flwr-clientapp`, which starts as ever.
+Flower starts a new `flwr-clientapp` for every message, and spends most of the time until
+its first training step on imports. `fedllm supernode` puts a program of that name
+(`fork_client.py`) first on the SuperNode's PATH. That program hands its arguments to this
+process. The child that is forked runs Flower's own `flwr-clientapp`: one process a message,
+with nothing left of another message. If this process does not answer, `fork_client.py`
+becomes Flower's `flwr-clientapp`, which imports the libraries itself.
 """
 
 import contextlib
@@ -73,8 +73,8 @@ def main() -> None:
 
 
 def _imported() -> Callable[[], None] | None:
-    """Import all that a client does; return Flower's command, or None: do not fork."""
-    # Or torch counts GPUs with CUDA itself, after which no child could use it.
+    """Import a client's libraries; return Flower's command, or None to fork nothing."""
+    # Otherwise torch counts GPUs through CUDA, after which no child could use CUDA.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     (command,) = importlib.metadata.entry_points(
         group="console_scripts", name=_CLIENTAPP
@@ -89,7 +89,7 @@ def _imported() -> Callable[[], None] | None:
         # bitsandbytes asks CUDA for the devices' properties.
         import_libraries(quantized=not has_gpu, per_example=False)
     except FedllmError as error:
-        # Each client will say so in its reply.
+        # Each client reports it in its reply.
         logger.warning("%s", error)
         return None
     if has_gpu and not _cuda_survives_a_fork():
@@ -102,14 +102,14 @@ def _imported() -> Callable[[], None] | None:
     for name in list(sys.modules):
         if name == "fedllm" or name.startswith("fedllm."):
             del sys.modules[name]
-    # Children share what is never written to: let no collection touch it.
+    # Children share the pages that are never written to: a collection would write them.
     gc.collect()
     gc.freeze()
     return clientapp
 
 
 def _cuda_survives_a_fork() -> bool:
-    """Try it: whether some import has initialised CUDA cannot always be told."""
+    """Return whether a child can use CUDA; only trying shows what imports initialised."""
     import torch
 
     pid = os.fork()
@@ -117,7 +117,7 @@ def _cuda_survives_a_fork() -> bool:
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(_SECONDS_TO_TRY_CUDA)
-            # torch leaves it without types.
+            # torch has no types for it.
             torch.cuda.init()  # type: ignore[no-untyped-call]
             os._exit(0)
         finally:
@@ -126,7 +126,7 @@ def _cuda_survives_a_fork() -> bool:
 
 
 class _Server:
-    """Forks a child for each connection, and tells the connection how it ended."""
+    """Forks a child for each connection, and sends the child's status over it."""
 
     def __init__(
         self, listening: socket.socket, alive: int, before: dict[signal.Signals, Any]
@@ -166,7 +166,7 @@ class _Server:
         try:
             connection, _ = self._listening.accept()
         except OSError as error:
-            # Out of descriptors, and there is no hurry to be so again.
+            # Out of descriptors: trying again at once would fail again.
             logger.warning("no client was forked: %s", error)
             time.sleep(1)
             return None
@@ -193,7 +193,7 @@ class _Server:
         try:
             pid = os.fork()
         except OSError as error:
-            # Its program becomes Flower's.
+            # The program that asked becomes Flower's.
             logger.warning("no client was forked: %s", error)
             connection.close()
             return None
@@ -207,7 +207,7 @@ class _Server:
     def _become(
         self, request: dict[str, Any], streams: list[int], connection: socket.socket
     ) -> None:
-        """In the child: take the program's streams, folder and environment, no more."""
+        """In the child: take the program's streams, folder and environment only."""
         try:
             self._let_go()
             for number, stream in enumerate(streams):
@@ -215,21 +215,21 @@ class _Server:
             os.chdir(request["folder"])
             os.environ.clear()
             os.environ.update(request["environment"])
-            # Each child would else begin with the same states.
+            # Otherwise each child would begin with the same states.
             if numpy := sys.modules.get("numpy"):
                 numpy.random.seed()
             if torch := sys.modules.get("torch"):
                 torch.default_generator.seed()
-            # Last, and by the child: a program that is not told has no client, and
-            # becomes Flower's. One that cannot be told has done so, or was ended.
+            # Last, and by the child: a program that gets no byte has no client and becomes
+            # Flower's. If the byte cannot be sent, the program has done so, or was ended.
             connection.sendall(TAKEN)
             connection.close()
-        except BaseException:  # noqa: BLE001 - a child must not go on as a server
+        except BaseException:  # noqa: BLE001 - a child must not continue as a server
             traceback.print_exc()
             os._exit(1)
 
     def _let_go(self) -> None:
-        """In the child: undo what makes a server."""
+        """In the child: undo what the server set up."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for end, handler in self._before.items():
@@ -241,19 +241,19 @@ class _Server:
             connection.close()
 
     def _reap(self) -> None:
-        """Take the status of each child that has ended, and hand it on."""
+        """Send the status of each child that has ended to its program."""
         for pid in list(self._children):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 connection = self._children.pop(pid)
                 with contextlib.suppress(KeyError):
                     self._selector.unregister(connection)
-                # Whoever asked may be gone.
+                # The program that asked may be gone.
                 with connection, contextlib.suppress(OSError):
                     connection.sendall(b"%d" % os.waitstatus_to_exitcode(status))
 
     def _end_child(self, pid: int) -> None:
-        """End a child whose program was ended; its status comes as any other's."""
+        """End a child whose program was ended; its status is read as any other's."""
         if connection := self._children.get(pid):
             self._selector.unregister(connection)
             os.kill(pid, signal.SIGTERM)
@@ -265,7 +265,7 @@ class _Server:
 
 
 def _request(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Read what `fork_client.py` sends: its streams, then the rest as a line of JSON."""
+    """Read the request of `fork_client.py`: its streams, then a line of JSON."""
     _, streams, _, _ = socket.recv_fds(connection, 1, _STANDARD_STREAMS)
     try:
         if len(streams) != _STANDARD_STREAMS:

