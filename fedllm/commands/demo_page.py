@@ -16,7 +16,7 @@ from typing import Any
 from fedllm.errors import AdapterError, FedllmError
 from fedllm.evaluation.inference import ChatModel, Turn, find_model
 from fedllm.reporting.sentences import caution, verdict
-from fedllm.runs.listing import adapter_names, first_choice, run_choices
+from fedllm.runs.listing import adapter_names, recommended_adapter, run_choices
 from fedllm.runs.record import read_run
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ class Handlers:
         statement, status, names, chosen = "", "", [], None
         try:
             folder = self._home / "runs" / str(run)
-            names, chosen = adapter_names(folder), first_choice(folder)
+            names, chosen = adapter_names(folder), recommended_adapter(folder)
             self._folder(run, chosen)
             statement = about(folder)
         except Exception as error:  # noqa: BLE001 - the page goes on

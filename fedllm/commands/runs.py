@@ -15,7 +15,7 @@ from fedllm.config import fedllm_home
 from fedllm.errors import FedllmError
 from fedllm.privacy.wording import plain
 from fedllm.reporting.report import write_report
-from fedllm.runs.listing import LATEST, all_runs, epsilon_words, find_run, run_summary
+from fedllm.runs.listing import LATEST, all_runs, epsilon_words, find_run, summarise_run
 from fedllm.runs.record import RunRecord, read_run
 
 
@@ -72,7 +72,7 @@ def _one(folder: Path) -> tuple[dict[str, Any], list[str]]:
     Raises:
         FedllmError: The run is damaged.
     """
-    summary = run_summary(folder)
+    summary = summarise_run(folder)
     if summary["state"] == "damaged":
         raise FedllmError(summary["reason"])
     record = read_run(folder)

@@ -8,6 +8,7 @@ promise 2.8.
 import math
 from dataclasses import dataclass
 
+from fedllm.adapters.kinds import kind_of
 from fedllm.config import RunConfig, flat
 from fedllm.planning.frontier import (
     FederationSettings,
@@ -127,7 +128,7 @@ def _differences(run: FederationSettings, row: Measured) -> list[str]:
         ("rounds", run.rounds, row.rounds),
         ("train.batch-size", run.batch_size, row.batch_size),
     ]
-    if _has_rank(run.kind):
+    if kind_of(run.kind).has_rank:
         pairs.insert(1, ("adapter.rank", run.rank, row.rank))
     out = [
         f"{name} {ours} ({theirs})" for name, ours, theirs in pairs if ours != theirs
@@ -155,7 +156,7 @@ def _distance(run: FederationSettings, row: Measured) -> tuple[bool, float]:
         (run.step, row.step),
         (run.batch_size, row.batch_size),
     ]
-    if _has_rank(run.kind):
+    if kind_of(run.kind).has_rank:
         ratios.append((run.rank, row.rank))
     return run.kind != row.kind, sum(abs(math.log(a / b)) for a, b in ratios)
 
@@ -188,7 +189,7 @@ def _is_like(run: FederationSettings, row: Measured) -> bool:
     """Return whether a row may speak for a run, as far as noise and steps allow."""
     return (
         run.kind == row.kind
-        and (run.rank == row.rank or not _has_rank(run.kind))
+        and (run.rank == row.rank or not kind_of(run.kind).has_rank)
         and run.rounds == row.rounds
         and run.batch_size == row.batch_size
         and _within(run.clients, row.clients, _LARGEST_CLIENTS_RATIO)
@@ -199,8 +200,3 @@ def _is_like(run: FederationSettings, row: Measured) -> bool:
 def _within(value: float, other: float, ratio: float) -> bool:
     """Return whether two positive numbers differ by at most a factor."""
     return abs(math.log(value / other)) <= math.log(ratio)
-
-
-def _has_rank(kind: str) -> bool:
-    """Return whether a kind of adapter has a rank."""
-    return kind != "ia3"

@@ -1,4 +1,4 @@
-"""README.md of a run folder: the model card, in the form that the Hugging Face hub reads."""
+"""The model card of a run: README.md in the form of the Hugging Face hub."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,12 @@ from typing import Any
 from fedllm.adapters.kinds import kind_of
 from fedllm.data.embedded import EMBEDDED
 from fedllm.models.known import KNOWN_MODELS
-from fedllm.reporting.page import kind_and_rank
-from fedllm.reporting.sentences import NOT_ADVICE, SMALL_MODEL, verdict
+from fedllm.reporting.sentences import (
+    NOT_ADVICE,
+    SMALL_MODEL,
+    kind_and_rank,
+    verdict,
+)
 from fedllm.runs.record import RunRecord
 
 _USE = """from peft import AutoPeftModelForCausalLM
@@ -20,7 +24,7 @@ model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")"""
 
 
 def card(run: RunRecord, merged: bool = False) -> str:
-    """Return the card of the run's adapter, or of base and adapter merged."""
+    """Return the card of a run's adapter, or of base and adapter merged."""
     settings = run.settings
     name, data = str(settings["model.name"]), str(settings["data.name"])
     model, rows = KNOWN_MODELS.get(name), EMBEDDED.get(data)
@@ -64,7 +68,7 @@ Not covered: {"; ".join(run.privacy["not_covered"])}.
 
 
 def _metadata(run: RunRecord, merged: bool) -> str:
-    """Return the front matter; what is not known is left out."""
+    """Return the front matter; unknown values are left out."""
     settings = run.settings
     model = KNOWN_MODELS.get(str(settings["model.name"]))
     rows = EMBEDDED.get(str(settings["data.name"]))

@@ -1,4 +1,4 @@
-"""What a comparison came to: compare.json, compare.md, compare.svg and compare.html."""
+"""The results of a comparison: compare.json, compare.md, compare.svg and compare.html."""
 
 import html
 import io
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedllm.atomic_files import write_atomic
-from fedllm.reporting.page import document, table
+from fedllm.reporting.markup import document, table
 from fedllm.reporting.plots import SERIES, inline, style
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return arm -> column -> {mean, half_width_95, seeds}.
 
-    The clients alone become three arms: in each seed the mean over clients, and the
-    client with the highest and the lowest test loss.
+    The clients trained alone become three arms: for each seed the mean over clients, and the
+    clients with the lowest and the highest test loss.
     """
     seeds: dict[int, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
@@ -62,8 +62,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             arms.setdefault("alone, best", []).append(ordered[0])
             arms.setdefault("alone, worst", []).append(ordered[-1])
     return {
-        arm: {name: _interval([row[name] for row in found]) for name in _COLUMNS}
-        for arm, found in arms.items()
+        arm: {name: _interval([row[name] for row in arm_rows]) for name in _COLUMNS}
+        for arm, arm_rows in arms.items()
     }
 
 
@@ -126,7 +126,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _interval(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """Return mean and half the width of the interval; None where nothing is known."""
+    """Return the mean and half of the interval's width; None if no value is known."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -138,7 +138,7 @@ def _interval(values: Sequence[float | None]) -> dict[str, Any] | None:
 
 
 def _plot(path: Path, summary: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw one panel for each column that holds anything."""
+    """Draw one panel for each column that has a value."""
     from matplotlib.figure import Figure
 
     names = _known(summary)
@@ -150,7 +150,7 @@ def _plot(path: Path, summary: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _figures(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the same panels for a page, in the page's colours."""
+    """Return the same panels for a page, in its colours."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -162,21 +162,21 @@ def _figures(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
             _draw(figure.subplots(), summary, name, SERIES[0])
             out = io.StringIO()
             figure.savefig(out, format="svg", transparent=True)
-        told = ", ".join(f"{arm} {_cell(row[name], 3)}" for arm, row in summary.items())
-        svg = inline(out.getvalue(), name, title, told)
+        values = [f"{arm} {_cell(row[name], 3)}" for arm, row in summary.items()]
+        svg = inline(out.getvalue(), name, title, ", ".join(values))
         figures.append(f"<figure><h3>{title}</h3>{svg}</figure>")
     return figures
 
 
 def _known(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the columns that hold anything."""
+    """Return the columns that have a value."""
     return [n for n in _COLUMNS if any(row[n] for row in summary.values())]
 
 
 def _draw(
     axes: "Axes", summary: Mapping[str, Mapping[str, Any]], name: str, colour: str
 ) -> None:
-    """Draw a column: a mean and its interval for each arm that has one."""
+    """Draw a column: the mean and interval of each arm that has a value."""
     shown = [(arm, row[name]) for arm, row in summary.items() if row[name]]
     arms = [arm for arm, _ in shown]
     means = [value["mean"] for _, value in shown]

@@ -1,6 +1,6 @@
-"""What can be seen of a run while it runs: its state, its page, a tracker.
+"""The monitor of a run: its state, its page and a tracker, kept up to date.
 
-Nothing here may end a run: what goes wrong is said in one line, and the run goes on.
+Nothing here may end a run: a failure is logged in one line, and the run continues.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# The page is drawn again after a round unless that would take more of a run's time.
+# The page is redrawn after a round unless that would take more than this of a run's time.
 _LARGEST_SHARE = 0.05
 
 
 class RunMonitor:
-    """Shows one run.
+    """The monitor of one run.
 
     Args:
         folder: The run folder.
-        tracker: Where else its rounds go.
-        secret_cohorts: Whether how long a round took may not be told: trackers stamp
-            what they get with the time, so they get all rounds at the end.
+        tracker: The tracker that its rounds are sent to.
+        secret_cohorts: Whether the length of a round is secret. A tracker stamps a round with
+            the time, so it then gets all rounds at the end.
 
     Raises:
         ConfigError: The tracker's package is not installed.
@@ -53,7 +53,7 @@ class RunMonitor:
         self._not_before = 0.0
 
     def note(self, line: Mapping[str, Any]) -> None:
-        """Show a round that metrics.jsonl has."""
+        """Show a round that metrics.jsonl holds."""
         began = time.monotonic()
         if self._secret_cohorts:
             self._held.append(line)
@@ -67,18 +67,18 @@ class RunMonitor:
         self._seconds += ended - began
 
     def take_seconds(self) -> float:
-        """Return what showing has cost since this was last asked."""
+        """Return the seconds that this took since the last call, and start again at 0."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def finish(self) -> None:
-        """Show the end."""
+        """Show that the run has finished."""
         if (state := self._state) is not None:
             _harmless(state.finish, "its state")
         self._close()
 
     def fail(self, error: Exception) -> None:
-        """Show what stopped it."""
+        """Show the error that stopped the run."""
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
         if (state := self._state) is not None:
             _harmless(lambda: state.fail(reason), "its state")
@@ -86,7 +86,7 @@ class RunMonitor:
 
     @contextlib.contextmanager
     def showing_failure(self) -> Iterator[None]:
-        """Show an error that leaves the block as what stopped the run."""
+        """Show an error that leaves the block as the one that stopped the run."""
         try:
             yield
         except Exception as error:
@@ -109,10 +109,10 @@ class RunMonitor:
 
 
 def _harmless(act: Callable[[], _T], what: str) -> _T | None:
-    """Do what is worth no run."""
+    """Return the result of `act`, or None if it fails: a failure here ends no run."""
     try:
         return act()
-    except Exception as error:  # noqa: BLE001 - see above
+    except Exception as error:  # noqa: BLE001 - a failure here ends no run
         text = " ".join(str(error).split())[:200]
         logger.warning("of this run %s is not kept: %s", what, text)
         return None

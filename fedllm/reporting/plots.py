@@ -1,4 +1,4 @@
-"""Plots of a run as SVG that stands inside a page and takes the page's colours."""
+"""Plots of a run as SVG inside a page, in the page's colours."""
 
 import io
 import re
@@ -34,8 +34,8 @@ class Plot:
 
     Attributes:
         name: For ids, unique in a page.
-        title: What it shows.
-        summary: The same in words, for who does not see it.
+        title: Its title.
+        summary: Its values in words, for readers who cannot see it.
         svg: An `svg` element.
     """
 
@@ -46,12 +46,12 @@ class Plot:
 
 
 def plots(run: "RunRecord") -> list[Plot]:
-    """Draw what is known of a run, over its rounds.
+    """Return the plots of a run over its rounds.
 
-    What privacy forbids to say is null in metrics.jsonl, and is not drawn.
+    A value that privacy keeps secret is null in metrics.jsonl, and is not drawn.
     """
-    found = [_loss(run), _epsilon(run), _traffic(run), _seconds(run), _clients(run)]
-    return [plot for plot in found if plot is not None]
+    known = [_loss(run), _epsilon(run), _traffic(run), _seconds(run), _clients(run)]
+    return [plot for plot in known if plot is not None]
 
 
 def _loss(run: "RunRecord") -> Plot | None:
@@ -107,12 +107,12 @@ def _traffic(run: "RunRecord") -> Plot | None:
 
 def _seconds(run: "RunRecord") -> Plot | None:
     lines = [{**(r.get("seconds") or {}), **r} for r in run.rounds]
-    found = {phase: _known(lines, phase) for phase in PHASES}
-    # Where a phase is secret, what is left says little and might say too much.
-    if not lines or any(len(points) < len(lines) for points in found.values()):
+    series = {phase: _known(lines, phase) for phase in PHASES}
+    # If a phase is secret, the other phases say little and might reveal it.
+    if not lines or any(len(points) < len(lines) for points in series.values()):
         return None
-    draw = _bars(found, "seconds", stacked=True)
-    return _plot("seconds", "Seconds by phase", _sums(found, "s"), draw)
+    draw = _bars(series, "seconds", stacked=True)
+    return _plot("seconds", "Seconds by phase", _sums(series, "s"), draw)
 
 
 def _clients(run: "RunRecord") -> Plot | None:
@@ -129,7 +129,7 @@ def _clients(run: "RunRecord") -> Plot | None:
 
 
 def _known(lines: _Lines, key: str, first: int = 0) -> list[tuple[int, float]]:
-    """Return (round, value) where a value is known, from a first round on."""
+    """Return (round, value) of each known value, from a first round on."""
     return [
         (line["server_round"], line[key])
         for line in lines
@@ -149,9 +149,9 @@ def _line(
 def _bars(
     series: Mapping[str, Sequence[tuple[int, float]]], unit: str, stacked: bool = False
 ) -> Callable[["Axes"], None]:
-    """Return what draws a group or a stack of bars for each round.
+    """Return the function that draws a group or a stack of bars for each round.
 
-    Of many rounds bars would be stripes: then lines, or areas for a stack.
+    Bars of many rounds would be stripes, so these are drawn as lines, or as areas for a stack.
     """
 
     def draw(axes: "Axes") -> None:
@@ -241,7 +241,7 @@ def _plot(
 
 
 def inline(svg: str, name: str, title: str, summary: str) -> str:
-    """Make matplotlib's file an element of a page: no head, no outside, own ids."""
+    """Return matplotlib's file as an element of a page: no head, no links, ids of its own."""
     from html import escape
 
     svg = svg[svg.index("<svg") :]
@@ -261,7 +261,7 @@ def inline(svg: str, name: str, title: str, summary: str) -> str:
 
 
 def _ends(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Say where lines begin and end."""
+    """Return the first and last values of lines in words."""
     return "; ".join(
         f"{name} {points[0][1]:.3g} in round {points[0][0]}, "
         f"{points[-1][1]:.3g} in round {points[-1][0]}"
@@ -270,7 +270,7 @@ def _ends(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
 
 
 def _sums(series: Mapping[str, Sequence[tuple[int, float]]], unit: str) -> str:
-    """Say what bars come to."""
+    """Return the sums of bars in words."""
     return "; ".join(
         f"{name} {_plain(sum(value for _, value in points))} {unit}"
         for name, points in series.items()
@@ -278,5 +278,5 @@ def _sums(series: Mapping[str, Sequence[tuple[int, float]]], unit: str) -> str:
 
 
 def _plain(value: float) -> str:
-    """Write a number without an exponent."""
+    """Return a number as text without an exponent."""
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"

@@ -1,4 +1,4 @@
-"""The page and the model card of a run, made from what lies in its folder."""
+"""Write the page and the model card of a run from the files of its folder."""
 
 import logging
 from pathlib import Path
@@ -14,8 +14,7 @@ logger = logging.getLogger(__name__)
 def write_report(folder: Path) -> None:
     """Write report.html, self-contained, and README.md, the model card.
 
-    Whatever stops it is logged in one line: a run does not end because its page cannot
-    be drawn.
+    An error is logged in one line: a run does not end because its page cannot be drawn.
 
     Args:
         folder: A run folder.
@@ -25,7 +24,7 @@ def write_report(folder: Path) -> None:
         write_atomic(folder / "report.html", page(run).encode())
         if run.result is not None:
             write_atomic(folder / "README.md", card(run).encode())
-    except Exception as error:  # noqa: BLE001 - a page is never worth a run
+    except Exception as error:  # noqa: BLE001 - a page ends no run
         logger.warning(
             "report.html of this run cannot be written: %s: %s",
             type(error).__name__,

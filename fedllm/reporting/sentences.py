@@ -1,8 +1,9 @@
-"""The sentences that page and card share."""
+"""The sentences that the page, the model card and the commands share."""
 
 from pathlib import Path
 from typing import Any
 
+from fedllm.adapters.kinds import KINDS, kind_of
 from fedllm.data.embedded import BUILT_IN_DATA, EMBEDDED
 
 NOT_ADVICE = BUILT_IN_DATA.caution
@@ -10,24 +11,32 @@ SMALL_MODEL = "A language model states wrong things fluently."
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Say what a run was worth, from result.json."""
+    """Return the result of a run in a sentence, from result.json."""
     before, after = result["test_loss_before"], result["test_loss_after"]
     recommended = result["recommended"]
-    told = "the base" if recommended == "base" else Path(recommended).name
+    name = "the base" if recommended == "base" else Path(recommended).name
     if before is None:
-        return f"No public test rows: nothing was measured. Recommended: {told}."
+        return f"No public test rows: nothing was measured. Recommended: {name}."
     if recommended == "base":
         return (
-            f"No round beat the base on public validation rows, so the base is what is "
+            f"No round beat the base on public validation rows, so the base is "
             f"recommended: loss {before:.3f} on {result['test_examples']} public test rows."
         )
     return (
         f"Loss on {result['test_examples']} public test rows, which chose nothing: "
-        f"{before:.3f} for the base, {after:.3f} for what is recommended, {told}."
+        f"{before:.3f} for the base, {after:.3f} for the recommended adapter, {name}."
     )
 
 
 def caution(settings: dict[str, Any]) -> str:
-    """Say what answers are worth, from the flat run config."""
+    """Return the caution about answers, from the flat run config."""
     data = EMBEDDED.get(str(settings.get("data.name")))
     return SMALL_MODEL if data is None else data.caution
+
+
+def kind_and_rank(settings: dict[str, Any]) -> str:
+    """Return an adapter's kind, with the rank if the kind has one."""
+    name = str(settings.get("adapter.kind"))
+    if name in KINDS and not kind_of(name).has_rank:
+        return name
+    return f"{name}, rank {settings.get('adapter.rank')}"

@@ -1,7 +1,7 @@
-"""The look of report.html: one sheet, light and dark, from a phone to a desk.
+"""The style sheet of report.html: light and dark, from a phone to a desk.
 
-Series are Okabe and Ito's colours, which are told apart by colour-blind eyes; of each pair
-the one that stands out against the page's ground.
+The series have Okabe and Ito's colours, which colour-blind readers can distinguish: for each
+the shade that stands out against the page's ground.
 """
 
 STYLE = """

@@ -1,7 +1,7 @@
-"""Rounds handed on to TensorBoard, MLflow or Weights & Biases, into the run folder.
+"""Trackers: TensorBoard, MLflow and Weights & Biases, writing into the run folder.
 
-A tracker is fed the lines of metrics.jsonl and the name of the run folder, nothing else:
-what is null there reaches none of them. Each package is imported only where it is chosen.
+A tracker gets the lines of metrics.jsonl and the name of the run folder, nothing else: a value
+that is null there reaches no tracker. Each package is imported only if it is chosen.
 """
 
 import os
@@ -18,20 +18,20 @@ _PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "wandb": "
 
 
 class Tracker(Protocol):
-    """Takes numbers, round by round."""
+    """A tracker: it takes numbers, round by round."""
 
     def log(self, server_round: int, values: Mapping[str, float]) -> None:
-        """Take the numbers of a round."""
+        """Record the numbers of a round."""
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Write all that is still in memory."""
 
 
 def require_tracker(name: TrackerName) -> None:
-    """Refuse a tracker whose package is not there.
+    """Raise if a tracker's package is not installed.
 
     Raises:
-        ConfigError: Names the command that installs it.
+        ConfigError: With the command that installs it.
     """
     if name != "none" and find_spec(name) is None:
         raise ConfigError(
@@ -87,19 +87,19 @@ class _MLflow:
     """MLflow's folder of files in `mlflow/`."""
 
     def __init__(self, folder: Path) -> None:
-        # MLflow tells its makers of each use unless it is asked not to.
+        # MLflow sends its makers a report of each use unless this is set.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # Its database store needs the whole of MLflow; the folder is all that we want.
+        # Its database store needs the whole of MLflow; the folder store is enough for us.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow.tracking import MlflowClient
 
         self._client: Any = MlflowClient((folder / "mlflow").as_uri())
-        # A run that is gone on with finds its folder there.
-        found = self._client.get_experiment_by_name("fedllm")
-        experiment = (
-            found.experiment_id if found else self._client.create_experiment("fedllm")
+        # A resumed run reuses its folder, so the experiment may be there.
+        known = self._client.get_experiment_by_name("fedllm")
+        experiment_id = (
+            known.experiment_id if known else self._client.create_experiment("fedllm")
         )
-        run = self._client.create_run(experiment, run_name=folder.name)
+        run = self._client.create_run(experiment_id, run_name=folder.name)
         self._run_id = run.info.run_id
 
     def log(self, server_round: int, values: Mapping[str, float]) -> None:
@@ -111,7 +111,7 @@ class _MLflow:
 
 
 class _Wandb:
-    """Weights & Biases in `wandb/`; nothing is sent unless WANDB_MODE says `online`."""
+    """Weights & Biases in `wandb/`; nothing is sent unless WANDB_MODE is `online`."""
 
     def __init__(self, folder: Path) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")

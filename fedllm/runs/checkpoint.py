@@ -1,9 +1,8 @@
-"""What a run needs to go on after a crash, and how it is found and checked again.
+"""The checkpoint of a run: what it needs to resume after a crash.
 
-A checkpoint holds what was released or follows from it: the adapter, the server
-optimiser's moments, the best adapter. No draw and no generator is kept: under
-differential privacy noise and secret cohorts are fresh after a crash, and without it
-they follow from seed and round.
+A checkpoint holds what was released or follows from it: the adapter, the server optimiser's
+moments, the best adapter. It holds no draw and no generator: under differential privacy noise
+and secret cohorts are fresh after a crash, and without it they follow from seed and round.
 """
 
 import json
@@ -26,24 +25,24 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 RESUME_KEY = "resume.from"
 _STATE = "fedllm"
 
-# Differences named in one error; another model may differ in hundreds of layers.
+# The most differences in one error; another model may differ in hundreds of layers.
 _SHOWN = 5
 Named = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class State:
-    """What of a checkpoint is not an array.
+    """The part of a checkpoint that is not arrays.
 
     Attributes:
-        run: Name of the run, which its ledger has too.
+        run: Name of the run, as in its ledger.
         run_id: Flower's id of the run when it began.
-        server_round: The last round that was finished.
-        releases: Rounds that were paid for by then; empty without privacy.
+        server_round: The last finished round.
+        releases: The rounds paid for by then; empty without privacy.
         population: Node ids of all clients.
         trained: Whether a client ever returned a usable update.
-        failures: Why replies had no usable update -> how often.
-        best_round: The round with the lowest validation loss; None: none was scored.
+        failures: Reason of a reply without a usable update -> count.
+        best_round: The round with the lowest validation loss; None if none was scored.
         best_loss: Its loss.
         base: `models.fingerprint` of the base model.
         adapter: The adapter's declaration, as `spec_as_json` writes it.
@@ -62,14 +61,14 @@ class State:
     adapter: dict[str, Any]
 
     def check_model(self, base: str, spec: AdapterSpec) -> None:
-        """Refuse to go on with another base model or adapter.
+        """Raise if the base model or the adapter has changed.
 
         Args:
-            base: `models.fingerprint` of the base model of now.
-            spec: The adapter of now.
+            base: `models.fingerprint` of the current base model.
+            spec: The current adapter.
 
         Raises:
-            ConfigError: Names what differs.
+            ConfigError: With each entry that differs.
         """
         require_unchanged(
             {"base model": self.base},
@@ -86,11 +85,11 @@ class State:
         """Return the first round that was neither finished nor paid for.
 
         Args:
-            run: The run that the ledger says it is of.
+            run: The run named in the ledger.
             releases: The ledger's rounds.
 
         Raises:
-            PrivacyError: The ledger is not this run's, or forgets a round.
+            PrivacyError: The ledger is of another run, or misses a round.
         """
         if run != self.run:
             raise PrivacyError(
@@ -113,7 +112,7 @@ class State:
         if self.server_round == 0 and next_round > num_rounds:
             raise FederationError(
                 "resume.from: every round was paid for and lost, so there is nothing "
-                "to go on with; what a new run spends adds to it"
+                "to resume; what a new run spends adds to it"
             )
         if lost:
             logger.warning(
@@ -135,10 +134,10 @@ class Checkpoint:
     """A run after a round.
 
     Attributes:
-        state: What is not an array.
+        state: All that is not arrays.
         arrays: The global adapter by name, float32.
-        best: The adapter of the best round; empty where none was scored.
-        moments: The server optimiser's, (d,) float64 by name; empty where it has none.
+        best: The adapter of the best round; empty if none was scored.
+        moments: The server optimiser's, (d,) float64 by name; empty if it has none.
     """
 
     state: State
@@ -147,10 +146,10 @@ class Checkpoint:
     moments: Named
 
     def write(self, directory: RunDirectory) -> None:
-        """Put it in the place of the one before: a crash leaves one or the other.
+        """Replace the previous checkpoint: a crash leaves one or the other.
 
         Raises:
-            FederationError: The disk is full or may not be written.
+            FederationError: The disk is full or cannot be written.
         """
         from safetensors.numpy import save
 
@@ -187,7 +186,7 @@ class Checkpoint:
                     parts[part][name] = file.get_tensor(key)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise FederationError(
-                f"{path}: the checkpoint is damaged ({error}): the run cannot go on"
+                f"{path}: the checkpoint is damaged ({error}): the run cannot be resumed"
             ) from None
         return cls(state, parts["adapter"], parts["best"], parts["moments"])
 
@@ -195,10 +194,15 @@ class Checkpoint:
 def require_unchanged(
     then: Mapping[str, Any], now: Mapping[str, Any], what: str
 ) -> None:
-    """Refuse to go on with anything else than before.
+    """Raise if an entry has changed since the run began.
+
+    Args:
+        then: The entries that the run began with.
+        now: The current entries.
+        what: The beginning of the error.
 
     Raises:
-        ConfigError: Names each entry that differs, with both values.
+        ConfigError: With each entry that differs, and both values.
     """
     changed = [
         f"{key} was {then[key]!r} and is now {now.get(key)!r}"
@@ -212,7 +216,7 @@ def require_unchanged(
 
 
 def spec_as_json(spec: AdapterSpec) -> dict[str, Any]:
-    """Return an adapter's declaration in JSON's types, a key a module."""
+    """Return an adapter's declaration as JSON values, one key a module."""
     flat_spec: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
     modules = flat_spec.pop("modules")
     return {**flat_spec, **{f"module {name}": modules[name] for name in modules}}

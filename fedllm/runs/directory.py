@@ -1,4 +1,4 @@
-"""What a run leaves on disk: one folder a run, written so that a crash loses nothing."""
+"""The folder of a run, written so that a crash loses nothing."""
 
 import contextlib
 import json
@@ -39,28 +39,28 @@ class RunDirectory:
     def create(cls, home: Path, run_id: int) -> "RunDirectory":
         """Make `runs/<time>_<run id>/` and point `runs/latest` at it.
 
-        Only its owner may look into it.
+        Only its owner can read it.
 
         Raises:
-            FederationError: The disk is full or the folder may not be written.
+            FederationError: The disk is full or the folder cannot be written.
         """
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
         path = home / "runs" / f"{stamp}_{run_id}"
         with _disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             count = 1
-            # A run keeps its own folder, even where two start in the same second.
+            # Each run has a folder of its own, even if two start in the same second.
             while path.exists():
                 count += 1
                 path = path.with_name(f"{stamp}_{run_id}-{count}")
-            # The ledger tells who was asked for what, and an adapter is not yet published.
+            # The ledger shows which clients were asked, and the adapter is not published yet.
             path.mkdir(mode=0o700)
         directory = cls(path)
-        directory.be_latest()
+        directory.link_as_latest()
         return directory
 
-    def be_latest(self) -> None:
-        """Point `latest` beside this folder at it."""
+    def link_as_latest(self) -> None:
+        """Point the link `latest` beside this folder at it."""
         fresh = self.path.parent / f".latest-{self.path.name}"
         with _disk_errors(fresh):
             fresh.unlink(missing_ok=True)
@@ -68,10 +68,10 @@ class RunDirectory:
             fresh.replace(self.path.parent / "latest")
 
     def lock(self) -> None:
-        """Keep every other process from running in this folder, until this one ends.
+        """Lock this folder against runs in other processes, until this one ends.
 
         Raises:
-            FederationError: Another one does.
+            FederationError: Another run holds the lock.
         """
         with _disk_errors(self.path):
             try:
@@ -83,14 +83,14 @@ class RunDirectory:
                 ) from None
 
     def unlock(self) -> None:
-        """Let others in."""
+        """Release the lock."""
         self._lock.release()
 
-    def go_back(self, server_round: int) -> None:
-        """Remove what a crash left of later rounds, and what it left half-written.
+    def roll_back(self, server_round: int) -> None:
+        """Remove the files of later rounds and those that a crash left half-written.
 
         Args:
-            server_round: The last round that counts.
+            server_round: The last round to keep.
         """
         metrics = self.path / METRICS_FILE
         with _disk_errors(self.path):
@@ -110,18 +110,18 @@ class RunDirectory:
                 path.unlink()
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write one JSON file so that it is there whole or not at all."""
+        """Write a JSON file, whole or not at all; infinite and NaN values become null."""
         text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
         self.write_file(name, text.encode())
 
     def write_file(self, name: str, data: bytes) -> None:
-        """Write a file so that it is there whole, or as it was."""
+        """Replace a file: a crash leaves the old or the new one."""
         target = self.path / name
         with _disk_errors(target):
             write_atomic(target, data)
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
-        """Append one round to metrics.jsonl; what is not finite becomes null."""
+        """Append one round to metrics.jsonl; infinite and NaN values become null."""
         target = self.path / METRICS_FILE
         text = json.dumps(_finite(line), allow_nan=False) + "\n"
         with _disk_errors(target), target.open("a", encoding="utf-8") as file:
@@ -159,7 +159,7 @@ class RunDirectory:
         return target
 
     def drop_round(self, server_round: int) -> None:
-        """Remove a saved round that nobody asked to keep."""
+        """Remove a saved round that need not be kept."""
         shutil.rmtree(self.path / f"peft_{server_round}", ignore_errors=True)
 
 
@@ -184,7 +184,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the lines of metrics.jsonl.
 
     Raises:
-        FedllmError: It is missing, or a line is not that of a round.
+        FedllmError: It is missing, or a line is not a round.
     """
     try:
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -200,7 +200,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one line that says what to do."""
+    """Raise the errors of a full or read-only disk as one line with a remedy."""
     try:
         yield
     except Exception as error:
@@ -219,7 +219,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 
 def _round_of(line: str) -> int:
-    """Return the round of a line of metrics.jsonl; -1 for one that a crash cut short."""
+    """Return the round of a line of metrics.jsonl; -1 if a crash cut it short."""
     try:
         return int(json.loads(line)["server_round"])
     except (ValueError, KeyError, TypeError):
@@ -227,7 +227,7 @@ def _round_of(line: str) -> int:
 
 
 def _finite(value: Any) -> Any:
-    """Replace what JSON has no number for by null."""
+    """Replace infinite and NaN values, which JSON cannot hold, by None."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""List the runs of a home folder, with what came of each."""
+"""List the runs of a home folder, with their results."""
 
 import contextlib
 import time
@@ -10,9 +10,12 @@ from fedllm.errors import FedllmError
 from fedllm.privacy.wording import plain
 from fedllm.runs.record import RunRecord, read_run
 
+LATEST = "latest"
+"""Name of the link to the newest run."""
+
 
 def run_choices(home: Path) -> list[tuple[str, str]]:
-    """Return the runs that have an adapter, newest first: (label, folder name)."""
+    """Return the label and folder name of each run with an adapter, newest first."""
     runs = home / "runs"
     return [
         (_label(summary), summary["name"])
@@ -22,7 +25,7 @@ def run_choices(home: Path) -> list[tuple[str, str]]:
 
 
 def _label(summary: Mapping[str, Any]) -> str:
-    """Name a run for a person."""
+    """Return the label of a run for a person."""
     when = summary["time"] or summary["name"]
     if summary["state"] == "damaged":
         return f"{when}, damaged"
@@ -32,16 +35,16 @@ def _label(summary: Mapping[str, Any]) -> str:
 
 
 def adapter_names(folder: Path) -> list[str]:
-    """Return a run's adapters: what it ended with, its best, then the latest rounds."""
-    found = {path.name for path in folder.glob("peft_*") if path.is_dir()}
-    numbers = {name.removeprefix("peft_") for name in found}
+    """Return the names of a run's adapters: final, best, then rounds, latest first."""
+    names = {path.name for path in folder.glob("peft_*") if path.is_dir()}
+    numbers = {name.removeprefix("peft_") for name in names}
     rounds = sorted((int(n) for n in numbers if n.isdecimal()), reverse=True)
     ordered = ["peft_final", "peft_best", *(f"peft_{number}" for number in rounds)]
-    return [name for name in ordered if name in found]
+    return [name for name in ordered if name in names]
 
 
-def first_choice(folder: Path) -> str | None:
-    """Return the adapter that a run recommends, else the first of its list."""
+def recommended_adapter(folder: Path) -> str | None:
+    """Return the name of the adapter that a run recommends, else its first one."""
     names = adapter_names(folder)
     with contextlib.suppress(FedllmError):
         result = read_run(folder).result or {}
@@ -51,31 +54,28 @@ def first_choice(folder: Path) -> str | None:
     return names[0] if names else None
 
 
-LATEST = "latest"
-
-
 def all_runs(runs: Path) -> list[dict[str, Any]]:
-    """Return a summary of each run, newest first."""
+    """Return the summary of each run, newest first."""
     folders = [p for p in runs.glob("*") if p.is_dir() and not p.is_symlink()]
     shown = [p for p in folders if not p.name.startswith(".")]
     # A name begins with its time.
-    return [run_summary(p) for p in sorted(shown, key=lambda p: p.name, reverse=True)]
+    return [summarise_run(p) for p in sorted(shown, key=lambda p: p.name, reverse=True)]
 
 
-def run_summary(folder: Path) -> dict[str, Any]:
-    """Return what is said of a run in one line; a damaged one says why it is."""
+def summarise_run(folder: Path) -> dict[str, Any]:
+    """Return the summary of a run; that of a damaged one has the reason."""
     summary: dict[str, Any] = {"name": folder.name, "time": _time(folder.name)}
     try:
         return summary | _facts(read_run(folder))
     except FedllmError as error:
-        why = str(error)
+        reason = str(error)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        why = f"{folder}: is damaged: {type(error).__name__}: {error}"
-    return summary | {"state": "damaged", "reason": why}
+        reason = f"{folder}: is damaged: {type(error).__name__}: {error}"
+    return summary | {"state": "damaged", "reason": reason}
 
 
 def _facts(run: RunRecord) -> dict[str, Any]:
-    """Return the facts of a run that could be read."""
+    """Return the facts of a run that can be read."""
     before, after = _losses(run)
     epsilon = run.privacy.get("epsilon")
     return {
@@ -93,7 +93,7 @@ def _facts(run: RunRecord) -> dict[str, Any]:
 
 
 def _losses(run: RunRecord) -> tuple[float | None, float | None]:
-    """Return test losses, or validation losses while there are no test losses."""
+    """Return the test losses before and after; validation losses if there are none."""
     if run.result is not None and run.result["test_loss_before"] is not None:
         return run.result["test_loss_before"], run.result["test_loss_after"]
     losses = [line["validation_loss"] for line in run.rounds]
@@ -102,7 +102,7 @@ def _losses(run: RunRecord) -> tuple[float | None, float | None]:
 
 
 def _time(name: str) -> str | None:
-    """Return when a run began, from its name: local time."""
+    """Return the local time when a run began, from its name."""
     try:
         when = time.strptime(name[:19], "%Y-%m-%d_%H-%M-%S")
     except ValueError:
@@ -111,7 +111,7 @@ def _time(name: str) -> str | None:
 
 
 def epsilon_words(unit: str | None, epsilon: float | None) -> str:
-    """Say what was spent; a run without privacy has no epsilon."""
+    """Return the spent epsilon in words; a run without privacy has none."""
     return "none" if unit == "none" else "-" if unit is None else plain(epsilon)
 
 
@@ -119,7 +119,7 @@ def find_run(runs: Path, name: str) -> Path:
     """Return the folder of a run: its name, its path, or `latest`.
 
     Raises:
-        FedllmError: There is none.
+        FedllmError: There is no such run.
     """
     for folder in (runs / name, Path(name).expanduser()):
         if folder.is_dir():

@@ -1,4 +1,4 @@
-"""A run as its folder tells it: read once, for the page, the card and the list."""
+"""The record of a run: its folder, read once for the page, the card and the list."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +22,18 @@ AUDIT_FILE = "audit.json"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What lies in a run folder; empty where a run has not come so far.
+    """The content of a run folder; empty or None for what a run has not written yet.
 
     Attributes:
         folder: The run folder.
         state: Running, finished, failed or interrupted.
-        reason: Why it failed; None where it did not, or did not say.
+        reason: The reason of a failure; None if there is none or it is not known.
         config: config.json.
         privacy: privacy.json.
         rounds: The lines of metrics.jsonl; round 0 is the untuned model.
         result: result.json; None before the end.
-        answers: answers.json: sample answers to public questions; None: none.
-        audit: audit.json; None where the run was not audited.
+        answers: answers.json: sample answers to public questions; None if there are none.
+        audit: audit.json; None if the run was not audited.
     """
 
     folder: Path
@@ -56,17 +56,17 @@ class RunRecord:
 
     @property
     def rounds_done(self) -> int:
-        """Rounds of training that were finished."""
+        """Number of finished rounds."""
         return max((line["server_round"] for line in self.rounds), default=0)
 
     @property
     def rounds_planned(self) -> int | None:
-        """Rounds of training that were asked for; None: not known."""
+        """Number of planned rounds; None if it is not known."""
         return self.settings.get("num-server-rounds")
 
     @property
     def secret_cohorts(self) -> bool:
-        """Whether nothing may be said of who or how many took part in a round."""
+        """Whether the clients of a round, and their number, are secret."""
         return cohorts_are_secret(
             self.privacy.get("unit"), self.privacy.get("sampling")
         )
@@ -76,7 +76,7 @@ def read_run(folder: Path) -> RunRecord:
     """Read a run folder.
 
     Raises:
-        FedllmError: It is none, or a file in it is damaged.
+        FedllmError: It is no run folder, or a file in it is damaged.
     """
     if not folder.is_dir():
         raise FedllmError(f"{folder}: there is no such run folder")
@@ -100,5 +100,5 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _optional(path: Path) -> dict[str, Any] | None:
-    """Read a file that need not be there."""
+    """Read a file; None if it does not exist."""
     return read_json(path) if path.exists() else None

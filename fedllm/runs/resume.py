@@ -1,4 +1,4 @@
-"""Open a stopped run and take its settings over."""
+"""Open a stopped run and adopt its settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from fedllm.runs.directory import CONFIG_FILE, RESULT_FILE, RunDirectory, read_j
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run folder that was opened again, and is locked."""
+    """A run folder that is opened again and locked."""
 
     directory: RunDirectory
     config: RunConfig
@@ -20,16 +20,16 @@ class Resumed:
 
 
 def open_run(config: RunConfig, home: Path) -> Resumed:
-    """Find the run that `resume.from` names, and take over its settings.
+    """Open the run that `resume.from` names, with the settings that it began with.
 
     Args:
-        config: The run config as it was typed.
+        config: The run config as typed.
         home: fedllm's folder.
 
     Raises:
-        ConfigError: Something else was typed than the run began with.
-        FederationError: It is no run folder, or one that is finished, in use, damaged,
-            or not begun.
+        ConfigError: A typed setting differs from what the run began with.
+        FederationError: It is no run folder, or the run is finished, in use, damaged or not
+            begun.
     """
     named = config.resume.from_
     folder = (home / "runs" / "latest" if named == "latest" else Path(named)).resolve()
@@ -62,12 +62,12 @@ def settings_of_run(
     """Return the settings that a run began with.
 
     Args:
-        typed: The run config of now. What is as pyproject has it was not typed.
+        typed: The current run config. A value equal to pyproject's counts as not typed.
         kept: The flat settings of the run.
-        source: Where those stand.
+        source: The file of those, for errors.
 
     Raises:
-        ConfigError: A value was typed that the run did not begin with.
+        ConfigError: A typed value differs from what the run began with.
     """
     try:
         config = parse_run_config({**kept, RESUME_KEY: typed.resume.from_})

@@ -1,10 +1,9 @@
-"""Whether a run is running, finished, failed or was interrupted.
+"""The state of a run: running, finished, failed or interrupted.
 
-A run holds a lock on its folder, which the operating system lets go when the process
-ends, however that happens. So an interrupted run is told from a running one without
-process ids, which are used again. It is not the lock that keeps a second process out of
-the folder: to look whether one is held is to hold it for a moment, and a look must never
-keep a run from starting.
+A run holds a lock on its folder, which the operating system releases when the process ends,
+however that happens. So an interrupted run is distinguished from a running one without process
+ids, which are reused. Another lock keeps a second run out of the folder: to test this one is to
+hold it for a moment, and a test must never keep a run from starting.
 """
 
 import fcntl
@@ -35,11 +34,11 @@ class RunState:
         self._write("running", None)
 
     def finish(self) -> None:
-        """Say that it came to its end."""
+        """Record that the run has finished."""
         self._end("finished", None)
 
     def fail(self, reason: str) -> None:
-        """Say what stopped it."""
+        """Record what stopped the run."""
         self._end("failed", reason)
 
     def _end(self, state: State, reason: str | None) -> None:
@@ -54,17 +53,17 @@ class RunState:
 
 
 def read_state(folder: Path, finished: bool) -> tuple[State, str | None]:
-    """Return the state of a run, and why it failed.
+    """Return the state of a run, and the reason of a failure.
 
     Args:
         folder: Its folder; nothing is written there.
-        finished: Whether it has a result: what to go by where it kept no state, or was
-            killed before it could say that it came to its end.
+        finished: Whether it has a result. This decides if it recorded no state, or was killed
+            before it could record its end.
     """
     ended: State = "finished" if finished else "interrupted"
     try:
-        told = json.loads((folder / STATE_FILE).read_text("utf-8"))
-        state, reason = told["state"], told["reason"]
+        content = json.loads((folder / STATE_FILE).read_text("utf-8"))
+        state, reason = content["state"], content["reason"]
     except (OSError, ValueError, KeyError, TypeError):
         return ended, None
     if state in ("finished", "failed"):
@@ -73,7 +72,7 @@ def read_state(folder: Path, finished: bool) -> tuple[State, str | None]:
 
 
 def _held(lock: Path) -> bool:
-    """Tell whether a process holds a lock."""
+    """Return whether a process holds a lock."""
     try:
         descriptor = os.open(lock, os.O_RDONLY)
     except OSError:

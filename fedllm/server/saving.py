@@ -139,14 +139,14 @@ class RunSaver:
 
     def restore_folder(self, progress: Progress, clients: int) -> None:
         """Make the run folder what it was after the last finished round."""
-        self._directory.go_back(progress.last_round)
+        self._directory.roll_back(progress.last_round)
         if progress.last_round:
             self._save_adapter(progress.last_round, progress.arrays, clients)
         best = progress.best
         if best is not None and best.server_round:
             self._save_adapter(best.server_round, best.arrays, clients)
             self._directory.copy_adapter(best.server_round, "peft_best")
-        self._directory.be_latest()
+        self._directory.link_as_latest()
 
     def _save_adapter(self, server_round: int, arrays: Arrays, clients: int) -> None:
         """Write `peft_<round>/` with what the adapter records about itself."""

@@ -86,9 +86,9 @@ def test_rounds_are_offered_in_the_order_of_numbers_and_the_recommended_is_chose
 
     names = listing.adapter_names(folder)
     assert names == ["peft_final", "peft_best", "peft_10", "peft_2"]
-    assert listing.first_choice(folder) == "peft_best"
+    assert listing.recommended_adapter(folder) == "peft_best"
     (folder / "result.json").unlink()
-    assert listing.first_choice(folder) == "peft_final"
+    assert listing.recommended_adapter(folder) == "peft_final"
 
 
 def test_the_runs_own_statement_and_what_it_leaves_out_are_shown(home):

@@ -72,7 +72,7 @@ def test_secret_cohorts_stay_secret(tmp_path):
     page, text = check(folder)
 
     # Of traffic, of time, of the plots that are not there, and below the table.
-    assert text.count("not said, since cohorts are secret") == 4
+    assert text.count("not shown, because cohorts are secret") == 4
     for name in ("clients", "traffic", "seconds"):
         assert f'id="{name}-' not in page
     assert "Right at most, by this run's noise" not in text
