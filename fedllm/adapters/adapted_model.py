@@ -1,4 +1,4 @@
-"""A run's base model with its adapter: found, loaded and joined in one place."""
+"""A run's base model with its adapter: the one place that loads and joins them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ def load_adapted_model(
         ModelError: The base model cannot be found or loaded.
     """
     location = locate(config.model.name, home)
-    # Before the weights: an adapter that does not fit is reported in a second.
+    # Before the weights, so that an adapter that does not fit is reported in a second.
     spec = adapter_spec(config.adapter, load_config(location), config.seed)
     base = load_base(
         location,

@@ -38,11 +38,11 @@ def save_adapter(
     """Write an adapter that PEFT alone can open.
 
     Args:
-        folder: Where to write; made where missing.
+        folder: The folder, which is made if it is missing.
         spec: The adapter.
         trained: The trained values.
         base_name: Folder or hub id that PEFT loads the base model from.
-        origin: What `evaluate.py` says about the adapter: model, quantisation, round.
+        origin: What `fedllm evaluate` reports of the adapter: model, quantisation, round.
     """
     from safetensors.numpy import save_file
 
@@ -59,7 +59,7 @@ def save_adapter(
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
-    """Return what `save_adapter` noted about an adapter; empty for plain PEFT."""
+    """Return the origin that `save_adapter` wrote; empty for plain PEFT."""
     path = folder / _ORIGIN_FILE
     return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
 
@@ -68,7 +68,7 @@ def read_base_name(folder: Path) -> str:
     """Return the base model that an adapter folder names.
 
     Raises:
-        AdapterError: There is no adapter that PEFT could open without pickle.
+        AdapterError: There is no adapter that PEFT can open without pickle.
     """
     if not folder.is_dir():
         raise AdapterError(
@@ -95,7 +95,7 @@ def read_base_name(folder: Path) -> str:
 
 
 def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
-    """Put a saved adapter, ours or plain PEFT's, on a base model for inference.
+    """Attach a saved adapter, ours or plain PEFT's, to a base model for inference.
 
     Raises:
         AdapterError: It is missing or damaged, or made for another base model.
@@ -129,10 +129,10 @@ def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
 def _check_shapes(
     base: "PreTrainedModel", folder: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Hold the shapes of saved weights against the base model's layers.
+    """Check the shapes of saved weights against the base model's layers.
 
     Raises:
-        AdapterError: Names the first that another base model must have had.
+        AdapterError: Names the first weight that is of another base model.
     """
     known = 0
     for key, shape in shapes.items():
@@ -165,7 +165,7 @@ def _check_shapes(
 
 
 def _is_like(shape: tuple[int, ...], form: list[int | None]) -> bool:
-    """Tell whether a shape has a form, where None stands for any size."""
+    """Return whether a shape has a form, in which None stands for any size."""
     return len(shape) == len(form) and all(
         want in (None, got) for got, want in zip(shape, form, strict=True)
     )

@@ -1,4 +1,4 @@
-"""An adapter's settings resolved against a base model's linear layers, without its weights."""
+"""Resolve an adapter's settings against a base model's linear layers, without weights."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -19,10 +19,10 @@ def with_kind(config: RunConfig, kind: object) -> RunConfig:
 
     Args:
         config: The run config.
-        kind: What the server names.
+        kind: The kind that the server names.
 
     Raises:
-        ConfigError: The run says `auto`, and the name is not of the closed list.
+        ConfigError: The run's kind is `auto`, and the name is not of the closed list.
     """
     if config.adapter.kind != "auto":
         return config

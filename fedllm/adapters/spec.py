@@ -1,4 +1,4 @@
-"""One adapter, resolved for one base model: what it declares to the wire."""
+"""The declaration of an adapter for one base model: names and shapes of what travels."""
 
 import zlib
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import numpy.typing as npt
 Arrays = dict[str, npt.NDArray[np.float32]]
 
 PREFIX = "base_model.model."
-"""What PEFT puts before a module's name."""
+"""PEFT's prefix of a module's name."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class AdapterSpec:
 
     @property
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every array that is trained and travels."""
+        """Return name -> shape of every array that is trained and travels."""
         return {
             f"{PREFIX}{module}.{side}": shape
             for module in self.modules
@@ -49,7 +49,7 @@ class AdapterSpec:
 
     @property
     def num_trainable(self) -> int:
-        """Number d of trained values."""
+        """Return d, the number of trained values."""
         return sum(int(np.prod(shape)) for shape in self.trained_shapes.values())
 
     def rescales_input(self, module: str) -> bool:

@@ -15,7 +15,7 @@ class EmbeddedData:
         licence: The licence in a sentence.
         language: Its language, as the Hugging Face hub tags it.
         tags: What else a model trained on it is tagged with there.
-        caution: What to tell whoever reads an answer of a model trained on it.
+        caution: A warning beside the answers of a model trained on it.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""How virtual clients share one data set."""
+"""Partitions of one data set among virtual clients."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -24,12 +24,12 @@ def partition(
 
     The partitions are disjoint and together hold every row; the same arguments give
     the same rows in every process. A partition may be empty: under `dirichlet` with a
-    small alpha, under `size-skew` with few rows, and wherever there are fewer rows than
-    clients (then each row is one client's). `natural` with more clients than groups
+    small alpha, under `size-skew` with few rows, and if there are fewer rows than clients
+    (then each row is one client's). `natural` with more clients than groups
     cuts the larger groups into several clients.
 
     Args:
-        config: How to share the rows.
+        config: Names the kind of partition and its column.
         rows: All rows.
         partition_id: In [0, num_partitions).
         num_partitions: Number of virtual clients.
@@ -37,7 +37,7 @@ def partition(
 
     Raises:
         ConfigError: No such partition, or `natural` has fewer clients than groups.
-        DataError: The column to go by is missing, or has rows without a value.
+        DataError: The partition column is missing, or has rows without a value.
     """
     if not 0 <= partition_id < num_partitions:
         raise ConfigError(
@@ -46,7 +46,7 @@ def partition(
     if config.partition in ("dirichlet", "natural"):
         _check_groups(config, rows, num_partitions)
     if config.partition in ("iid", "size-skew", "natural"):
-        # Those partitioners cut contiguous pieces: the shuffle makes them random.
+        # These partitioners cut contiguous pieces: the shuffle makes them random.
         rows = rows.shuffle(seed=seed)
     if len(rows) < num_partitions:
         return rows.select([partition_id] if partition_id < len(rows) else [])
@@ -61,11 +61,11 @@ def partition(
 def _make_partitioner(
     config: DataConfig, num_rows: int, num_partitions: int, seed: int
 ) -> "Partitioner":
-    """Return Flower's partitioner for this kind of federation."""
+    """Return Flower's partitioner for this kind of partition."""
     from flwr_datasets import partitioner as flower
 
     if config.partition == "dirichlet":
-        # A minimum size would draw again up to ten times and then give up.
+        # With a minimum size it would draw again up to ten times and then fail.
         return flower.DirichletPartitioner(
             num_partitions,
             config.partition_column,
@@ -74,7 +74,7 @@ def _make_partitioner(
             seed=seed,
         )
     if config.partition == "size-skew":
-        # LinearPartitioner means the same but refuses a client without a row.
+        # LinearPartitioner means the same but raises for a client without a row.
         return flower.SizePartitioner(_linear_sizes(num_rows, num_partitions))
     return flower.IidPartitioner(num_partitions)
 
@@ -82,7 +82,7 @@ def _make_partitioner(
 def _parts_of_groups(
     groups: Sequence[str | int], num_partitions: int
 ) -> list[list[int]]:
-    """Cut groups into parts of one group each, the largest part in two while need be.
+    """Return parts of one group each; the largest are cut until there are enough.
 
     Args:
         groups: The group of each row.
@@ -113,7 +113,7 @@ def _linear_sizes(num_rows: int, num_partitions: int) -> list[int]:
 
 
 def _check_groups(config: DataConfig, rows: "Dataset", num_partitions: int) -> None:
-    """Check the column that `dirichlet` and `natural` go by."""
+    """Check the partition column of `dirichlet` and `natural`."""
     column = config.partition_column
     if column not in rows.column_names:
         raise DataError(

@@ -1,4 +1,4 @@
-"""How a row becomes a conversation, and a conversation tokens.
+"""Prompts: a row as a conversation, and a conversation as text and tokens.
 
 With a chat template the tokens are those of TRL 1.16's SFTTrainer for conversational
 prompt and completion columns; without one the text is Alpaca's, as TRL would take it
@@ -33,8 +33,7 @@ def to_prompt_completion(
     last turn of the assistant is the answer, and later turns are ignored.
 
     Returns:
-        (prompt, completion), or None where the question or the answer is missing or
-        blank.
+        (prompt, completion), or None if the question or the answer is missing or blank.
 
     Raises:
         DataError: A question or answer that is not text, or messages without role and
@@ -48,8 +47,10 @@ def to_prompt_completion(
         turns = [_message("user", question), _message("assistant", answer)]
     last = max((i for i, t in enumerate(turns) if t["role"] == "assistant"), default=0)
     prompt, completion = turns[:last], turns[last : last + 1]
-    asked = any(turn["content"].strip() for turn in prompt if turn["role"] == "user")
-    if not asked or not completion[0]["content"].strip():
+    has_question = any(
+        turn["content"].strip() for turn in prompt if turn["role"] == "user"
+    )
+    if not has_question or not completion[0]["content"].strip():
         return None
     return prompt, completion
 
@@ -59,18 +60,18 @@ def chat_prompt(
     question: str,
     history: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """Return the text that asks a question the way the training rows do.
+    """Return the text of a question as the training rows ask it.
 
     It holds every special token: encode it with `add_special_tokens=False`.
 
     Args:
         tokenizer: The base model's tokenizer.
-        question: What is asked now.
+        question: The question.
         history: Earlier (question, answer) pairs, the oldest first.
     """
     prompt = []
-    for asked, answered in history:
-        prompt += [_message("user", asked), _message("assistant", answered)]
+    for earlier, answer in history:
+        prompt += [_message("user", earlier), _message("assistant", answer)]
     prompt.append(_message("user", question))
     if tokenizer.chat_template:
         return str(
@@ -79,12 +80,12 @@ def chat_prompt(
             )
         )
     text = _alpaca(prompt)
-    shown = tokenizer(text=text)["input_ids"]
+    ids = tokenizer(text=text)["input_ids"]
     # A sentencepiece tokenizer puts a space before the first word of a text, but not
     # before a word that follows a special token.
     bos = tokenizer.bos_token or ""
     for candidate in (text, f"{bos}{text}", f"{bos} {text}"):
-        if tokenizer(text=candidate, add_special_tokens=False)["input_ids"] == shown:
+        if tokenizer(text=candidate, add_special_tokens=False)["input_ids"] == ids:
             return candidate
     return f"{bos}{text}"
 
@@ -97,7 +98,7 @@ def training_texts(
     """Return the prompt alone, and the whole conversation, for `encode`.
 
     Raises:
-        DataError: The chat template refuses the conversation.
+        DataError: The chat template rejects the conversation.
     """
     if not tokenizer.chat_template:
         text = _alpaca(prompt)
@@ -116,7 +117,7 @@ def training_texts(
         return render(prompt, add_generation_prompt=True), render(prompt + completion)
     except TemplateError as error:
         raise DataError(
-            f"the model's chat template refuses the conversation: {error}"
+            f"the model's chat template rejects the conversation: {error}"
         ) from None
 
 
@@ -125,7 +126,7 @@ def encode(
 ) -> list[list[int]]:
     """Return the tokens of texts that `training_texts` made.
 
-    All at once, which takes a fraction of the time that one after the other takes.
+    All at once takes a fraction of the time that one text after the other takes.
     """
     if not texts:
         return []
@@ -133,14 +134,14 @@ def encode(
         text=list(texts),
         # A chat template writes them itself.
         add_special_tokens=not tokenizer.chat_template,
-        # Not verbose: what is longer than the model allows is cut and counted by us.
+        # No warning: what is longer than the model allows is cut and counted here.
         verbose=False,
     )
     return [list(ids) for ids in encoded["input_ids"]]
 
 
 def _alpaca(prompt: list[Message]) -> str:
-    """Return a conversation as one text that ends where the answer begins."""
+    """Return a conversation as one text, up to where the answer begins."""
     system = [turn["content"] for turn in prompt if turn["role"] == "system"]
     parts = ["\n".join(system) or PREAMBLE]
     for turn in prompt:
@@ -165,7 +166,7 @@ def _message(role: str, content: str) -> Message:
 
 
 def _read_text(value: object, column: str) -> str:
-    """Return a cell as text, an absent one as the empty text."""
+    """Return a cell as text, a missing one as the empty text."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -174,7 +175,7 @@ def _read_text(value: object, column: str) -> str:
 
 
 def _read_messages(value: object) -> list[Message]:
-    """Return the turns of a `messages` cell, an absent one as none."""
+    """Return the turns of a `messages` cell; none if it is missing."""
     turns = []
     for turn in value if isinstance(value, list) else [value] if value else []:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):

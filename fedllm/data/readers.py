@@ -1,6 +1,6 @@
-"""Reading a client's own file: .jsonl, .json, .csv or .parquet.
+"""Readers of a client's own file: .jsonl, .json, .csv or .parquet.
 
-Nothing is cached on disk, and what is malformed is named with its line.
+Nothing is cached on disk. An error names the line that is malformed.
 """
 
 import csv
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def looks_local(name: str) -> bool:
-    """Tell a path from a hub id such as `squad` or `owner/name`."""
+    """Return whether a name is a path and not a hub id such as `squad` or `owner/name`."""
     path = Path(name).expanduser()
     return (
         name.startswith(("/", ".", "~"))
@@ -40,8 +40,8 @@ def read_rows(path: Path) -> list[Row]:
             files = sorted(f for f in path.iterdir() if f.suffix.lower() in _READERS)
         rows = [row for file in files for row in _read_file(file)]
     except OSError as error:
-        where, why = error.filename or path, error.strerror or one_line(error)
-        raise DataError(f"{where}: cannot be read: {why}") from None
+        source, cause = error.filename or path, error.strerror or one_line(error)
+        raise DataError(f"{source}: cannot be read: {cause}") from None
     if not files:
         raise DataError(f"{path}: holds no file that ends in {comma_list(_READERS)}")
     if not rows:
@@ -50,12 +50,12 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def comma_list(names: Iterable[str]) -> str:
-    """Return names for an error message."""
+    """Return names in one line of an error message."""
     return ", ".join(names)
 
 
 def one_line(error: BaseException) -> str:
-    """Return another library's message, short enough for one line of ours."""
+    """Return another library's message in one line, cut to 200 characters."""
     return " ".join(str(error).split())[:200]
 
 
@@ -75,7 +75,7 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    # The -sig reads past the mark that some editors put at the start of a file.
+    # -sig skips the mark that some editors put at the start of a file.
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():

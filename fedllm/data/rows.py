@@ -1,8 +1,8 @@
-"""Rows: where they come from, and which of them a client may train on.
+"""Rows: load them, and choose those that a client may train on.
 
 Everything stays in memory: no cache of a client's rows is left on its disk. `datasets`
-takes a second to import and `flwr_datasets` another (it brings matplotlib), so both are
-imported where they are used.
+takes a second to import and `flwr_datasets` another (it imports matplotlib), so both are
+imported in the functions that use them.
 """
 
 import contextlib
@@ -50,11 +50,11 @@ def load_public(
     """Load the rows declared public: validation chooses, test only reports.
 
     Args:
-        config: A file that it names wins over the embedded rows.
+        config: A file that it names takes the place of the embedded rows.
         split: Which of the two.
 
     Returns:
-        The rows, or None where the user declared none.
+        The rows, or None if the user declared none.
 
     Raises:
         DataError: As `load_rows`.
@@ -70,12 +70,12 @@ def own_rows(
 ) -> "Dataset":
     """Return the rows that a client trains on, or those that it holds out.
 
-    A row's place follows from its content and the seed alone: copies of a row, also at
-    another client, lie on one side, and stay there when a file changes between rounds.
-    The share is therefore an expected one; of a few rows none may be held out.
+    The choice follows from a row's content and the seed alone: all copies of a row, also
+    another client's, are on one side, and stay there when a file changes between rounds.
+    The share is therefore an expected one; of a few rows possibly none is held out.
 
     Args:
-        config: Says which share is held out.
+        config: Gives the share that is held out.
         rows: One client's rows.
         seed: The run's seed.
         held_out: Which of the two.
@@ -125,8 +125,8 @@ def _load_local(config: DataConfig, name: str) -> "Dataset":
 def _load_hub(config: DataConfig) -> "Dataset":
     """Load a split of a hub data set.
 
-    The hub's client caches what it downloads where it always does (HF_HOME); what
-    `datasets` makes of it lies under our own folder.
+    The hub's client caches its downloads in its usual place (HF_HOME); what `datasets`
+    makes of them is kept in our own folder.
     """
     import datasets
 
@@ -158,10 +158,10 @@ def _load_hub(config: DataConfig) -> "Dataset":
 
 @contextlib.contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Keep the hub client's bars and its lines about retries off the screen.
+    """Hide the hub client's progress bars and its log lines about retries.
 
-    There is a bar for each file and step, from each client; what fails is said once, by
-    our own error.
+    There would be a bar for each file and step, from each client; our own error reports a
+    failure once.
     """
     import datasets
 
@@ -179,7 +179,7 @@ def _quiet_hub() -> Iterator[None]:
 
 
 def _make_dataset(rows: list[Row], source: Path) -> "Dataset":
-    """Return rows as a data set; a column that a row lacks is None there."""
+    """Return rows as a data set; a row without a column has None in it."""
     from datasets import Dataset
 
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -192,14 +192,14 @@ def _make_dataset(rows: list[Row], source: Path) -> "Dataset":
 
 
 def _check_columns(config: DataConfig, names: list[str], source: object) -> None:
-    """Check that the questions and answers are there."""
+    """Check that the columns of questions and answers exist."""
     if MESSAGES in names:
         return
-    wanted = {
+    required = {
         "data.prompt-column": config.prompt_column,
         "data.response-column": config.response_column,
     }
-    for key, column in wanted.items():
+    for key, column in required.items():
         if column not in names:
             raise DataError(
                 f"{source}: there is no column {column!r} ({key}); the columns are "

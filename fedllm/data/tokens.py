@@ -25,7 +25,7 @@ Example = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Rows as labelled tokens, and what was lost on the way."""
+    """Rows as labelled tokens, and counts of what was cut or left out."""
 
     examples: list[Example]
     """Each with `input_ids` and, of the same length, `labels`: the token id in the answer,
@@ -45,10 +45,10 @@ def tokenize(
 ) -> Tokenized:
     """Turn rows into tokens as TRL's SFTTrainer does, and label the answer.
 
-    With a chat template: the conversation as the template renders it, where the answer
-    begins at the first token that differs from the prompt rendered alone (TRL 1.16,
-    `SFTTrainer._prepare_dataset`). Without one: an Alpaca-style text, with the end
-    token after the answer. What is longer than max_length loses its end.
+    With a chat template: the conversation as the template renders it; the answer begins at
+    the first token that differs from the prompt rendered alone (TRL 1.16,
+    `SFTTrainer._prepare_dataset`). Without one: an Alpaca-style text, with the end token
+    after the answer. An example longer than max_length loses its end.
 
     Args:
         rows: Rows with the columns that config names, or with `messages`.
@@ -57,7 +57,7 @@ def tokenize(
         max_length: Longest example in tokens.
 
     Raises:
-        DataError: A row has not the right form, or the chat template refuses it.
+        DataError: A row is malformed, or the chat template rejects it.
     """
     examples: list[Example] = []
     num_truncated = num_without_answer = 0
@@ -84,7 +84,7 @@ def tokenize(
 
 
 def _each(rows: "Dataset") -> Iterator[Row]:
-    """Yield rows one by one, read by the thousand: `datasets` takes long for a single one."""
+    """Yield rows one by one, read by the thousand, since `datasets` is slow by single rows."""
     for columns in rows.iter(batch_size=1000):
         for cells in zip(*columns.values(), strict=True):
             yield dict(zip(columns, cells, strict=True))

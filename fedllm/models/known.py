@@ -1,4 +1,4 @@
-"""Models that the package knows by name: the built-in one, and one to plan for unseen."""
+"""Models known by name: the built-in one, and one that can be planned for unseen."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class KnownModel:
         name: What `model.name` takes.
         hub_name: Its name on the Hugging Face hub.
         licence: The licence's tag on the hub.
-        numbers: What its config.json says of its layers (a test compares).
+        numbers: Entries of its config.json that give its layers (a test compares).
     """
 
     name: str

@@ -21,7 +21,7 @@ def linear_shapes(name: str) -> Shapes:
         name: A model of KNOWN_MODELS, or a local folder with a config.json.
 
     Raises:
-        ModelError: The model is neither, or of a family whose layers are not known here.
+        ModelError: The model is neither, or its family's layers are not known here.
     """
     known = KNOWN_MODELS.get(name)
     if known is not None:
@@ -44,7 +44,7 @@ def linear_shapes(name: str) -> Shapes:
 
 
 def _llama_shapes(numbers: Mapping[str, Any]) -> Shapes:
-    """Return the layers of a model of Llama's kind."""
+    """Return the linear layers of a model like Llama."""
     hidden, inner = numbers["hidden_size"], numbers["intermediate_size"]
     heads = numbers["num_attention_heads"]
     head = numbers.get("head_dim") or hidden // heads

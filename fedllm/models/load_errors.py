@@ -1,4 +1,4 @@
-"""What transformers, torch and the hub raise and print while loading, in one line."""
+"""Errors and log lines of transformers, torch and the hub while a model loads."""
 
 import logging
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from fedllm.models.known import BUILT_IN_MODEL
 
 @contextmanager
 def loading_errors(location: str) -> Iterator[None]:
-    """Turn whatever stops the loading of a model into one line with its remedy.
+    """Raise whatever stops the loading of a model as one line with its remedy.
 
     Args:
         location: A folder or a hub id.
@@ -23,7 +23,7 @@ def loading_errors(location: str) -> Iterator[None]:
     from torch import OutOfMemoryError
 
     try:
-        # The hub's client tells of each retry; our error tells what came of them.
+        # The hub's client logs each retry; our error reports how they ended.
         with errors_only("huggingface_hub.utils._http"):
             yield
     except (MemoryError, OutOfMemoryError) as error:
@@ -37,7 +37,7 @@ def loading_errors(location: str) -> Iterator[None]:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Hide the bars of loading local files: seconds long, and they break our lines."""
+    """Hide the progress bars of local files: they last seconds and break our log lines."""
     from transformers.utils import logging as library
 
     shown = library.is_progress_bar_enabled()
@@ -51,7 +51,7 @@ def no_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def errors_only(name: str) -> Iterator[None]:
-    """Keep the logger `name` from telling less than errors."""
+    """Drop what the logger `name` logs below errors."""
     noisy = logging.getLogger(name)
     level = noisy.level
     noisy.setLevel(logging.ERROR)
@@ -62,6 +62,7 @@ def errors_only(name: str) -> Iterator[None]:
 
 
 def _explanation(location: str, error: Exception) -> str:
+    """Return the cause of a failed load and its remedy."""
     from huggingface_hub import errors as hub
 
     chain: list[BaseException] = [error]
@@ -70,7 +71,7 @@ def _explanation(location: str, error: Exception) -> str:
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if "trust_remote_code" in str(error):
         return (
-            f"{location} brings code of its own, which is not run here: name a model"
+            f"{location} needs code of its own, which is not run here: name a model"
             " that transformers knows"
         )
     if any(is_disk_full(link) for link in chain):
@@ -79,15 +80,15 @@ def _explanation(location: str, error: Exception) -> str:
         return f"{location} cannot be loaded: {first_line}"
     if any(isinstance(link, hub.GatedRepoError) for link in chain):
         return (
-            f"{location} asks for its licence to be accepted: do so on its page, then"
+            f"{location} requires its licence to be accepted: do so on its page, then"
             " run `hf auth login` here"
         )
     if any(isinstance(link, hub.RepositoryNotFoundError) for link in chain):
         return (
-            f"the hub has no model {location} (or not for you): look at the spelling of"
+            f"the hub has no model {location} (or not for you): check the spelling of"
             " model.name, and run `hf auth login` for a private one"
         )
-    if any(_is_out_of_reach(link) for link in chain):
+    if any(_is_unreachable(link) for link in chain):
         return (
             f"the model hub is out of reach and {location} is not in its cache here:"
             " connect, or set model.name to a local folder or to "
@@ -96,7 +97,7 @@ def _explanation(location: str, error: Exception) -> str:
     return f"{location} cannot be loaded from the hub: {first_line}"
 
 
-def _is_out_of_reach(error: BaseException) -> bool:
+def _is_unreachable(error: BaseException) -> bool:
     import httpx
     from huggingface_hub import errors as hub
 

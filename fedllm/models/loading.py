@@ -1,4 +1,4 @@
-"""Finding, quantising and caching the base model: the only importer of bitsandbytes."""
+"""The base model: find it, quantise it once, keep it in a cache, load it."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def locate(name: str, home: Path) -> str:
-    """Return where the base model lies, fetching the built-in one on first use.
+    """Return the place of the base model, fetching the built-in one on first use.
 
     Args:
         name: The built-in model's name, a local folder, or a hub id.
@@ -50,7 +50,7 @@ def locate(name: str, home: Path) -> str:
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"{folder.resolve()} holds no model: it has no config.json;"
-                " model.name wants a folder that transformers' save_pretrained made"
+                " model.name takes a folder that transformers' save_pretrained made"
             )
         return str(folder.resolve())
     if name.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(name):
@@ -79,21 +79,21 @@ def load_config(location: str) -> "PretrainedConfig":
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
             f"{location} is a {config.model_type} model, which does not generate text;"
-            " model.name wants a causal language model"
+            " model.name takes a causal language model"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"{location} is quantised already: name the model that it was made from,"
-            " and let model.quantization (0, 4 or 8) do it"
+            " and set model.quantization (0, 4 or 8)"
         )
     return config
 
 
 def fingerprint(location: str) -> str:
-    """Return what tells a base model from any other, without reading all of it.
+    """Return the fingerprint of a base model without hashing every byte.
 
-    Of a folder: name, size and last megabyte of each file of weights, and the
-    configuration. Of a hub id: the commit.
+    For a folder it covers name, size and last megabyte of each file of weights, and the
+    configuration; for a hub id the commit.
     """
     folder = Path(location)
     if not folder.is_dir():
@@ -111,8 +111,8 @@ def fingerprint(location: str) -> str:
 def load_tokenizer(location: str) -> "PreTrainedTokenizerBase":
     """Return the model's tokenizer, with a padding token and padding on the right.
 
-    Where it has no padding token, the end of text serves: padding is to be told apart
-    by the attention mask, never by its id.
+    If it has no padding token, the end of text serves: the attention mask marks padding,
+    never its id.
 
     Raises:
         ModelError: It cannot be read or reached, or names no end of text.
@@ -135,10 +135,10 @@ def load_tokenizer(location: str) -> "PreTrainedTokenizerBase":
 
 
 def compute_dtype(device: str) -> "torch.dtype":
-    """Return the type to compute in: the fastest that the hardware has and trains well.
+    """Return the type to compute in: the fastest of the hardware that trains well.
 
-    bfloat16 where the hardware multiplies it; else float16 on a GPU, and float32 on a
-    CPU, where an emulated bfloat16 would be slower than float32.
+    bfloat16 if the hardware multiplies it; else float16 on a GPU, and float32 on a CPU, on
+    which an emulated bfloat16 would be slower.
     """
     import torch
 
@@ -167,15 +167,15 @@ def load_base(
         location: What `locate` returned.
         quantization: 4 (NF4, double quantisation), 8 (LLM.int8) or 0.
         home: The program's folder.
-        device: "cuda", "cuda:1", "cpu"; by default a GPU where there is one.
+        device: "cuda", "cuda:1", "cpu"; by default a GPU if there is one.
         quantize_embeddings: Keep the input embeddings in NF4 and the output head in
             8 bit, whatever `quantization` is.
-        in_float32: Load and compute an unquantised base in float32, and not in what
-            `compute_dtype` says.
+        in_float32: Load and compute an unquantised base in float32 instead of
+            `compute_dtype`.
 
     Raises:
         ModelError: It cannot be read, reached, quantised or held in memory, or its
-            embeddings are its output head, too.
+            embeddings are to be quantised and are its output head, too.
     """
     import torch
 
@@ -186,7 +186,7 @@ def load_base(
         model = _load_quantised(location, config, quantization, home, device)
         if quantization == 4:
             keep_gradients_right(model)
-        # An 8-bit layer tells at each pass that it casts to float16, as is its design.
+        # An 8-bit layer logs at each pass that it casts to float16, as is its design.
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(is_no_cast)
     else:
         options = {"dtype": torch.float32} if in_float32 else {}
@@ -210,7 +210,7 @@ def load_base(
 def load_quantised(
     location: str, bits: int, device: str | None = None
 ) -> "PreTrainedModel":
-    """Return a model quantised anew, to be saved elsewhere: nothing is kept for later.
+    """Return a model quantised anew, to be saved elsewhere; the cache is not used.
 
     Args:
         location: Folder of an unquantised model.
@@ -230,9 +230,10 @@ def load_quantised(
 
 
 def _load(location: str, device: str, **options: Any) -> Any:
+    """Load a causal language model onto a device."""
     from transformers import AutoModelForCausalLM
 
-    # A download from the hub is gigabytes: its bar stays.
+    # A download from the hub is gigabytes: its progress bar stays.
     with (
         no_progress_bars() if Path(location).is_dir() else nullcontext(),
         loading_errors(location),
@@ -248,6 +249,7 @@ def _load(location: str, device: str, **options: Any) -> Any:
 def _load_quantised(
     location: str, config: "PretrainedConfig", bits: int, home: Path, device: str
 ) -> Any:
+    """Load a quantised base from the cache, quantising it if it is not there."""
     made: list[Any] = []
 
     def quantise() -> Any:
@@ -288,10 +290,10 @@ def _load_quantised(
 
 @contextmanager
 def _read_not_mapped() -> Iterator[None]:
-    """Let transformers read one weight at a time, rather than map the files.
+    """Make transformers read one weight at a time instead of mapping the files.
 
-    It closes the files when the last weight is quantised; until then every page read of
-    a mapping counts as the process's memory, which grows to the unquantised model's size.
+    It closes the files when the last weight is quantised. Until then every page read of a
+    mapping counts as the process's memory, which would grow to the unquantised model's size.
     """
     from transformers import modeling_utils
 
@@ -308,6 +310,7 @@ def _read_not_mapped() -> Iterator[None]:
 
 
 def _quantization_config(bits: int, device: str) -> Any:
+    """Return transformers' settings of bitsandbytes."""
     from transformers import BitsAndBytesConfig
 
     if bits == 8:
@@ -321,10 +324,10 @@ def _quantization_config(bits: int, device: str) -> Any:
 
 
 def _key(location: str, config: "PretrainedConfig", bits: int, device: str) -> str:
-    """A folder name that changes with anything that the quantised weights depend on.
+    """Return a folder name that changes with all that the quantised weights depend on.
 
-    A local model counts as changed when a file's size or time changed: reading
-    gigabytes at every start would cost what the cache saves.
+    A local model counts as changed if a file's size or time changed: reading gigabytes at
+    every start would cost what the cache saves.
     """
     import bitsandbytes
 
@@ -343,6 +346,6 @@ def _key(location: str, config: "PretrainedConfig", bits: int, device: str) -> s
 
 
 def _commit(config: "PretrainedConfig") -> str | None:
-    """The hub's commit of the configuration, so that the weights come from the same."""
+    """Return the hub's commit of the configuration: the weights must be of the same one."""
     commit: str | None = getattr(config, "_commit_hash", None)
     return commit

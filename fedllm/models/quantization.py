@@ -17,7 +17,7 @@ _BITSANDBYTES_REMEDY = (
 
 
 def import_bitsandbytes() -> None:
-    """Import bitsandbytes, without torch's compiler where nothing it compiles is run.
+    """Import bitsandbytes, without torch's compiler if nothing that it compiles is run.
 
     It hands torch.compile the operators of devices that it has no kernels for, which
     imports the compiler: 0.6 s. A CPU and CUDA have kernels.
@@ -30,7 +30,7 @@ def import_bitsandbytes() -> None:
     accelerator = torch.accelerator.current_accelerator()
     has_kernels = accelerator is None or accelerator.type == "cuda"
     with errors_only("bitsandbytes.backends.cpu.ops"):
-        # On import it misses a faster kernel, for a packing that we switch off.
+        # On import it logs that a faster kernel is missing, for a packing that we switch off.
         try:
             with _uncompiled() if has_kernels else nullcontext():
                 import bitsandbytes  # noqa: F401
@@ -43,7 +43,7 @@ def import_bitsandbytes() -> None:
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Let torch.compile return functions as they are."""
+    """Make torch.compile return functions as they are."""
     import torch
 
     def unchanged(function: Any = None, **_: Any) -> Any:
@@ -81,8 +81,8 @@ def require_bitsandbytes(device: str) -> None:
 def keep_gradients_right(model: "PreTrainedModel") -> None:
     """Switch off bitsandbytes' packing of 4-bit weights on a CPU with AVX512-BF16.
 
-    In eval mode it rewrites the weights for a product that has no backward pass, and
-    they stay so: training after a generation would then get wrong gradients in silence.
+    In eval mode it rewrites the weights for a product that has no backward pass, and they
+    stay so: training after a generation would then silently get wrong gradients.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -97,14 +97,14 @@ def is_no_cast(record: logging.LogRecord) -> bool:
 
 
 def try_quantization(bits: int, device: str) -> None:
-    """Quantise a small matrix and back, to know that this machine can.
+    """Quantise a small matrix and back, to prove that this machine can.
 
     Args:
         bits: 4 or 8.
         device: "cuda" or "cpu".
 
     Raises:
-        ModelError: It cannot, or what comes back is not what went in.
+        ModelError: It cannot, or the values that come back are wrong.
     """
     import torch
 

@@ -1,8 +1,8 @@
 """Embeddings in 4 bit, the output head in 8, and quantising without large copies.
 
 A head of 32,000 x 3,200 values takes 0.19 GiB in 16 bits. In 4 bit it costs quality (SmolLM2:
-0.2 nats of the loss, docs/results.md), in 8 with a scale for 256 values none that was seen. It
-is kept in parts, of which one at a time is expanded for a product.
+0.2 nats of the loss, docs/results.md); in 8 bit, with a scale for 256 values, no loss was
+measured. It is kept in parts, of which one at a time is expanded for a product.
 """
 
 from collections.abc import Iterator
@@ -28,10 +28,10 @@ class HeadInParts(torch.nn.Module):
     """A frozen output head in 8 bit, (..., hidden) to (..., vocabulary).
 
     Attributes:
-        parts: Some tokens' rows each, in the order of the tokens.
+        parts: The rows of some tokens each, in the order of the tokens.
 
     Args:
-        head: The linear layer that it stands for.
+        head: The linear layer that it replaces.
     """
 
     def __init__(self, head: Any) -> None:
@@ -42,12 +42,12 @@ class HeadInParts(torch.nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Return (..., vocabulary) scores."""
-        found: list[torch.Tensor] = [
+        products: list[torch.Tensor] = [
             # torch leaves `apply` without types.
             _Product.apply(states, rows)  # type: ignore[no-untyped-call]
             for rows in self.parts
         ]
-        scores = torch.cat(found, -1)
+        scores = torch.cat(products, -1)
         return scores if self.bias is None else scores + self.bias
 
 
@@ -60,12 +60,13 @@ class _Rows(torch.nn.Module):
         self.register_buffer("values", values, persistent=False)
 
     def whole(self) -> torch.Tensor:
+        """Return the expanded rows."""
         rows: torch.Tensor = functional.dequantize_blockwise(self.values, self.state)
         return rows
 
 
 class _Product(torch.autograd.Function):
-    """states @ rows^T; the expanded rows are not kept for the way back, but made again."""
+    """states @ rows^T; the backward pass expands the rows again instead of keeping them."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, rows: _Rows) -> torch.Tensor:
@@ -95,7 +96,7 @@ def quantise_embeddings(model: Any) -> None:
             f"{model.name_or_path} uses its embeddings as output head, too, so that"
             " quantising them saves nothing: set model.quantize-embeddings=false"
         )
-    # The wide one goes before the next is quantised.
+    # The wide head is released before the embeddings are quantised.
     model.set_output_embeddings(HeadInParts(head))
     del head
     small = EmbeddingNF4(*table.weight.shape, dtype=table.weight.dtype, device="meta")
@@ -104,9 +105,9 @@ def quantise_embeddings(model: Any) -> None:
             table.weight.data,
             requires_grad=False,
             quant_type="nf4",
-            # A block may not cross rows; longer ones need fewer scales.
+            # A block must not cross rows; longer ones need fewer scales.
             blocksize=64 if table.embedding_dim % 128 else 128,
-            # Compressed scales go together by 256: a row looked up alone gets wrong ones.
+            # Compressed scales share one by 256: a row looked up alone would get wrong ones.
             compress_statistics=False,
             module=small,
         ).to(table.weight.device)
@@ -115,7 +116,7 @@ def quantise_embeddings(model: Any) -> None:
 
 @contextmanager
 def quantised_in_parts() -> Iterator[None]:
-    """Let bitsandbytes quantise a matrix to 4 bit some rows at a time.
+    """Make bitsandbytes quantise a matrix to 4 bit some rows at a time.
 
     On a CPU it holds several float32 copies of what it quantises. Blocks of values are
     independent, so parts give the same bits; the scales of all are compressed at once.

@@ -1,4 +1,4 @@
-"""Activations that a training step keeps for its backward pass, held in 8 bit."""
+"""Activations in 8 bit while a training step keeps them for its backward pass."""
 
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
 _BLOCK = 256
-# Below this the scales and the calls cost more than the bytes saved.
+# Below this many values the scales and the calls cost more than the bytes saved.
 _FEWEST = 4096
 
 
@@ -31,16 +31,17 @@ class _Compressed:
 
 @contextmanager
 def compressed_activations(model: torch.nn.Module) -> Iterator[None]:
-    """Keep what is saved for backward in 8 bit while the context is open.
+    """Compress what autograd saves for the backward pass while the context is open.
 
-    Weights and their views are kept as they are, and so is what is not in floating
-    point, not finite, or small. What several operators save is compressed once.
+    Weights and their views are saved as they are, and so are tensors that are not in
+    floating point, not finite, or small. A tensor that several operators save is compressed
+    once.
 
     Args:
         model: The model; its parameters and buffers are not copied.
 
     Note:
-        A value is off by about 1 % of what is usual in its block, so gradients are
+        A value is off by about 1 % of the usual size in its block, so gradients are
         approximate; the loss of the forward pass is exact.
     """
     fixed = {
@@ -71,7 +72,7 @@ def compressed_activations(model: torch.nn.Module) -> Iterator[None]:
         if kept is None:
             flat = tensor.detach().permute(order)
             values, state = quantize_blockwise(flat, blocksize=_BLOCK)
-            # A mask of attention has infinities, which no scale fits.
+            # An attention mask has infinities, which no scale fits.
             if not state.absmax.isfinite().all():
                 return tensor
             kept = copies[key] = _Compressed(values, state, order)
@@ -87,8 +88,8 @@ def compressed_activations(model: torch.nn.Module) -> Iterator[None]:
 def _order(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """Return the dimensions from the widest stride to the narrowest.
 
-    None where the tensor has gaps or overlaps, as a view of a larger one has: it would
-    not be smaller.
+    It is None if the tensor has gaps or overlaps, as a view of a larger one has: it would not
+    be smaller.
     """
     order = tuple(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
     return order if tensor.permute(order).is_contiguous() else None

@@ -3,8 +3,7 @@
 Every step releases S = sum over a Poisson batch of clip(gradient of one example) +
 N(0, (z * max_grad_norm)^2 I), divided by the expected size of a batch (Abadi et al. 2016,
 arXiv 1607.00133); optimiser, weight decay and FedProx come after it and cost nothing.
-Example texts, their tokens, the answer-only loss, the adapter and the base are those of
-`training.py`.
+Examples, the answer-only loss, the adapter and the base are those of `sft.py`.
 """
 
 import math
@@ -67,7 +66,7 @@ def train_privately(
     generator = SecureGenerator()
     model, train = adapted.model, config.train
     norm = config.privacy.max_grad_norm
-    # fork_rng puts torch's own generator back, so nobody sees what was drawn.
+    # fork_rng restores torch's own generator, so that no later draw reveals these.
     sparing = release_mapped_pages(model) if train.gradient_checkpointing else None
     with restoring(model), sparing or nullcontext(), torch.random.fork_rng():
         torch.manual_seed(secrets.randbits(63))
@@ -97,7 +96,7 @@ def clipped_sum(
     """Return the sum of the clipped gradients of a batch's examples.
 
     Args:
-        per_example: Where the gradients come from.
+        per_example: Gives the gradients.
         batch: Examples; may be empty.
         micro_batch_size: Examples in one pass.
         max_grad_norm: Largest norm of one gradient.
@@ -116,7 +115,7 @@ def clipped_sum(
 
 
 class _Update:
-    """The optimiser's step on a noised gradient: post-processing all of it."""
+    """The optimiser's step on a noised gradient, all of which is post-processing."""
 
     def __init__(
         self,

@@ -1,15 +1,15 @@
-"""The gradient of each example by itself, of the adapter's trained values only.
+"""Per-example gradients of the adapter's trained values.
 
 For a linear layer y = x W^T an example's gradient of W is a product over its own tokens,
 sum over t of g_t x_t^T, with g the gradient of y: one batched pass over a micro-batch
-gives all of them (Goodfellow 2015, arXiv 1510.01799). The base, in whatever precision, is
-only passed through. A trained value that is no linear layer's weight is served by one
-pass an example, which is right for any model.
+gives all of them (Goodfellow 2015, arXiv 1510.01799). The base is passed through in any
+precision. If a trained value is not a linear layer's weight, each example gets a pass of its
+own, which is right for any model.
 
-A gradient has to be its example's alone, to the last bit: in bfloat16 the shape of a
-batch, that is the other examples, changed it by 6 %, and such changes in all rows of a
-batch are part of its sensitivity. So a micro-batch is always full, its length is a
-function of each of its examples, nothing is masked, and the head runs on one example.
+A gradient has to depend on its example alone, to the last bit. In bfloat16 the shape of a
+batch, that is the other examples, changed it by 6 %, and such changes in all rows of a batch
+are part of its sensitivity. So a micro-batch is always full, its length is a function of
+each of its examples, nothing is masked, and the head runs on one example.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,11 +30,11 @@ _LENGTH_STEP = 16
 
 
 class _NotByExampleError(Exception):
-    """A layer was fed something whose first dimension is not the example."""
+    """A layer got an input whose first dimension is not the example."""
 
 
 class _Tap(torch.autograd.Function):
-    """The identity, which shows a layer's input and output gradient on the way back.
+    """The identity, which hands a layer's input and output gradient to a sink.
 
     The input is saved as autograd saves it, so checkpointing still frees it.
     """
@@ -59,7 +59,7 @@ class PerExample:
         trained: The parameters that require a gradient, in the model's order.
 
     Args:
-        model: The base model with the adapter on it, in the mode it shall be used in.
+        model: The base model with the adapter on it, in the mode of the training.
         pad_token_id: Any token id.
     """
 
@@ -77,12 +77,12 @@ class PerExample:
         """Yield every example's gradient, a micro-batch at a time.
 
         Args:
-            examples: Rows with `input_ids` and `labels`, in any number, also none.
-            micro_batch_size: Examples in one pass: what memory grows with.
+            examples: Rows with `input_ids` and `labels`; may be empty.
+            micro_batch_size: Examples in one pass; memory grows with it.
 
         Yields:
-            (b, d) float32 on the CPU: one row an example, examples by length, values in
-            the order of `trained`.
+            (b, d) float32 on the CPU: one row an example, examples sorted by length,
+            values in the order of `trained`.
 
         Guarantee:
             A row is the gradient of the mean loss over its example's own answer tokens,
@@ -130,7 +130,7 @@ class PerExample:
         return torch.cat([rows[p].flatten(1).cpu() for p in self.trained], 1)
 
     def _backward(self, batch: Sequence[Mapping[str, Any]]) -> None:
-        """Go back from the sum over examples of the mean loss over each one's answer."""
+        """Run the backward pass of the sum over examples of each one's mean answer loss."""
         inputs = collate(batch, self._pad_token_id)
         # Every answer comes before the padding, and no token looks ahead: nothing needs
         # a mask, and without one attention takes the same kernel for every batch.
@@ -156,14 +156,14 @@ class PerExample:
 
 
 def _padded_length(example: Mapping[str, Any]) -> int:
-    """Return the length that an example is padded to, whatever its company."""
+    """Return the length that an example is padded to, a function of it alone."""
     return -(-len(example["input_ids"]) // _LENGTH_STEP) * _LENGTH_STEP
 
 
 def _chunks(
     examples: list[Mapping[str, Any]], size: int
 ) -> Iterator[list[Mapping[str, Any]]]:
-    """Cut a list into pieces of a size; the last may be shorter."""
+    """Yield pieces of a list; the last may be shorter."""
     for start in range(0, len(examples), size):
         yield examples[start : start + size]
 
@@ -172,7 +172,7 @@ def _linear_layers(
     model: torch.nn.Module, trained: Sequence[torch.nn.Parameter]
 ) -> dict[torch.nn.Parameter, tuple[torch.nn.Module, torch.Tensor | None]]:
     """Return the linear layer whose weight, or left @ weight, each parameter is."""
-    wanted = set(trained)
+    trained_set = set(trained)
     layers: dict[torch.nn.Parameter, tuple[torch.nn.Module, torch.Tensor | None]] = {}
     for module in model.modules():
         if not isinstance(module, torch.nn.Linear):
@@ -185,7 +185,7 @@ def _linear_layers(
             left = getattr(chain.weight[0], "left", None)
             if left is None:
                 continue
-        if weight is not None and weight in wanted:
+        if weight is not None and weight in trained_set:
             if weight in layers:
                 # Two layers share it: each would give a part of the gradient.
                 return {}
@@ -194,10 +194,10 @@ def _linear_layers(
 
 
 def _tap_hook(rows: torch.Tensor, left: torch.Tensor | None) -> Any:
-    """Make the forward hook that adds a layer's per-example gradients to `rows`.
+    """Return the forward hook that adds a layer's per-example gradients to `rows`.
 
     Args:
-        rows: (b, out, in), or (b, r, in) where the weight is left (out, r) @ core.
+        rows: (b, out, in), or (b, r, in) if the weight is left (out, r) @ core.
         left: The fixed left factor of a core.
     """
 

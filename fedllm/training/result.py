@@ -1,4 +1,4 @@
-"""What every way of training an adapter shares: its result, and a model left clean."""
+"""The result of a training, and the clean-up of the model after it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """What one client made in one round.
+    """The result of one client's training in one round.
 
     Attributes:
         arrays: The trained values afterwards.
         loss: Mean training loss over the steps, in nats per answer token; NaN under
-            `privacy.unit="record"`, where nobody may know it.
+            `privacy.unit="record"`, since it depends on the rows without noise.
         num_examples: Examples that the client holds.
         num_steps: Optimiser steps taken.
-        began: `time.monotonic()` when the first step began; None where not noted.
+        began: `time.monotonic()` when the first step began; None if not recorded.
     """
 
     arrays: Arrays
@@ -33,11 +33,11 @@ class Trained:
 
 @contextlib.contextmanager
 def restoring(model: "PeftModel") -> Iterator[None]:
-    """Undo what a trainer leaves on a resident model, whatever happens.
+    """Restore a resident model when a training ends, also if it fails.
 
     Every SFTTrainer wraps `forward` once more and never unwraps it: after a thousand
-    trainings that would be a RecursionError. With checkpointing it leaves that on, and a
-    hook on the embedding for each time that it was built.
+    trainings that would be a RecursionError. With checkpointing it leaves checkpointing on,
+    and one more hook on the embedding for each trainer that was built.
     """
     base = model.get_base_model()
     forward = base.__dict__.get("forward")

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of an adapter on one partition: the only importer of TRL."""
+"""Supervised fine-tuning of an adapter on one client's examples, by TRL's trainer."""
 
 import logging
 import tempfile
@@ -44,7 +44,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc] # TRL has no types
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def remember_reference(self, trained: list[torch.nn.Parameter]) -> None:
-        """Note where FedProx pulls to: the trained values as they are now."""
+        """Record the present trained values, to which FedProx pulls."""
         if self._proximal_mu > 0:
             self._pairs = [(p, p.detach().clone()) for p in trained]
 
@@ -70,7 +70,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc] # TRL has no types
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Keep the record; SFTTrainer would add entropy, which is not computed."""
+        """Append to the history; SFTTrainer would add entropy, which is not computed."""
         self.state.log_history.append(logs)
 
 
@@ -134,7 +134,7 @@ def train_adapter(
 
 
 class _Deadline(TrainerCallback):  # type: ignore[misc] # transformers has no types
-    """Give up a training whose result would come too late; note when it began."""
+    """Raise when a result would come too late; record when the first step began."""
 
     def __init__(self, task: RoundTask) -> None:
         self._task = task
@@ -149,7 +149,7 @@ class _Deadline(TrainerCallback):  # type: ignore[misc] # transformers has no ty
 def _sft_config(
     config: TrainConfig, task: RoundTask, folder: str, device: str
 ) -> SFTConfig:
-    """Make TRL's settings; nothing is saved, reported or drawn."""
+    """Return TRL's settings; nothing is saved, reported or drawn."""
     settings = SFTConfig(
         output_dir=folder,
         per_device_train_batch_size=config.batch_size,

@@ -127,7 +127,7 @@ def test_an_adapter_of_plain_peft_opens(tiny_llama, tmp_path, config):
 
 
 @pytest.mark.parametrize(("kind", "layer"), [("ia3", "k_proj"), ("vera", "v_proj")])
-def test_another_bases_vectors_are_refused(tiny_llama, tmp_path, kind, layer):
+def test_vectors_of_another_base_raise_an_error(tiny_llama, tmp_path, kind, layer):
     spec = make_spec(tiny_llama, kind)
     save_adapter(tmp_path, spec, random_arrays(spec), str(tiny_llama), {})
     config = LlamaConfig.from_pretrained(tiny_llama, num_key_value_heads=4)
@@ -144,7 +144,9 @@ def test_another_bases_vectors_are_refused(tiny_llama, tmp_path, kind, layer):
         ({"num_key_value_heads": 4}, "made for another base model.*v_proj"),
     ],
 )
-def test_an_adapter_for_another_base_is_refused(saved, tiny_llama, change, message):
+def test_an_adapter_for_another_base_raises_an_error(
+    saved, tiny_llama, change, message
+):
     config = LlamaConfig.from_pretrained(tiny_llama, **change)
     base = AutoModelForCausalLM.from_config(config)
 
@@ -152,20 +154,20 @@ def test_an_adapter_for_another_base_is_refused(saved, tiny_llama, change, messa
         load_adapter(base, saved)
 
 
-def test_a_missing_folder_is_refused(tmp_path):
+def test_a_missing_folder_raises_an_error(tmp_path):
     with pytest.raises(AdapterError, match="no such folder; --peft-path"):
         read_base_name(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_folder_that_lacks_a_file_is_refused(saved, name):
+def test_a_folder_that_lacks_a_file_raises_an_error(saved, name):
     (saved / name).unlink()
 
     with pytest.raises(AdapterError, match=f"{name} is missing"):
         read_base_name(saved)
 
 
-def test_pickled_weights_are_refused(saved, tiny_llama):
+def test_pickled_weights_raise_an_error(saved, tiny_llama):
     (saved / "adapter_model.safetensors").unlink()
     torch.save({}, saved / "adapter_model.bin")
 
@@ -176,7 +178,7 @@ def test_pickled_weights_are_refused(saved, tiny_llama):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"base_model_name_or_path": null}']
 )
-def test_an_adapter_config_that_names_no_base_is_refused(saved, text):
+def test_an_adapter_config_that_names_no_base_raises_an_error(saved, text):
     (saved / "adapter_config.json").write_text(text)
 
     with pytest.raises(AdapterError, match="adapter_config.json"):

@@ -25,12 +25,12 @@ def test_a_kind_of_the_closed_list_takes_the_place_of_auto(kind):
 
 
 @pytest.mark.parametrize("named", [None, "auto", "qlora", "", 3, ["lora"], b"lora"])
-def test_any_other_name_is_refused(named):
+def test_any_other_name_raises_an_error(named):
     with pytest.raises(ConfigError, match="adapter.kind: is 'auto'"):
         with_kind(make_config(), named)
 
 
-def test_where_the_run_names_a_kind_nobody_elses_name_counts():
+def test_if_the_run_names_a_kind_no_other_name_counts():
     config = parse_run_config({"adapter.kind": "lora-core"})
 
     assert with_kind(config, "lora") is config
@@ -43,7 +43,7 @@ def test_the_spec_needs_no_weights(tiny_llama, tmp_path):
     assert make_spec(tmp_path) == make_spec(tiny_llama)
 
 
-def test_a_rank_above_the_smallest_side_is_refused(tiny_llama):
+def test_a_rank_above_the_smallest_side_raises_an_error(tiny_llama):
     assert make_spec(tiny_llama, rank=32).rank == 32
     with pytest.raises(
         AdapterError, match=r"adapter.rank: must be at most 32.*\(got 33\)"
@@ -65,7 +65,7 @@ def test_all_linear_is_every_linear_layer_but_the_head(tiny_llama):
     assert spec.modules["model.layers.1.mlp.down_proj"] == (64, 128)
 
 
-def test_the_output_head_is_refused(tiny_llama):
+def test_the_output_head_as_a_target_raises_an_error(tiny_llama):
     with pytest.raises(AdapterError, match="lm_head is the output head"):
         make_spec(tiny_llama, target_modules="q_proj,lm_head")
 

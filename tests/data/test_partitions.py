@@ -122,7 +122,7 @@ def test_a_row_without_a_group_is_named(tmp_path: Path) -> None:
         partition(config, load_rows(config), 0, 1, 42)
 
 
-def test_no_such_partition_is_said() -> None:
+def test_a_partition_that_does_not_exist_raises_an_error() -> None:
     config = DataConfig()
     with pytest.raises(ConfigError, match=r"must be in \[0, 5\) \(got 5\)"):
         partition(config, load_rows(config), 5, 5, 42)
@@ -155,7 +155,7 @@ for kind, count in (("iid", 7), ("dirichlet", 7), ("size-skew", 7), ("natural", 
 """
 
 
-def test_another_process_gets_the_same_rows_says_nothing_and_leaves_no_file(
+def test_another_process_gets_the_same_rows_prints_nothing_and_leaves_no_file(
     tmp_path: Path,
 ) -> None:
     home = tmp_path / "home"

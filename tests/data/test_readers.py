@@ -128,13 +128,15 @@ def test_a_bad_file_is_one_line_that_names_what_is_wrong(
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_file_that_is_not_text_is_said(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_raises_an_error(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(b"instruction,response\nq,\xff\xfe\n")
     with pytest.raises(DataError, match="is not UTF-8 text"):
         load_rows(DataConfig(name=str(path)))
 
 
-def test_a_folder_without_data_says_which_endings_count(tmp_path: Path) -> None:
+def test_a_folder_without_data_raises_an_error_with_the_known_endings(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(DataError, match=r"no file that ends in \.jsonl, \.json"):
         load_rows(DataConfig(name=str(tmp_path)))

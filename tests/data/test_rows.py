@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from fedllm.config import DataConfig
-from fedllm.data import embedded
 from fedllm.data.readers import read_rows
 from fedllm.data.rows import load_public, load_rows, own_rows
 from fedllm.errors import DataError
@@ -30,7 +29,7 @@ def test_the_embedded_splits_hold_the_rows_they_should() -> None:
     assert len(set(ids)) == 5385
 
 
-def test_no_question_lies_in_two_of_the_embedded_splits() -> None:
+def test_no_question_is_in_two_of_the_embedded_splits() -> None:
     config = DataConfig()
     train = set(load_rows(config)["instruction"])
     validation = set(load_public(config, "validation")["instruction"])  # type: ignore[index]
@@ -106,7 +105,9 @@ def test_a_hub_out_of_reach_is_one_line_with_the_remedy(
     assert "\n" not in str(caught.value)
 
 
-def test_a_data_set_that_the_hub_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_that_the_hub_lacks_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import datasets
 
     error = datasets.exceptions.DatasetNotFoundError(
@@ -148,7 +149,7 @@ def test_each_question_of_the_choice_file_asks_for_a_test_row() -> None:
         assert right.index(True) == row["answer"] and sum(right) == 1
 
 
-def test_held_out_rows_are_a_fixed_share_and_copies_of_a_row_lie_on_one_side():
+def test_held_out_rows_are_a_fixed_share_and_copies_of_a_row_are_on_one_side():
     from datasets import Dataset
 
     config = DataConfig(held_out_fraction=0.25)
@@ -176,14 +177,3 @@ def test_without_a_share_every_row_is_trained_on():
 
     assert own_rows(DataConfig(), rows, 1, held_out=False)["n"][:] == [1, 2, 3]
     assert len(own_rows(DataConfig(), rows, 1, held_out=True)) == 0
-
-
-def test_the_embedded_data_are_the_default_and_have_rows_in_every_split() -> None:
-    assert DataConfig().name == embedded.BUILT_IN_DATA.name == "wordnet-medical"
-
-    for name in embedded.EMBEDDED:
-        config = DataConfig(name=name)
-        assert len(load_rows(config)) > 0
-        for split in ("validation", "test"):
-            rows = load_public(config, split)
-            assert rows is not None and len(rows) > 0

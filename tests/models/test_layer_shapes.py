@@ -49,7 +49,7 @@ def test_a_local_folder_with_heads_of_their_own_size(tmp_path):
     assert got["model.layers.0.self_attn.q_proj"] == (64, 32)
 
 
-def test_what_is_not_known_is_refused_with_the_way_out(tmp_path):
+def test_an_unknown_model_raises_an_error_with_a_remedy(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
 
     for name in (str(tmp_path), "someone/some-model"):

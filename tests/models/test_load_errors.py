@@ -10,7 +10,7 @@ from fedllm.errors import ModelError
 from fedllm.models.loading import load_base, load_config, load_tokenizer
 
 
-def test_a_hub_out_of_reach_is_said_in_one_line_with_what_to_do() -> None:
+def test_a_hub_out_of_reach_raises_one_line_with_a_remedy() -> None:
     for load in (load_config, load_tokenizer):
         with pytest.raises(
             ModelError, match=r"hub is out of reach.*local folder"

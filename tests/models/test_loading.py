@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedllm.config import RunConfig
 from fedllm.errors import ModelError
 from fedllm.models import loading
 from fedllm.models.known import BUILT_IN_MODEL
@@ -46,12 +45,12 @@ def test_a_path_that_does_not_exist_is_no_hub_id(name: str, tmp_path: Path) -> N
         locate(name, tmp_path)
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_raises_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no config"):
         locate(str(tmp_path), tmp_path)
 
 
-def test_the_tokenizer_pads_with_the_end_of_text_where_it_has_no_padding(
+def test_the_tokenizer_pads_with_the_end_of_text_if_it_has_no_padding_token(
     tiny_llama: Path,
 ) -> None:
     tokenizer: Any = load_tokenizer(str(tiny_llama))
@@ -75,7 +74,7 @@ def test_a_chat_template_survives_saving(tiny_chat_llama: Path, tmp_path: Path) 
     assert prompt == "<|user|>\nHello</s>\n<|assistant|>\n"
 
 
-def test_a_tokenizer_without_an_end_of_text_is_refused(own_llama: Path) -> None:
+def test_a_tokenizer_without_an_end_of_text_raises_an_error(own_llama: Path) -> None:
     file = own_llama / "tokenizer_config.json"
     file.write_text(file.read_text().replace('"</s>"', "null"))
 
@@ -159,7 +158,7 @@ def test_a_home_that_cannot_be_written_to_costs_the_cache_and_not_the_run(
     assert "cannot be kept" in caplog.text
 
 
-def test_cpus_compute_in_bfloat16_only_where_they_multiply_it(
+def test_cpus_compute_in_bfloat16_only_if_they_multiply_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for features, dtype in [
@@ -172,7 +171,7 @@ def test_cpus_compute_in_bfloat16_only_where_they_multiply_it(
         assert loading.compute_dtype("cpu") == dtype
 
 
-def test_what_is_loaded_from_bfloat16_files_gives_the_logits_that_were_saved(
+def test_a_model_from_bfloat16_files_gives_the_logits_that_were_saved(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     saved = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
@@ -183,7 +182,3 @@ def test_what_is_loaded_from_bfloat16_files_gives_the_logits_that_were_saved(
     )
 
     assert torch.equal(_logits(saved), _logits(loaded))
-
-
-def test_the_built_in_model_is_the_default() -> None:
-    assert RunConfig().model.name == BUILT_IN_MODEL.name == "smollm2-135m-instruct"

@@ -163,7 +163,7 @@ def test_a_row_alone_is_left_as_it_is():
     assert shapes == [(1, 11)]
 
 
-def test_where_something_is_dropped_by_chance_each_row_drops_for_itself():
+def test_under_dropout_each_row_drops_values_of_its_own():
     ids, mask = rows_that_begin_alike()
     base = small("llama")
     base.model.layers[0].mlp.act_fn = torch.nn.Sequential(
@@ -210,7 +210,7 @@ def test_a_row_that_another_one_begins_with_keeps_its_states():
     assert shapes[0] == (1, 11)
 
 
-def test_what_many_rows_tell_their_beginning_is_rounded_once():
+def test_gradients_of_many_rows_to_their_prefix_are_rounded_once():
     lengths, shared = (3,) * 64, 5
     tokens = shared + sum(lengths)
     generator = torch.Generator().manual_seed(0)
@@ -218,11 +218,11 @@ def test_what_many_rows_tell_their_beginning_is_rounded_once():
         torch.randn(1, heads, tokens, 8, generator=generator).bfloat16()
         for heads in (4, 2, 2, 4)
     )
-    line = packing.Line(shared, lengths)
+    packed = packing.PackedRows(shared, lengths)
 
     def gradient(dtype):
         leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        attended = line.attend(*leaves, 8**-0.5).transpose(1, 2)
+        attended = packed.attend(*leaves, 8**-0.5).transpose(1, 2)
         found = torch.autograd.grad(attended, leaves, weights.to(dtype))
         return [x[0, :, :shared].double() for x in found[1:]]
 

@@ -14,7 +14,7 @@ from fedllm.models.loading import load_base
 from tests.helpers.passes import IDS, _gradient, _relative_error
 
 
-def test_quantisation_that_gives_wrong_values_is_refused(monkeypatch):
+def test_quantisation_that_gives_wrong_values_raises_an_error(monkeypatch):
     from bitsandbytes import functional
 
     from fedllm.models.quantization import try_quantization
@@ -125,7 +125,7 @@ def test_four_bits_are_nf4_with_double_quantisation(
     assert config.bnb_4bit_compute_dtype == loading.compute_dtype("cpu")
 
 
-def test_a_machine_without_a_backend_is_said_before_anything_loads(
+def test_a_machine_without_a_backend_raises_an_error_before_anything_loads(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import bitsandbytes
@@ -137,7 +137,7 @@ def test_a_machine_without_a_backend_is_said_before_anything_loads(
         load_base(str(tiny_llama), 4, tmp_path, "cpu")
 
 
-def test_a_machine_without_the_native_library_is_told_before_anything_loads(
+def test_a_machine_without_the_native_library_raises_an_error_before_anything_loads(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bitsandbytes import cextension
@@ -150,7 +150,7 @@ def test_a_machine_without_the_native_library_is_told_before_anything_loads(
         load_base(str(tiny_llama), 8, tmp_path, "cpu")
 
 
-def test_a_machine_without_bitsandbytes_is_told_what_to_do(
+def test_a_machine_without_bitsandbytes_raises_an_error_with_a_remedy(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)

@@ -97,7 +97,7 @@ def test_any_layout_comes_back(view):
     assert error(got, 2 * given.detach()) < 0.03
 
 
-def test_what_is_not_finite_is_kept_as_it_is():
+def test_tensors_that_are_not_finite_are_saved_as_they_are():
     given = torch.ones(64, 64, requires_grad=True)
     mask = torch.zeros(64, 64)
     mask[0, 0] = -torch.inf

@@ -93,7 +93,7 @@ def test_a_weight_that_was_written_keeps_what_was_written(model):
 
 
 @pytest.mark.parametrize("name", ["maps", "smaps"])
-def test_on_a_system_that_does_not_tell_nothing_is_done(model, monkeypatch, name):
+def test_on_a_system_without_a_map_of_memory_nothing_is_done(model, monkeypatch, name):
     lines = mapped_weights._lines
     monkeypatch.setattr(
         mapped_weights, "_lines", lambda asked: [] if asked == name else lines(asked)
@@ -105,7 +105,7 @@ def test_on_a_system_that_does_not_tell_nothing_is_done(model, monkeypatch, name
     assert min(sizes) == whole[-1]
 
 
-def test_what_is_not_mapped_is_left_alone(model):
+def test_weights_that_are_not_mapped_are_left_alone(model):
     copied = AutoModelForCausalLM.from_config(model.config)
     assert mapped_ranges(copied) == []
     with release_mapped_pages(copied):

@@ -196,7 +196,7 @@ def test_no_examples_give_no_gradients(make_model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantization", [0, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gradient_is_the_same_to_the_last_bit_whoever_is_in_the_batch(
+def test_a_gradient_is_the_same_to_the_last_bit_with_any_other_examples_in_the_batch(
     make_model, examples, kind, quantization, dtype
 ):
     """Else one record more changes the gradients of all the others."""
@@ -213,7 +213,7 @@ def test_a_gradient_is_the_same_to_the_last_bit_whoever_is_in_the_batch(
         assert torch.equal(without, among[[i for i in range(10) if i != index]])
 
 
-def test_a_pass_has_the_same_shape_and_no_mask_whoever_is_in_the_batch(
+def test_a_pass_has_the_same_shape_and_no_mask_with_any_examples_in_the_batch(
     make_model, examples
 ):
     """In bfloat16 a larger model rounds by the shape of a batch."""
