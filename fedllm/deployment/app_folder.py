@@ -28,8 +28,8 @@ def app_folder(home: Path) -> Path:
             made once for each content, so a newer package never runs an older one's code.
 
     Raises:
-        FedllmError: There is no checkout, and the package was not installed whole.
-        OSError: The folder cannot be written.
+        FedllmError: There is no checkout, and the package was not installed whole or the
+            folder cannot be written.
     """
     package = Path(fedllm.__file__).parent
     if _is_checkout(package.parent):
@@ -46,7 +46,14 @@ def app_folder(home: Path) -> Path:
             (folder / name).write_bytes(content)
 
     # Flower takes letters, digits and hyphens in a folder's name, 32 at most.
-    return create_once(home / "app" / f"fedllm-{digest.hexdigest()[:16]}", write)
+    folder = home / "app" / f"fedllm-{digest.hexdigest()[:16]}"
+    try:
+        return create_once(folder, write)
+    except OSError as error:
+        raise FedllmError(
+            f"{folder}: cannot be written: {error.strerror}; free some space, or set"
+            " FEDLLM_HOME to another folder"
+        ) from None
 
 
 def _is_checkout(folder: Path) -> bool:

@@ -113,6 +113,13 @@ def test_a_copied_package_that_was_never_installed_is_one_line(
         app_folder(tmp_path / "home")
 
 
+def test_a_home_that_cannot_be_written_is_one_line(tmp_path, installed):
+    home = tmp_path / "home"
+    home.write_text("a file")
+    with pytest.raises(FedllmError, match=r"home/app/fedllm-.*FEDLLM_HOME"):
+        app_folder(home)
+
+
 def test_nothing_heavy_is_imported_to_find_the_app():
     code = (
         "import sys, fedllm.deployment.app_folder;"
