@@ -100,7 +100,7 @@ class Resident:
         chat = self._load(folder)
         answers = dict.fromkeys(NAMES, "")
         limits = (self._options.max_new_tokens, self._options.temperature)
-        for name, tuned in chat.both():
+        for name, tuned in chat.variants():
             pieces = chat.answer(question, tuned, turns[name], *limits)
             # A page that is closed or cleared ends the generation that it waits for.
             with contextlib.closing(pieces):
@@ -113,7 +113,7 @@ class Resident:
         choice = find_model(str(folder), self._home)
         if self._options.quantization is not None:
             choice.quantization = self._options.quantization
-        if self._chat is None or self._chat.subject != choice:
+        if self._chat is None or self._chat.choice != choice:
             self._chat = None
             # PEFT's modules refer to each other, so only a collection frees the old ones.
             gc.collect()

@@ -80,7 +80,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _names(args: argparse.Namespace, chat: ChatModel) -> list[tuple[str, bool]]:
     """Return the models to ask, each (name, with the adapter)."""
-    return chat.both() if args.base else chat.both()[-1:]
+    return chat.variants() if args.base else chat.variants()[-1:]
 
 
 def _answer(
@@ -115,7 +115,7 @@ def _held_out(args: argparse.Namespace, chat: ChatModel) -> dict[str, Any]:
     from fedllm.data.rows import load_public
     from fedllm.data.tokens import tokenize
 
-    config = chat.subject.config
+    config = chat.choice.config
     data = config.data if config else DataConfig()
     length = config.train.max_length if config else RunConfig().train.max_length
     rows = load_public(data, "test")
@@ -138,7 +138,7 @@ def _off_topic(args: argparse.Namespace, chat: ChatModel) -> dict[str, Any]:
     length = RunConfig().train.max_length
     rows = Dataset.from_list(off_topic_rows())
     examples = tokenize(rows, chat.tokenizer, data, length).examples
-    return _losses(args, chat, examples, "off-topic questions", chat.both())
+    return _losses(args, chat, examples, "off-topic questions", chat.variants())
 
 
 def _losses(

@@ -39,24 +39,24 @@ class ModelChoice:
 class ChatModel:
     """The model, loaded once, with the adapter on or off."""
 
-    def __init__(self, subject: ModelChoice) -> None:
+    def __init__(self, choice: ModelChoice) -> None:
         # The log lines of transformers and bitsandbytes would run into the answers.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         from fedllm.adapters.files import load_adapter
         from fedllm.models.loading import load_base, load_tokenizer
 
-        self.subject = subject
-        self.tokenizer = load_tokenizer(subject.base_name)
+        self.choice = choice
+        self.tokenizer = load_tokenizer(choice.base_name)
         base = load_base(
-            subject.base_name,
-            subject.quantization,
+            choice.base_name,
+            choice.quantization,
             fedllm_home(),
-            in_float32=subject.in_float32,
+            in_float32=choice.in_float32,
         )
         self.model: Any = base
-        if subject.folder is not None:
-            self.model = load_adapter(base, subject.folder)
+        if choice.folder is not None:
+            self.model = load_adapter(base, choice.folder)
 
     def prompt(self, question: str) -> str:
         """Return the prompt of a question without history."""
@@ -105,13 +105,13 @@ class ChatModel:
 
     def adapter(self, tuned: bool) -> Any:
         """Return a context in which the adapter is on or off."""
-        if tuned or self.subject.folder is None:
+        if tuned or self.choice.folder is None:
             return contextlib.nullcontext()
         return self.model.disable_adapter()
 
-    def both(self) -> list[tuple[str, bool]]:
+    def variants(self) -> list[tuple[str, bool]]:
         """Return (name, with the adapter) of the base, and of the tuned model if any."""
-        tuned = [] if self.subject.folder is None else [("tuned", True)]
+        tuned = [] if self.choice.folder is None else [("tuned", True)]
         return [("base", False), *tuned]
 
 

@@ -1,4 +1,4 @@
-"""Rows declared public: validation rows choose a round, test rows only report.
+"""Scores on rows declared public: validation rows choose a round, test rows report.
 
 The base model is loaded when the first row is scored, so that a server without such rows
 never needs it.
@@ -53,9 +53,9 @@ class PublicRows:
         return self._score("test", arrays)
 
     def questions(self, count: int) -> list[tuple[str, str]]:
-        """Return (question, answer) of public rows, of test rows where there are any.
+        """Return (question, answer) of some public rows: test rows if there are any.
 
-        Only rows of one question and one answer count, drawn by the run's seed.
+        The run's seed draws them from the rows that have one question and one answer.
         """
         from fedllm.data.prompts import to_prompt_completion
         from fedllm.data.rows import load_public
@@ -64,19 +64,19 @@ class PublicRows:
         rows = load_public(data, "test")
         if rows is None:
             rows = load_public(data, "validation")
-        found: list[tuple[str, str]] = []
+        pairs: list[tuple[str, str]] = []
         for row in () if rows is None else rows.shuffle(seed=self._config.seed):
             turns = to_prompt_completion(data, row)
             if turns is not None and len(turns[0]) == 1:
-                found.append((turns[0][0]["content"], turns[1][0]["content"]))
-            if len(found) == count:
+                pairs.append((turns[0][0]["content"], turns[1][0]["content"]))
+            if len(pairs) == count:
                 break
-        return found
+        return pairs
 
     def answers(
         self, arrays: Mapping[str, Any], questions: list[str], max_new_tokens: int
     ) -> list[str]:
-        """Return an adapter's answers, the likeliest token each time."""
+        """Return an adapter's answers, made of the likeliest token each time."""
         from fedllm.data.prompts import chat_prompt
         from fedllm.evaluation.generation import generate_together
 

@@ -49,7 +49,7 @@ def test_another_adapter_takes_the_place_of_the_resident_one(answer, run_config)
     ],
     ids=["no answer", "answer cut off"],
 )
-def test_a_client_without_a_usable_example_says_no_data(answer, tmp_path, rows):
+def test_a_client_without_a_usable_example_replies_no_data(answer, tmp_path, rows):
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     node = {"data-path": str(path)}
@@ -61,7 +61,7 @@ def test_a_client_without_a_usable_example_says_no_data(answer, tmp_path, rows):
     assert "no usable example" in text_of(reply)
 
 
-def test_a_client_with_an_empty_partition_says_no_data(answer):
+def test_a_client_with_an_empty_partition_replies_no_data(answer):
     node = {"partition-id": 11, "num-partitions": 12}
 
     assert code_of(answer(node=node)) == "no-data"
@@ -90,7 +90,7 @@ def test_a_data_path_that_cannot_be_used_is_no_data(answer, tmp_path, name):
     assert name in text_of(reply)
 
 
-def test_what_the_length_limit_cuts_is_said_once(answer, home):
+def test_what_the_length_limit_cuts_is_logged_once(answer, home):
     for _ in range(2):
         answer({"train.max-length": 120})
 

@@ -93,7 +93,7 @@ def test_under_record_a_reply_holds_arrays_and_epsilon_and_nothing_else(answer, 
 
 
 @pytest.mark.parametrize("kind", ["ia3", "vera", "lora-core"])
-def test_where_the_run_says_auto_the_kind_is_the_one_that_the_server_names(
+def test_if_the_run_config_has_auto_the_kind_is_the_one_that_the_server_names(
     answer, run_config, kind
 ):
     config = parse_run_config({**run_config, "adapter.kind": kind})
@@ -172,7 +172,9 @@ def test_without_dp_the_text_is_shown(answer, home, monkeypatch, error, code):
     assert str(home / "logs" / "client-0.log") in text_of(reply)
 
 
-def test_running_out_of_memory_on_a_cpu_is_told_by_its_code(answer, monkeypatch):
+def test_running_out_of_memory_on_a_cpu_has_the_code_of_an_accelerators(
+    answer, monkeypatch
+):
     def fail(*args: Any) -> None:
         torch.empty(2**60, dtype=torch.uint8)
 
@@ -253,7 +255,7 @@ def test_evaluation_looks_at_no_more_examples_than_asked_for(answer):
     assert read_reply(reply, {}).num_examples == 1
 
 
-def test_a_client_without_held_out_rows_says_so(answer):
+def test_a_client_without_held_out_rows_replies_no_data(answer):
     reply = answer(WITHOUT_DP, message_type="evaluate")
 
     assert code_of(reply) == "no-data"
@@ -265,7 +267,7 @@ def test_under_dp_a_client_refuses_to_evaluate(answer):
 
 
 @pytest.mark.parametrize("unit", ["none", "client", "record"])
-def test_a_training_that_comes_too_late_is_given_up_and_says_so(answer, unit):
+def test_a_training_that_passes_the_deadline_stops_with_a_code_of_its_own(answer, unit):
     late = {"privacy.unit": unit, "strategy.round-timeout": 1e-6}
 
     reply = answer({**late, "train.batch-size": 1})

@@ -4,7 +4,7 @@ from typing import Any
 
 from fedllm.client.message_handler import reply_to
 from tests.helpers.client_replies import (
-    FLOORS,
+    LIMITS,
     NODE,
     RECORD,
     code_of,
@@ -38,8 +38,8 @@ def test_a_simulation_begins_anew_in_another_run_and_a_real_node_does_not(
     assert [p.name for p in (home / "ledgers").glob("*/key")] == ["key"]
 
 
-def test_a_nodes_floor_makes_more_noise_and_no_run_config_passes_it(answer):
-    first = [epsilon_of(answer(RECORD, {**NODE, **FLOORS})) for _ in range(5)]
+def test_a_nodes_limit_makes_more_noise_and_no_run_config_passes_it(answer):
+    first = [epsilon_of(answer(RECORD, {**NODE, **LIMITS})) for _ in range(5)]
 
     assert 3.9 < first[-1] <= 4.0
     for promise in (
@@ -48,7 +48,7 @@ def test_a_nodes_floor_makes_more_noise_and_no_run_config_passes_it(answer):
         {"privacy.max-epsilon": 1000.0},
         {"num-server-rounds": 1},
     ):
-        reply = answer({**RECORD, **promise}, {**NODE, **FLOORS})
+        reply = answer({**RECORD, **promise}, {**NODE, **LIMITS})
         assert code_of(reply) == "budget-spent"
         assert text_of(reply) == ""
 
@@ -57,7 +57,7 @@ def test_nothing_is_trained_once_the_budget_is_spent(answer, monkeypatch):
     from fedllm.training import dp_sgd
 
     spend = {**RECORD, "privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 0.5}
-    node = {**NODE, **FLOORS, "max-epsilon": 0.1}
+    node = {**NODE, **LIMITS, "max-epsilon": 0.1}
 
     def train(*args: Any) -> None:
         raise AssertionError("trained")

@@ -131,16 +131,16 @@ def test_one_model_is_in_memory_and_stays_there(home, monkeypatch):
     loaded, alive = [], []
 
     class Fake(demo_page.ChatModel):
-        def __init__(self, subject):
+        def __init__(self, choice):
             assert not alive
-            self.subject = subject
-            loaded.append(subject.folder.name)
-            alive.append(self.subject)
+            self.choice = choice
+            loaded.append(choice.folder.name)
+            alive.append(self.choice)
 
         def __del__(self):
             alive.clear()
 
-        def both(self):
+        def variants(self):
             return [("base", False), ("tuned", True)]
 
         def answer(self, *asked):

@@ -171,10 +171,10 @@ def test_float32_computes_in_float32_whatever_the_hardware_prefers(run, monkeypa
     monkeypatch.setattr(
         "fedllm.models.loading.compute_dtype", lambda device: torch.bfloat16
     )
-    subject = find_model(None, run.path.parent.parent)
-    subject.quantization, subject.in_float32 = 0, True
+    choice = find_model(None, run.path.parent.parent)
+    choice.quantization, choice.in_float32 = 0, True
 
-    types = {p.dtype for p in ChatModel(subject).model.parameters()}
+    types = {p.dtype for p in ChatModel(choice).model.parameters()}
 
     assert types == {torch.float32}
 

@@ -29,7 +29,7 @@ def test_an_answer_streams_in_pieces_and_stops_at_the_limit(model, tokenizer):
     assert pieces == list(generate(model, tokenizer, prompt, 12))
 
 
-def test_an_answer_that_nobody_waits_for_ends(model, tokenizer, monkeypatch):
+def test_a_generation_ends_when_its_reader_does(model, tokenizer, monkeypatch):
     steps = []
     run = model.forward
     monkeypatch.setattr(

@@ -86,7 +86,7 @@ def test_held_out_leaves_no_gradient_and_eval_mode(model):
 
 
 @pytest.mark.parametrize("labels", [[-100] * 4, [7, -100, -100, -100]])
-def test_nothing_to_score_is_said(model, labels):
+def test_nothing_to_score_is_an_error(model, labels):
     with pytest.raises(DataError, match="no answer token"):
         held_out(model, [{"input_ids": [7, 8, 9, 10], "labels": labels}], 0)
     with pytest.raises(DataError, match="no answer token"):

@@ -28,7 +28,7 @@ def values(reply: Message, arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 RECORD = {"privacy.unit": "record", "privacy.delta": 1e-5}
-FLOORS = {"privacy-unit": "record", "max-epsilon": 4.0, "delta": 1e-5}
+LIMITS = {"privacy-unit": "record", "max-epsilon": 4.0, "delta": 1e-5}
 
 
 def epsilon_of(reply: Message) -> float:
