@@ -340,7 +340,9 @@ def _daemon(config: RunConfig) -> Check:
     where = f"something listens on 127.0.0.1:{port}"
     advice = "use `fedllm simulate`, which starts its own"
     if process is None:
-        return Check("Flower daemon", "warn", f"{where}, not visible to this user", advice)
+        return Check(
+            "Flower daemon", "warn", f"{where}, not visible to this user", advice
+        )
     interpreter = flower_daemon.interpreter_of(process)
     variables = flower_daemon.variables_of(process)
     text = f"{where}: process {process}, {interpreter}"
