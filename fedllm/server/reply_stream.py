@@ -56,9 +56,7 @@ class _Fetch(threading.Thread):
         except Exception as error:  # noqa: BLE001 - hostile bytes must not stop a round
             reason = f"the reply could not be read: {type(error).__name__}"
             self.found = Error(UNREADABLE, reason)
-        except (
-            BaseException
-        ) as stop:  # noqa: BLE001 - raised again by the waiting thread
+        except BaseException as stop:  # noqa: BLE001 - raised again by the caller
             self.stop = stop
 
 
