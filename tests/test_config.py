@@ -103,7 +103,7 @@ def test_a_preset_says_its_whole_command(preset: Path):
             0.5,
             "must be 1.0 if strategy.sampling is 'all'",
         ),
-        ("strategy.fraction-evaluate", 0.5, "clients' losses would leave un-noised"),
+        ("strategy.fraction-evaluate", 0.5, "clients' losses would leave without noise"),
         ("data.held-out-fraction", 0.5, "must be above 0.0 if strategy.fraction"),
         ("data.held-out-fraction", 1.0, "data.held-out-fraction: must be less than 1"),
         ("strategy.aggregator", "krum", "the bound is proved for a sum"),
@@ -151,7 +151,7 @@ def test_no_privacy_does_not_silently_ignore_a_noise_setting():
 
 @pytest.mark.parametrize("kind", ["ia3", "auto"])
 def test_dropout_is_refused_where_the_kind_may_have_none(kind):
-    with pytest.raises(ConfigError, match="adapter.dropout: must be 0.0 where"):
+    with pytest.raises(ConfigError, match="adapter.dropout: must be 0.0 if"):
         parse_run_config({"adapter.kind": kind, "adapter.dropout": 0.1})
 
     assert parse_run_config({"adapter.kind": kind}).adapter.kind == kind

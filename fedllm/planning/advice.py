@@ -40,7 +40,7 @@ def advice(
 
 
 def ledger_advice(ledger: Ledger | None) -> list[str]:
-    """Say what would help a run that does not beat its base."""
+    """Return what would help a run that does not beat its base."""
     if ledger is None:
         return ["more rounds or local steps", "another train.learning-rate"]
     settings = ledger.settings

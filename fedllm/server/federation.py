@@ -194,7 +194,7 @@ class Federation:
         return record
 
     def _evaluate_clients(self, server_round: int) -> Mapping[str, Any]:
-        """Ask clients for the loss on their held-out rows; without DP only."""
+        """Return the clients' losses on their held-out rows; empty under DP."""
         messages = list(
             self.strategy.configure_evaluate(
                 server_round,

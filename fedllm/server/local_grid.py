@@ -74,7 +74,7 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Let the clients answer, in this thread; each message is answered once."""
+        """Return the clients' replies, made in this thread; each message is answered once."""
         replies = []
         for message_id in message_ids:
             message = self._unanswered.pop(message_id, None)

@@ -18,7 +18,7 @@ LEAST_CLIENTS = 2
 def replace_departed(
     population: Sequence[int], connected: Collection[int]
 ) -> list[int]:
-    """Return the population with new nodes in the places of those that are gone.
+    """Return the population with new nodes in place of those that are gone.
 
     A SuperNode without a key of its own has another id each time it starts, and a
     SuperLink without a database gives new ones to all. Places are kept and never
@@ -45,17 +45,17 @@ def wait_for_clients(
     Raises:
         FederationError: Too few are connected when the time is up.
     """
-    wanted = len(known) or config.strategy.num_clients
-    least = max(wanted, least_clients)
+    asked_for = len(known) or config.strategy.num_clients
+    least = max(asked_for, least_clients)
     deadline = time.monotonic() + config.strategy.wait_for_clients
     logged = False
     while True:
         nodes = sorted(grid.get_node_ids())
-        if known and len(nodes) >= wanted:
+        if known and len(nodes) >= asked_for:
             return replace_departed(known, nodes)
         if len(nodes) >= least:
             # More than were asked for: the first by id, which Flower draws at random.
-            return nodes[:wanted] if wanted else nodes
+            return nodes[:asked_for] if asked_for else nodes
         if time.monotonic() > deadline:
             raise FederationError(
                 f"strategy.num-clients: {least} clients are asked for, but "

@@ -53,7 +53,7 @@ class PrivacyAccount(Protocol):
     def note_round(
         self, server_round: int, stats: Round, population: Sequence[int]
     ) -> None:
-        """Keep on disk what a round has spent, unless the strategy has done so."""
+        """Write what a round has spent to disk, unless the strategy has done so."""
         ...
 
     def is_exhausted(self, server_round: int, stats: Round) -> bool:
@@ -243,7 +243,7 @@ class RecordAccount:
     def note_round(
         self, server_round: int, stats: Round, population: Sequence[int]
     ) -> None:
-        """Keep on disk what each client reports."""
+        """Write what each client reports to disk."""
         self.claims.note_round(server_round, stats.epsilons, population)
 
     def is_exhausted(self, server_round: int, stats: Round) -> bool:

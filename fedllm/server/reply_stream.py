@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 5.0
 
-# Each look of a simulation for a message to one node goes through all that are stored, and
-# holds up whoever else asks. Enough for all actors of a machine to have work.
+# A simulation that looks for a message to one node goes through all that are stored, and
+# blocks every other caller. Enough for all actors of a machine to have work.
 _STORED_IN_SIMULATION = max(64, 4 * (os.cpu_count() or 1))
 
 # A reply that takes longer to fetch is fetched on beside the others.
@@ -38,7 +38,7 @@ class _Fetch(threading.Thread):
         self._message_id = message_id
         self.found: RecordDict | Error | None = None
         self.stop: BaseException | None = None
-        """What ends the run, such as an interrupt, to be raised where it is noticed."""
+        """What ends the run, such as an interrupt, to be raised by the caller."""
 
     def run(self) -> None:
         """Find the reply; None while there is none.
@@ -56,7 +56,7 @@ class _Fetch(threading.Thread):
         except Exception as error:  # noqa: BLE001 - hostile bytes must not stop a round
             reason = f"the reply could not be read: {type(error).__name__}"
             self.found = Error(UNREADABLE, reason)
-        except BaseException as stop:  # noqa: BLE001 - raised again by whoever waits
+        except BaseException as stop:  # noqa: BLE001 - raised again by the caller
             self.stop = stop
 
 
@@ -106,7 +106,7 @@ class ReplyStream:
 
     def __iter__(self) -> Iterator[Message]:
         """Yield replies until all are there or the time is up."""
-        pause, answered, told = 0.05, 0, self._started
+        pause, answered, logged = 0.05, 0, self._started
         while self._pending:
             arrived = False
             for message_id, asked in list(self._pending.items()):
@@ -124,10 +124,10 @@ class ReplyStream:
                 if self._title and (
                     answered == 1
                     or answered == self._asked
-                    or now - told > _SECONDS_BETWEEN_LINES
+                    or now - logged > _SECONDS_BETWEEN_LINES
                 ):
-                    self._tell(answered, now)
-                    told = now
+                    self._log_progress(answered, now)
+                    logged = now
             self._send()
             left = self._started + self._timeout - time.monotonic()
             if left <= 0 or not self._pending:
@@ -136,8 +136,8 @@ class ReplyStream:
             time.sleep(min(pause, left))
             self.seconds += min(pause, left)
 
-    def _tell(self, answered: int, now: float) -> None:
-        """Say how many answered, and how long the others may take."""
+    def _log_progress(self, answered: int, now: float) -> None:
+        """Log how many answered, and how long the others may take."""
         passed = now - self._started
         left = passed * (self._asked - answered) / answered
         # Later replies do not count.

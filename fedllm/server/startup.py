@@ -160,7 +160,7 @@ def _with_adapter_kind(config: RunConfig, num_clients: int) -> RunConfig:
 def _progress_of(
     resumed: Resumed, account: PrivacyAccount, config: RunConfig
 ) -> Progress:
-    """Return where a checkpoint left a run, and log where it resumes.
+    """Return the progress of a checkpoint, and log the round at which it resumes.
 
     Raises:
         PrivacyError: The account lacks a round that the checkpoint has paid for.

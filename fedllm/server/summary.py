@@ -66,8 +66,8 @@ def log_outcome(
 def command() -> str:
     """Return how `fedllm` of this environment is called from the working folder."""
     program = Path(sys.executable).with_name("fedllm")
-    found = shutil.which("fedllm")
-    if found is not None and Path(found).resolve() == program.resolve():
+    on_path = shutil.which("fedllm")
+    if on_path is not None and Path(on_path).resolve() == program.resolve():
         return "fedllm"
     here = os.path.relpath(program)
     return here if not here.startswith("..") else str(program)

@@ -152,7 +152,7 @@ class AdapterFedAvg(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask a share of the clients for the loss on their held-out rows."""
+        """Make messages that ask a share of the clients for their held-out loss."""
         count = round(self.fraction_evaluate * len(self.population))
         if count == 0:
             return []
@@ -241,7 +241,7 @@ class AdapterFedAvg(FedAvg):
         return replace(reply, arrays=values)
 
     def reject(self, reply: Reply, code: str) -> None:
-        """Note a reply whose update counts as zero; its text only without DP."""
+        """Record a reply whose update counts as zero; its text only without DP."""
         text = reply.text if self.config.privacy.unit == "none" else ""
         self.round.rejected.append((reply.node_id, code, text))
 
@@ -250,7 +250,7 @@ class AdapterFedAvg(FedAvg):
         return (reply.num_examples or 1) if self._may_measure else 1
 
     def _note_loss(self, loss: float) -> MetricRecord | None:
-        """Keep the round's training loss, if clients may report theirs."""
+        """Record the round's training loss, if clients may report theirs."""
         if not self._may_measure:
             return None
         self.round.train_loss = loss

@@ -254,7 +254,7 @@ def test_the_same_round_with_nothing_broken_is_not_convicted():
         {"strategy.server-optimizer": "adam", "strategy.server-momentum": 0.5},
         {"strategy.sampling": "fixed", "strategy.fraction-train": 0.5},
         {"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
-        | {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
+        | {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 3.0}
         | {"num-server-rounds": 2},
         {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 0.02},
         {"privacy.target-epsilon": 0.3, "privacy.clipping-norm": 1e-3},

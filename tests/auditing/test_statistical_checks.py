@@ -20,7 +20,7 @@ def test_a_half_of_the_noise_of_the_generator_itself_is_convicted(monkeypatch):
 
 def test_coins_of_a_seed_are_convicted(monkeypatch):
     keys = {"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
-    keys |= {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
+    keys |= {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 3.0}
     keys |= {"num-server-rounds": 2}
 
     def cohort(config, population, server_round, generator):
@@ -34,7 +34,7 @@ def test_coins_of_a_seed_are_convicted(monkeypatch):
 
 def test_coins_of_another_probability_are_convicted(monkeypatch):
     keys = {"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
-    keys |= {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
+    keys |= {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 3.0}
     keys |= {"num-server-rounds": 2}
     real = SecureGenerator.bernoulli
     monkeypatch.setattr(

@@ -41,6 +41,7 @@ def settings(base: Path, folder: Path, **more: object) -> str:
         "strategy.round-timeout": TIMEOUT,
         "strategy.server-learning-rate": 1.0,
         "strategy.server-learning-rate-min": 1.0,
+        "privacy.on-destructive-noise": "warn",
         **more,
     }
     return " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())

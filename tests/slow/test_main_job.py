@@ -14,6 +14,7 @@ import pytest
 from fedllm.config import fedllm_home
 from fedllm.privacy.wording import plain
 from tests.helpers.flower_processes import (
+    BIN,
     ROOT,
     environment,
     latest_run,
@@ -70,9 +71,9 @@ def job(tmp_path_factory):
     setup, _, command = readme_command("Run it").rpartition("&&")
     assert "pip install" in setup
     words = shlex.split(command)
-    assert words[0] == ".venv/bin/python"
+    assert words[0] == ".venv/bin/fedllm"
     started = time.monotonic()
-    done = typed([sys.executable, *words[1:]], env, 1500)
+    done = typed([str(BIN / "fedllm"), *words[1:]], env, 1500)
     seconds = time.monotonic() - started
     (tmp_path_factory.mktemp("log") / "main-job.log").write_text(done.stdout)
     sys.stdout.write(done.stdout[-6000:] + done.stderr[-2000:])
@@ -104,8 +105,28 @@ def test_the_main_job_learns_under_the_epsilon_it_states(job):
     assert f"{plain(privacy['epsilon_replace_one'])} replace-one" in output
     assert privacy["statement"] in output
     assert f"run folder: {run}" in output
-    assert "python evaluate.py --question" in output.replace("python3", "python")
+    assert "fedllm evaluate --question" in output
     assert "Traceback" not in output
+
+
+def test_two_clients_of_the_defaults_stop_before_round_1_and_read_what_to_change(
+    job, tmp_path
+):
+    _, env = job
+    (tmp_path / "models").symlink_to(fedllm_home() / "models")
+    env = env | {"FEDLLM_HOME": str(tmp_path)}
+    command = [str(BIN / "fedllm"), "simulate", "--num-supernodes", "2"]
+    done = typed(command, env, 600)
+
+    assert done.returncode == 1
+    (line,) = [text for text in done.stdout.splitlines() if "PrivacyError" in text]
+    assert "noise alone raises the validation loss by" in line
+    assert "privacy.unit='record' (--run-config configs/record-level.toml)" in line
+    assert "more clients: fedllm simulate --num-supernodes 20" in line
+    assert "round 1/5" not in done.stdout
+    assert "Traceback" not in done.stdout
+    spent = json.loads((latest_run(tmp_path) / "privacy.json").read_text())
+    assert spent["releases"] == []
 
 
 def test_evaluate_answers_and_measures_what_the_run_recommends(job):
