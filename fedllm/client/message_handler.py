@@ -159,22 +159,13 @@ def _train(message: Message, client: _Client) -> RecordDict:
     seed = training_seed(config.seed, server_round, node.partition_id)
     task = RoundTask(arrays, learning_rate, seed, deadline)
     ready = time.monotonic()
-    metrics: dict[str, Any] = {}
-    if config.privacy.unit == "record":
-        trained, metrics["epsilon"] = _train_privately(
-            client, resident.adapted, rows, task
-        )
-    else:
-        from fedllm.training.sft import train_adapter
-
-        trained = train_adapter(resident.adapted, rows.examples, config.train, task)
+    trained, metrics = _fit(client, resident.adapted, rows, task)
     ended = time.monotonic()
     began = ready if trained.began is None else trained.began
     sent = _encoded(trained.arrays, arrays, config, server_round, node.partition_id)
     times = _Times(started, loaded, ready, began, ended, time.monotonic())
     if config.privacy.unit == "none":
         # Under DP times would leave without noise: they go to this client's log only.
-        metrics = {"num-examples": trained.num_examples, "train-loss": trained.loss}
         metrics |= times.seconds()
     _log_training(client, server_round, trained, times, message.metadata.created_at)
     content = RecordDict({ARRAYS: sent})
@@ -183,7 +174,22 @@ def _train(message: Message, client: _Client) -> RecordDict:
     return content
 
 
-def _train_privately(
+def _fit(
+    client: _Client, adapted: "AdaptedModel", rows: ClientRows, task: RoundTask
+) -> tuple["Trained", dict[str, Any]]:
+    """Train, and return the result with the metrics that may leave beside it."""
+    if client.config.privacy.unit == "record":
+        trained, epsilon = _fit_privately(client, adapted, rows, task)
+        return trained, {"epsilon": epsilon}
+    from fedllm.training.sft import train_adapter
+
+    trained = train_adapter(adapted, rows.examples, client.config.train, task)
+    if client.config.privacy.unit == "client":
+        return trained, {}
+    return trained, {"num-examples": trained.num_examples, "train-loss": trained.loss}
+
+
+def _fit_privately(
     client: _Client, adapted: "AdaptedModel", rows: ClientRows, task: RoundTask
 ) -> tuple["Trained", float]:
     """Train by DP-SGD, and pay on this client's disk before anything leaves.

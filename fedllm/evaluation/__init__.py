@@ -1,7 +1,7 @@
 """Measure and prompt a model: held-out loss, multiple choice, open answers, generation.
 
-In: a model with or without an adapter, and public rows or a question. Out: scores, texts.
-`public_rows` scores a run's adapters: validation rows choose a round, test rows report,
-and the two are never mixed. `inference` serves `fedllm evaluate` and `fedllm demo`.
-Must not import: flwr, fedllm.server, fedllm.client.
+Enters: a model with or without an adapter, and public rows or a question. Leaves: scores,
+texts. `public_rows` scores a run's adapters: validation rows choose a round, test rows
+report, and the two are never mixed. `inference` serves `fedllm evaluate` and `fedllm demo`.
+Must not import Flower.
 """
