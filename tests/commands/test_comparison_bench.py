@@ -47,7 +47,7 @@ def test_the_federated_arm_is_the_run_that_anybody_can_start(config_file, tmp_pa
 def test_the_counts_of_secret_cohorts_are_in_no_row(config_file, tmp_path):
     text = config_file.read_text() + "[strategy]\nsampling = 'poisson'\n"
     config_file.write_text(text + "fraction-train = 0.5\n")
-    bench = Bench(read_run_config([str(config_file)]), 4, None)
+    bench = Bench(read_run_config([str(config_file)]), 2, None)
 
     secret = bench.measure("federated-dp", tmp_path / "out")
 
