@@ -62,6 +62,14 @@ def test_a_toml_file_is_read_as_flwr_run_reads_it(tmp_path, capsys):
     assert "accounted epsilon:     2.00" in capsys.readouterr().out
 
 
+def test_json_is_one_object_with_the_checks_and_nothing_else(capsys):
+    assert audit("--json") == 0
+
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] is True and report["run"] is None
+    assert len(report["checks"]) == 9 and report["settings"]["planned_rounds"] == 5
+
+
 def test_a_broken_strategy_ends_with_status_1(monkeypatch, capsys):
     from fedllm.privacy.mechanism import SecureGenerator
 

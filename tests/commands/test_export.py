@@ -97,7 +97,7 @@ class Hub:
 
 
 def test_the_hub_gets_a_private_new_repository_and_only_where_asked(
-    adapter, tmp_path, monkeypatch
+    adapter, tmp_path, monkeypatch, capsys
 ):
     hub = Hub()
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
@@ -105,7 +105,12 @@ def test_the_hub_gets_a_private_new_repository_and_only_where_asked(
 
     main([*command, str(tmp_path / "a")])
     assert hub.calls == []
-    main([*command, str(tmp_path / "b"), "--push-to-hub", "me/new"])
+    capsys.readouterr()
+    main([*command, str(tmp_path / "b"), "--push-to-hub", "me/new", "--json"])
+    assert json.loads(capsys.readouterr().out) == {
+        "model": str(tmp_path / "b"),
+        "pushed_to": "me/new",
+    }
     assert hub.calls == [
         ("create", "me/new", True),
         ("upload", "me/new", str(tmp_path / "b")),

@@ -1,10 +1,13 @@
 """Keys of a deployment: what TLS and Flower make of them, and that none is lost."""
 
+import json
 import shlex
 import tomllib
+from pathlib import Path
 
 import pytest
 
+from fedllm.commands import superlink
 from tests.helpers.key_folders import contents, make
 
 
@@ -51,3 +54,26 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="KeyFolderError: .*cannot be written: "):
         make(tmp_path / "file" / "keys")
+
+
+def test_the_superlink_that_is_printed_finds_the_keys(folder, capsys):
+    make(folder, "--control-address", "127.0.0.1:7")
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "superlink --" in x]
+    command, name, *words = shlex.split(line)
+    args = superlink.parser().parse_args(words)
+
+    assert (command, name) == ("fedllm", "superlink")
+    assert (args.keys, args.port) == (str(folder), 7)
+
+
+def test_json_names_the_files_that_were_written(folder, capsys):
+    make(folder, "--nodes", "2", "--json")
+    files = json.loads(capsys.readouterr().out)
+    nodes = files.pop("nodes")
+
+    assert set(nodes) == {"node-1", "node-2"}
+    paths = {*files.values(), *(p for pair in nodes.values() for p in pair.values())}
+    assert {Path(path) for path in paths} == set(contents(folder))
+    make(folder, "--add-node", "clinic-d", "--json")
+    pair = json.loads(capsys.readouterr().out)["nodes"]["clinic-d"]
+    assert Path(pair["private"]).exists() and pair["public"] == pair["private"] + ".pub"
