@@ -14,9 +14,9 @@ from tests.helpers.rows import write_rows
 def test_an_epsilon_as_a_flag_takes_the_place_of_a_typed_noise_multiplier(capsys):
     typed = "privacy.noise-multiplier=3.0 privacy.target-epsilon=0.0"
 
-    found = plan_json(capsys, "--run-config", typed, "--epsilon", "8", "--rounds", "5")
+    plan = plan_json(capsys, "--run-config", typed, "--epsilon", "8", "--rounds", "5")
 
-    assert found["noise_multiplier"] == pytest.approx(1.342, abs=1e-3)
+    assert plan["noise_multiplier"] == pytest.approx(1.342, abs=1e-3)
 
 
 @pytest.mark.parametrize(

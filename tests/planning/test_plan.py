@@ -38,13 +38,13 @@ def test_trained_values_are_counted_without_the_model(capsys, kind, d):
 
 
 def test_what_is_better_was_measured_and_changes_one_thing(capsys):
-    found = plan_json(capsys, "--epsilon", "4")
+    plan = plan_json(capsys, "--epsilon", "4")
 
-    losses = {row["change"]: row["test_loss"] for row in found["better"]}
+    losses = {row["change"]: row["test_loss"] for row in plan["better"]}
     assert losses == {"300 clients": 2.726, "100 clients": 2.774, "epsilon 8": 2.963}
     assert list(losses.values()) == sorted(losses.values())
-    assert max(losses.values()) < found["expected"]["test_loss"]
-    assert found["better"][1]["settings"] == (
+    assert max(losses.values()) < plan["expected"]["test_loss"]
+    assert plan["better"][1]["settings"] == (
         "8 rounds, ffa-lora r=8, batch size 4, server learning rate 1.3 to 0.5 at "
         "clipping norm 0.6"
     )
@@ -54,27 +54,27 @@ def test_another_kind_of_adapter_is_better_only_if_it_was_measured_to_be(capsys)
     core = "adapter.rank=16 privacy.clipping-norm=0.1 "
     core += "strategy.server-learning-rate=30.0 strategy.server-learning-rate-min=30.0"
 
-    found = plan_json(capsys, "--kind", "lora-core", "--run-config", core)
+    plan = plan_json(capsys, "--kind", "lora-core", "--run-config", core)
 
     # ffa-lora is better by 0.04, IA3 is not, and neither was measured with more clients.
-    changes = [row["change"] for row in found["better"]]
+    changes = [row["change"] for row in plan["better"]]
     assert changes == ["adapter.kind=ffa-lora"]
 
 
 def test_no_kind_is_advised_for_what_it_did_with_less_noise(capsys):
     step = "strategy.server-learning-rate=0.09 strategy.server-learning-rate-min=0.09"
 
-    found = plan_json(capsys, "--epsilon", "1", "--run-config", step)
+    plan = plan_json(capsys, "--epsilon", "1", "--run-config", step)
 
-    changes = [row["change"] for row in found["better"]]
+    changes = [row["change"] for row in plan["better"]]
     assert "100 clients" in changes
     assert not any(change.startswith("adapter.kind") for change in changes)
 
 
 def test_a_run_that_was_not_measured_has_no_expected_loss_and_nothing_better(capsys):
-    found = plan_json(capsys, "--rounds", "3")
+    plan = plan_json(capsys, "--rounds", "3")
 
-    expected = found["expected"]
+    expected = plan["expected"]
     assert expected["inside_what_was_measured"] is False
     assert expected["test_loss"] is expected["test_loss_low"] is None
     assert expected["test_loss_high"] is None
@@ -82,17 +82,17 @@ def test_a_run_that_was_not_measured_has_no_expected_loss_and_nothing_better(cap
     assert (expected["nearest_clients"], expected["nearest_rounds"]) == (20, 5)
     assert expected["nearest_test_loss"] == 2.963
     assert expected["differences_from_nearest"][0] == "rounds 3 (5)"
-    assert found["better"] == []
+    assert plan["better"] == []
 
 
 def test_a_step_that_is_too_long_is_not_predicted_and_the_rules_step_is(capsys):
-    found = plan_json(capsys, "--epsilon", "2")
+    plan = plan_json(capsys, "--epsilon", "2")
 
     # With 0.5 in place of 0.2 the whole gain was lost; nobody measured 0.6.
-    assert found["expected"]["test_loss"] is None
-    assert found["expected"]["nearest_test_loss"] == 3.804
-    assert found["server_learning_rate_by_rule"] == pytest.approx(0.18, abs=0.01)
-    assert found["expected_by_rule"]["test_loss"] == 3.359
+    assert plan["expected"]["test_loss"] is None
+    assert plan["expected"]["nearest_test_loss"] == 3.804
+    assert plan["server_learning_rate_by_rule"] == pytest.approx(0.18, abs=0.01)
+    assert plan["expected_by_rule"]["test_loss"] == 3.359
 
 
 def test_the_step_by_rule_is_in_units_of_the_clipping_norm(capsys):

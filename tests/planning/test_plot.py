@@ -3,7 +3,7 @@
 from tests.helpers.plans import plan_text
 
 
-def test_a_plot_is_written_and_its_path_said(capsys, tmp_path):
+def test_a_plot_is_written_and_its_path_printed(capsys, tmp_path):
     file = tmp_path / "plan.svg"
 
     text = plan_text(capsys, "--plot", str(file))

@@ -27,15 +27,15 @@ def test_a_client_of_records_is_planned_for_by_dp_accountings_numbers(capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ((), "--records: is missing"),
         (("--records", "31"), "this client has 31"),
         (("--records", "486", "--probe"), "--probe, --plot: are for"),
     ],
 )
-def test_a_plan_for_records_that_cannot_be_made_is_one_line(capsys, flags, told):
+def test_a_plan_for_records_that_cannot_be_made_is_one_line(capsys, flags, message):
     with pytest.raises(SystemExit) as caught:
         plan.main(["--run-config", "configs/record-level.toml", *flags])
 
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -11,7 +11,7 @@ from tests.helpers.sample_runs import HOSTILE, SECRET_COHORTS, write_run
 NO_PRIVACY = {"privacy__unit": "none", "privacy__target_epsilon": 0.0}
 
 
-def test_the_page_is_valid_needs_no_network_and_says_what_was_trained(tmp_path):
+def test_the_page_is_valid_needs_no_network_and_names_what_was_trained(tmp_path):
     folder = write_run(tmp_path / "run")
     page, text = check(folder)
 
@@ -52,7 +52,7 @@ def test_secret_cohorts_stay_secret(tmp_path):
     assert 'id="loss-' in page and 'id="epsilon-' in page
 
 
-def test_a_running_page_reloads_itself_and_says_what_is_spent_so_far(tmp_path):
+def test_a_running_page_reloads_itself_and_has_what_is_spent_so_far(tmp_path):
     folder = write_run(tmp_path / "run", rounds=1, finished=False)
     state = RunState(folder)
     page, text = check(folder)

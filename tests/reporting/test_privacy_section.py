@@ -19,7 +19,7 @@ def test_epsilon_8_is_not_flattered(tmp_path):
     assert "e^8.00 is 2,981" in text
 
 
-def test_an_unprotected_run_says_so(tmp_path):
+def test_an_unprotected_run_is_called_unprotected(tmp_path):
     loose = {"privacy__target_epsilon": 0.0, "privacy__noise_multiplier": 0.02}
     _, text = check(write_run(tmp_path / "run", **loose))
 
