@@ -86,7 +86,7 @@ def test_the_mean_rate_is_that_of_a_half_cosine_over_the_rounds():
 def test_the_frontier_that_comes_along_holds_what_its_epsilons_say():
     frontier = load_frontier()
 
-    assert frontier.loss_without_privacy < sides.loss_before
+    assert frontier.loss_without_privacy < frontier.loss_before
     for row in frontier.rows:
         assert all(1 < loss < 12 for loss in row.test_losses), row
         if row.epsilon is None:
