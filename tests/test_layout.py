@@ -18,8 +18,6 @@ UNMIRRORED = {
     "evaluation/inference.py": "asked by tests/commands/test_evaluate.py and test_demo.py",
     "logs.py": "the log's form, read from real runs in tests/slow/",
     "privacy/record_claims.py": "claims of whole runs: tests/server/test_privacy_account.py",
-    "reporting/markup.py": "HTML of the page, read in tests/reporting/test_page.py",
-    "reporting/privacy_section.py": "a part of the page: tests/reporting/test_page.py",
     "reporting/sentences.py": "wording, read in tests/reporting/test_page.py",
     "reporting/style.py": "a style sheet: tests/reporting/test_browser.py looks at it",
     "runs/listing.py": "listed by tests/commands/test_runs.py and test_demo.py",

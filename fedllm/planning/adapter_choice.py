@@ -1,4 +1,4 @@
-"""Choose the adapter kind that `adapter.kind="auto"` stands for.
+"""The choice of the adapter kind for `adapter.kind="auto"`.
 
 Only public settings and earlier measurements enter, so the choice costs no privacy. Kinds are
 ranked by the noise that adds up over the run, whatever the number of clients and rounds: a
@@ -31,12 +31,12 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Choice:
-    """A kind of adapter for a federation, and why.
+    """A kind of adapter for a federation, with its reason.
 
     Attributes:
         kind: The kind of adapter.
         reason: One line for a person.
-        measured: The measured federation that is most alike; None: none is.
+        measured: The measured federation that is most alike; None if none is.
     """
 
     kind: AdapterKind
@@ -72,10 +72,10 @@ def choose_adapter(
         noise = f"noise level {level:.3g}"
     gains = {kind: expected_gain(kind, level, frontier) for kind in KINDS}
     known = {kind: gain for kind, gain in gains.items() if gain is not None}
-    where = f"{population_size} clients, {config.num_server_rounds} rounds, {noise}"
+    situation = f"{population_size} clients, {config.num_server_rounds} rounds, {noise}"
     if not known:
         return Choice(
-            _FALLBACK, f"nothing was measured near {where}, so the default is taken"
+            _FALLBACK, f"nothing was measured near {situation}, so the default is used"
         )
     ranked = sorted(known, key=lambda kind: -known[kind])
     shares = ", ".join(f"{kind} {known[kind]:.0%}" for kind in ranked)
@@ -83,7 +83,7 @@ def choose_adapter(
     measured = bracket(rows, level) if level > 0 else None
     return Choice(
         ranked[0],
-        f"share of the best gain, going by the noise alone, with {where}: {shares}",
+        f"share of the best gain, going by the noise alone, with {situation}: {shares}",
         measured.nearest if measured else None,
     )
 
@@ -115,7 +115,7 @@ def expected_gain(kind: str, level: float, frontier: Frontier) -> float | None:
     at_an_end = measured.below is measured.above
     most = max(row.noise_level for row in frontier.rows)
     if at_an_end and math.log(level / nearest) > _ROUNDING and nearest < most:
-        # What it gained with less noise would be compared with what another gained here.
+        # Its gain with less noise would be compared with another kind's gain with this noise.
         return None
     if at_an_end and not 1 / _REACH <= level / nearest <= _REACH:
         return None
@@ -123,10 +123,10 @@ def expected_gain(kind: str, level: float, frontier: Frontier) -> float | None:
 
 
 def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
-    """Return the server's run config with `auto` resolved, kind and step.
+    """Return the server's run config with `auto` resolved: kind, clipping norm and step.
 
-    An update of one kind is many times as long as one of another, so clipping norm and
-    server learning rate are those that the kind was measured with.
+    An update of one kind is many times as long as one of another, so clipping norm and server
+    learning rates are those that the kind was measured with.
     """
     config, measured = with_kind(config, choice.kind), choice.measured
     if measured is None:

@@ -1,4 +1,4 @@
-"""What would help a run whose noise is too heavy."""
+"""Advice for a run whose noise is too large."""
 
 import math
 
@@ -12,7 +12,7 @@ def advice(
     num_sampled_clients: float,
     num_rounds: int,
 ) -> list[str]:
-    """Return what would help against the noise, best first, with numbers.
+    """Return remedies against the noise, best first, with numbers.
 
     Args:
         noise_multiplier: z.
@@ -40,7 +40,7 @@ def advice(
 
 
 def ledger_advice(ledger: Ledger | None) -> list[str]:
-    """Return what would help a run that does not beat its base."""
+    """Return remedies for a run that does not beat its base."""
     if ledger is None:
         return ["more rounds or local steps", "another train.learning-rate"]
     settings = ledger.settings

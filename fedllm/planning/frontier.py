@@ -180,11 +180,11 @@ def bracket(rows: Iterable[Measured], level: float) -> Bracket | None:
 def noise_level(
     noise_multiplier: float, num_rounds: int, num_sampled_clients: float
 ) -> float:
-    """Return z * sqrt(T) / n: the noise that adds up over a run, a unit of path.
+    """Return z * sqrt(T) / n: the noise that adds up over a run, for a step of one.
 
-    In each coordinate, divided by clipping norm and mean step. Runs with the same level
-    bear steps of the same total length, whatever their number of clients and epsilon; a
-    run of few rounds cannot make as good use of that length.
+    It is the noise of each coordinate, divided by clipping norm and mean server learning rate.
+    Runs with the same level tolerate steps of the same total length, whatever their number of
+    clients and epsilon; a run of few rounds cannot use that length as well.
     """
     return noise_multiplier * math.sqrt(num_rounds) / num_sampled_clients
 
@@ -193,9 +193,9 @@ def step_by_rule(level: float) -> float:
     """Return a server learning rate for `ffa-lora` from the noise alone.
 
     The mean over the rounds, for a clipping norm of 0.6 and one SGD step of rate 1 on the
-    client: 0.09 / level, at most 1. So the noise that adds up in a coordinate is the same
-    in every run, but where that would ask for steps that are too long without any noise.
-    It needs no data; how it was found stands in docs/results.md.
+    client: 0.09 / level, at most 1. So the noise that adds up in a coordinate is the same in
+    every run, unless that would take steps that are too long even without noise. The rule needs
+    no data; docs/results.md has its measurements.
 
     Args:
         level: `noise_level` of the planned run, > 0.

@@ -1,4 +1,4 @@
-"""How much memory one client needs, from the model's configuration alone."""
+"""The memory that one client needs, from the model's configuration alone."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,13 +22,13 @@ _COMPRESSED_BYTES = 1 + 4 / 256
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that training on one client takes.
+    """The bytes that training on one client takes.
 
     Attributes:
         base: The base model in its quantisation.
         adapter: Trained values, their gradient and, for AdamW, two moments.
-        activations: What a micro-batch of the longest rows keeps for the backward pass,
-            at most: ordinary rows are shorter.
+        activations: The values that a micro-batch of the longest rows keeps for the backward
+            pass, an upper bound: ordinary rows are shorter.
     """
 
     base: float
@@ -39,12 +39,12 @@ class MemoryNeed:
 def memory_need(
     config: RunConfig, model_config: "PretrainedConfig", device: str
 ) -> MemoryNeed:
-    """Return what one client needs.
+    """Return the memory that one client needs.
 
     Args:
         config: The run config.
         model_config: The base model's configuration.
-        device: "cuda" or "cpu", which decides in which type is computed.
+        device: "cuda" or "cpu", which decides the type of the computation.
 
     Raises:
         AdapterError: The adapter does not fit the model.
@@ -84,7 +84,7 @@ def memory_need(
 def _activations(
     config: RunConfig, model_config: "PretrainedConfig", wide: int
 ) -> float:
-    """Return what a micro-batch keeps, for layers of Llama's kind.
+    """Return the bytes that a micro-batch keeps, for layers of Llama's kind.
 
     A layer keeps about 8 values of the hidden size and 4 of the inner size for each
     token; with checkpointing only its input, and one layer is computed again at a time.

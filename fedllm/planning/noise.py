@@ -1,4 +1,4 @@
-"""From the run config to the noise: what is fixed before round 1. No torch, no Flower."""
+"""The noise of a run, fixed before round 1."""
 
 from fedllm.config import RunConfig
 from fedllm.privacy.accounting import calibrate, default_delta
@@ -8,7 +8,13 @@ from fedllm.privacy.ledger import PrivacySettings
 def privacy_settings(
     config: RunConfig, population_size: int, num_trainable: int
 ) -> PrivacySettings:
-    """Fix the noise before round 1: given, or calibrated to the target epsilon."""
+    """Return the privacy settings, with the noise given or calibrated to the target epsilon.
+
+    Args:
+        config: The run config, with `privacy.unit="client"`.
+        population_size: Clients in the federation, N.
+        num_trainable: Trained values d.
+    """
     privacy, strategy = config.privacy, config.strategy
     delta = privacy.delta or default_delta(population_size)
     noise_multiplier = privacy.noise_multiplier or calibrate(

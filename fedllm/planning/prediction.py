@@ -1,8 +1,8 @@
-"""The test loss to expect of a planned run, or the answer that nothing like it was measured.
+"""Predict the test loss of a planned run, if runs like it were measured.
 
-A prediction is made only inside what was measured. Outside, an extrapolated interval would
-exclude what the run comes to: three rounds for 20 clients reach 3.1, and the noise alone would
-promise 2.8.
+Outside what was measured, an extrapolated interval would exclude the run's result: three rounds
+for 20 clients reach 3.1, where the noise alone would promise 2.8. So there is no prediction
+there, only the nearest measured run and the differences from it.
 """
 
 import math
@@ -22,17 +22,18 @@ _SEED_SPREAD = 0.03
 """Half of the range of test losses over seeds and noise draws (docs/results.md)."""
 
 _LARGEST_STEP_RATIO = 1.4
-"""Between the steps of a run and of the rows that speak for it. Steps 1.5 times as long cost
-up to 0.08 where that was measured, steps 2.8 times as long all of the gain."""
+"""Between the steps of a run and of the rows that predict it. Steps 1.5 times as long or short
+cost up to 0.08 in the measurements, steps 2.8 times as long the whole gain."""
 
 _LOSS_BY_STEP = 0.2
-"""Nats for a step e times as long or as short, at most: 0.077 / ln 1.5 was measured."""
+"""Largest cost in nats of a step e times as long or short: 0.077 / ln 1.5 was measured."""
 
 _LARGEST_CLIENTS_RATIO = 1.1
-"""Between the clients of a run and of the rows: what they share of the data differs too."""
+"""Between the clients of a run and of the rows: with it, each client's share of the data
+changes too."""
 
 _SAME = 0.01
-"""Noise and steps that differ by less than this share are the same."""
+"""Relative difference below which noise and steps count as equal."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the frontier says of a run.
+    """The prediction for a run, and the nearest measured federation.
 
     Attributes:
         interval: The test loss to expect; None if nothing like this run was measured.
@@ -91,7 +92,7 @@ def predict(
 def _federation_settings(
     config: RunConfig, settings: PrivacySettings
 ) -> FederationSettings:
-    """Return what of a run is compared with the rows."""
+    """Return the settings of a run that are compared with the rows."""
     return FederationSettings(
         kind=config.adapter.kind,
         rank=config.adapter.rank,
@@ -121,7 +122,7 @@ def _unshared_settings(config: RunConfig, frontier: Frontier) -> list[str]:
 
 
 def _differences(run: FederationSettings, row: Measured) -> list[str]:
-    """Return how a run differs from a row, with the row's value."""
+    """Return the differences of a run from a row, with the row's values in brackets."""
     pairs: list[tuple[str, object, object]] = [
         ("adapter.kind", run.kind, row.kind),
         ("clients", run.clients, row.clients),
@@ -148,7 +149,7 @@ def _differences(run: FederationSettings, row: Measured) -> list[str]:
 
 
 def _distance(run: FederationSettings, row: Measured) -> tuple[bool, float]:
-    """Return how far a row is from a run: another kind, then the sum of log ratios."""
+    """Return the distance of a row from a run: another kind, then a sum of log ratios."""
     ratios = [
         (run.clients, row.clients),
         (run.rounds, row.rounds),
@@ -170,23 +171,23 @@ def _interval(run: FederationSettings, rows: list[Measured]) -> Interval | None:
         if _within(run.noise_level, row.noise_level, 1 + _SAME)
         and _within(run.step, row.step, 1 + _SAME)
     ]
-    found = bracket(same or alike, run.noise_level)
-    if found is None:
+    sides = bracket(same or alike, run.noise_level)
+    if sides is None:
         return None
-    inside = found.below is not found.above or _within(
-        run.noise_level, found.nearest.noise_level, 1 + _SAME
+    inside = sides.below is not sides.above or _within(
+        run.noise_level, sides.nearest.noise_level, 1 + _SAME
     )
-    if not inside or not _within(run.step, found.step, _LARGEST_STEP_RATIO):
+    if not inside or not _within(run.step, sides.step, _LARGEST_STEP_RATIO):
         return None
-    seeds = max(found.below.seed_spread, found.above.seed_spread)
-    between = abs(found.above.loss - found.below.loss)
-    spread = max(seeds + between * min(found.share, 1 - found.share), _SEED_SPREAD)
-    spread += _LOSS_BY_STEP * abs(math.log(run.step / found.step))
-    return Interval(found.loss, found.loss - spread, found.loss + spread)
+    seeds = max(sides.below.seed_spread, sides.above.seed_spread)
+    between = abs(sides.above.loss - sides.below.loss)
+    spread = max(seeds + between * min(sides.share, 1 - sides.share), _SEED_SPREAD)
+    spread += _LOSS_BY_STEP * abs(math.log(run.step / sides.step))
+    return Interval(sides.loss, sides.loss - spread, sides.loss + spread)
 
 
 def _is_like(run: FederationSettings, row: Measured) -> bool:
-    """Return whether a row may speak for a run, as far as noise and steps allow."""
+    """Return whether a row is like a run in all but noise and step."""
     return (
         run.kind == row.kind
         and (run.rank == row.rank or not kind_of(run.kind).has_rank)

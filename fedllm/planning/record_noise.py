@@ -1,4 +1,4 @@
-"""What a run with record-level privacy promises before round 1, and plans for one client."""
+"""The settings of a run with record-level privacy, and the noise of one client."""
 
 import math
 from typing import Any
@@ -10,13 +10,13 @@ from fedllm.privacy.record_claims import RecordSettings
 from fedllm.privacy.record_ledger import RecordPlan, make_plan
 
 _LARGEST_DELTA = 1e-5
-"""What a client's default delta, the smaller of this and n^-1.1, is at most."""
+"""The upper bound of a client's default delta, which is the smaller of this and n^-1.1."""
 
 
 def record_settings(
     config: RunConfig, population_size: int, num_trainable: int
 ) -> RecordSettings:
-    """Say what is fixed for all clients; each calibrates for its own records."""
+    """Return the settings of all clients; each calibrates for its own number of records."""
     privacy, strategy = config.privacy, config.strategy
     return RecordSettings(
         unit="record",
@@ -34,7 +34,7 @@ def record_settings(
 
 
 def record_plan(config: RunConfig, num_records: int) -> dict[str, Any]:
-    """Return what a client of this many records does, and what that spends on one.
+    """Return the plan of a client with this many records, as JSON values.
 
     Raises:
         ConfigError: There are fewer records than one expected batch.
@@ -57,7 +57,7 @@ def record_plan(config: RunConfig, num_records: int) -> dict[str, Any]:
 def client_plan(
     config: RunConfig, num_records: int, target_epsilon: float
 ) -> RecordPlan:
-    """Fix the noise for this client's own number of records.
+    """Calibrate the noise for a client's own number of records.
 
     Raises:
         ConfigError: There are fewer records than one expected batch.
@@ -68,7 +68,7 @@ def client_plan(
         raise ConfigError(
             f"train.gradient-accumulation: privacy.unit='record' draws batches of "
             f"{batch} records (times train.batch-size {train.batch_size}), and this "
-            f"client has {num_records}; a smaller batch would do"
+            f"client has {num_records}; use a smaller batch"
         )
     steps = train.local_steps
     if steps == 0:

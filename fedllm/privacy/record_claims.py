@@ -130,7 +130,7 @@ class RecordClaims:
 
         Args:
             server_round: The round that they took part in.
-            claims: Node id -> epsilon; None where an update came without one.
+            claims: Node id -> epsilon; None if an update came without one.
             population: Node ids of this round; a client that is not among them may be back
                 under another id. None: as before.
         """

@@ -239,10 +239,10 @@ def _sum(run: RunRecord, *keys: str) -> float | None:
 
 def _settings(run: RunRecord) -> str:
     """Return the configuration, changed settings first, and the versions."""
-    where = f'<p class="soft">Run folder: <code>{escape(run.folder)}</code></p>'
+    folder = f'<p class="soft">Run folder: <code>{escape(run.folder)}</code></p>'
     settings, defaults = run.settings, flat(RunConfig())
     if not settings:
-        return where
+        return folder
     changed = [[k, str(v)] for k, v in settings.items() if defaults.get(k) != v]
     every = [[k, str(v)] for k, v in settings.items()]
     versions = [[k, str(v)] for k, v in run.config.get("versions", {}).items()]
@@ -255,5 +255,5 @@ def _settings(run: RunRecord) -> str:
         f"<h2>Configuration</h2>{changes}"
         f"<details><summary>All settings</summary>{table(['Key', 'Value'], every, 'words')}"
         "</details><details><summary>Versions</summary>"
-        f"{table(['Package', 'Version'], versions, 'words')}</details>{where}"
+        f"{table(['Package', 'Version'], versions, 'words')}</details>{folder}"
     )

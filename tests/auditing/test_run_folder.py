@@ -78,9 +78,9 @@ def test_a_run_whose_ledger_forgets_a_round_fails(run, capsys):
 def test_a_run_without_privacy_has_nothing_to_audit(run):
     (run / "privacy.json").write_text(json.dumps(no_privacy(12, 500)))
 
-    said = str(audit("--run"))
+    error = str(audit("--run"))
 
-    assert "nothing to audit" in said and "\n" not in said
+    assert "nothing to audit" in error and "\n" not in error
     assert not (run / "audit.json").exists()
 
 
@@ -103,14 +103,14 @@ def test_a_missing_run_is_named(tmp_path):
         ({"sampling": "fixed"}, "sampling was 'fixed' and is now 'all'"),
     ],
 )
-def test_an_edited_ledger_is_refused(run, changes, words):
+def test_an_edited_ledger_is_rejected(run, changes, words):
     edit(run / "privacy.json", **changes)
 
     assert words in str(audit("--run"))
     assert not (run / "audit.json").exists()
 
 
-def test_a_noise_multiplier_edited_with_its_epsilon_is_refused(run):
+def test_a_noise_multiplier_edited_with_its_epsilon_is_rejected(run):
     config = parse_run_config(
         {"num-server-rounds": 3, "privacy.target-epsilon": 0.0}
         | {"privacy.noise-multiplier": 0.5}
@@ -124,10 +124,10 @@ def test_a_noise_multiplier_edited_with_its_epsilon_is_refused(run):
 
 
 @pytest.mark.parametrize("name", ["privacy.json", "config.json", "metrics.jsonl"])
-def test_a_truncated_file_is_refused(run, name):
+def test_a_truncated_file_is_rejected(run, name):
     text = (run / name).read_text()
     (run / name).write_text(text[: len(text) - 10])
 
-    said = str(audit("--run"))
+    error = str(audit("--run"))
 
-    assert name in said and "Error: " in said and "\n" not in said
+    assert name in error and "Error: " in error and "\n" not in error

@@ -7,7 +7,7 @@ import pytest
 from fedllm.commands import options
 from fedllm.errors import ConfigError
 from tests.helpers.commands import exit_status
-from tests.helpers.plans import planned
+from tests.helpers.plans import plan_json
 
 
 def test_the_apps_own_settings_count_where_nothing_is_typed(
@@ -18,7 +18,7 @@ def test_the_apps_own_settings_count_where_nothing_is_typed(
     )
     monkeypatch.chdir(tmp_path)
 
-    found = planned(capsys)
+    found = plan_json(capsys)
 
     assert (found["num_rounds"], found["num_trainable"]) == (9, 92_160)
 
@@ -27,10 +27,10 @@ def test_a_typed_file_comes_before_the_flags(capsys, tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text("num-server-rounds = 7\n[strategy]\nnum-clients = 33\n")
 
-    found = planned(capsys, "--run-config", str(file), "--rounds", "2")
+    found = plan_json(capsys, "--run-config", str(file), "--rounds", "2")
 
     assert (found["num_clients"], found["num_rounds"]) == (33, 2)
-    pairs = planned(capsys, "--run-config", "num-server-rounds=9 adapter.rank=4")
+    pairs = plan_json(capsys, "--run-config", "num-server-rounds=9 adapter.rank=4")
     assert (pairs["num_rounds"], pairs["num_trainable"]) == (9, 92_160)
 
 

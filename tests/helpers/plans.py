@@ -5,10 +5,10 @@ import json
 from fedllm.commands import plan
 
 
-def told(capsys, *arguments: str) -> str:
+def plan_text(capsys, *arguments: str) -> str:
     plan.main(list(arguments))
     return str(capsys.readouterr().out)
 
 
-def planned(capsys, *arguments: str) -> dict:
-    return json.loads(told(capsys, "--json", *arguments))
+def plan_json(capsys, *arguments: str) -> dict:
+    return json.loads(plan_text(capsys, "--json", *arguments))

@@ -97,7 +97,7 @@ def test_the_reason_is_one_line_with_the_gain_of_every_kind_that_was_measured():
 
 
 @pytest.mark.parametrize("clients", [2, 400])
-def test_without_evidence_the_default_is_taken_and_said(clients):
+def test_without_evidence_the_default_is_used_and_named(clients):
     choice = choose_adapter(make_config(), clients, FRONTIER)
 
     assert choice.kind == "ffa-lora"

@@ -44,30 +44,30 @@ def test_the_noise_that_adds_up_is_that_of_the_sum_of_all_rounds():
 
 
 def test_a_noise_level_lies_between_its_neighbours():
-    found = bracket(ROWS, 0.1 / math.sqrt(2))
+    sides = bracket(ROWS, 0.1 / math.sqrt(2))
 
-    assert found is not None
-    assert (found.below, found.above) == (ROWS[1], ROWS[0])
-    assert found.share == pytest.approx(0.5)
-    assert found.loss == pytest.approx((3.05 + 2.95) / 2)
-    assert found.step == pytest.approx(0.36 / math.sqrt(2))
+    assert sides is not None
+    assert (sides.below, sides.above) == (ROWS[1], ROWS[0])
+    assert sides.share == pytest.approx(0.5)
+    assert sides.loss == pytest.approx((3.05 + 2.95) / 2)
+    assert sides.step == pytest.approx(0.36 / math.sqrt(2))
 
 
 def test_beyond_what_was_measured_both_sides_are_the_nearest_end():
     for level, row in ((10.0, ROWS[0]), (1e-4, ROWS[2])):
-        found = bracket(ROWS, level)
+        sides = bracket(ROWS, level)
 
-        assert found is not None
-        assert found.below is found.above is found.nearest is row
-        assert found.loss == pytest.approx(row.loss)
+        assert sides is not None
+        assert sides.below is sides.above is sides.nearest is row
+        assert sides.loss == pytest.approx(row.loss)
 
 
 def test_of_several_settings_at_one_noise_the_best_counts():
     worse = replace(ROWS[1], test_losses=(3.5,))
     for rows in ((worse, *ROWS), (*ROWS, worse)):
-        found = bracket(rows, 0.05)
+        sides = bracket(rows, 0.05)
 
-        assert found is not None and found.loss == pytest.approx(2.95)
+        assert sides is not None and sides.loss == pytest.approx(2.95)
 
 
 def test_without_rows_there_is_no_bracket():
@@ -84,10 +84,10 @@ def test_the_mean_rate_is_that_of_a_half_cosine_over_the_rounds():
 
 
 def test_the_frontier_that_comes_along_holds_what_its_epsilons_say():
-    found = load_frontier()
+    frontier = load_frontier()
 
-    assert found.loss_without_privacy < found.loss_before
-    for row in found.rows:
+    assert frontier.loss_without_privacy < frontier.loss_before
+    for row in frontier.rows:
         assert all(1 < loss < 12 for loss in row.test_losses), row
         if row.epsilon is None:
             assert row.noise_multiplier == 0
@@ -104,6 +104,6 @@ def test_the_frontier_that_comes_along_holds_what_its_epsilons_say():
 def test_the_rule_gives_the_steps_that_were_good(clients, epsilon, rounds, used):
     z = calibrate(epsilon, rounds, 1e-5, "all", 1.0)
 
-    found = step_by_rule(noise_level(z, rounds, clients))
+    rate = step_by_rule(noise_level(z, rounds, clients))
 
-    assert found == pytest.approx(used, rel=0.12)
+    assert rate == pytest.approx(used, rel=0.12)

@@ -18,22 +18,22 @@ def needed(tiny_llama, **changes):
 
 
 @pytest.mark.parametrize("bits", [0, 8, 4])
-def test_the_base_takes_what_is_said(tiny_llama, tmp_path, bits):
+def test_the_base_takes_the_predicted_memory(tiny_llama, tmp_path, bits):
     model = load_base(str(tiny_llama), bits, tmp_path, "cpu")
 
-    said = needed(tiny_llama, model__quantization=bits).base
-    assert said == pytest.approx(total_bytes(model), rel=0.05)
+    need = needed(tiny_llama, model__quantization=bits).base
+    assert need == pytest.approx(total_bytes(model), rel=0.05)
 
 
-def test_quantised_embeddings_take_what_is_said(tiny_llama, tmp_path):
+def test_quantised_embeddings_take_the_predicted_memory(tiny_llama, tmp_path):
     model = load_base(str(tiny_llama), 4, tmp_path, "cpu", quantize_embeddings=True)
 
-    said = needed(tiny_llama, model__quantize_embeddings=True).base
+    need = needed(tiny_llama, model__quantize_embeddings=True).base
     # The scales of embeddings and head are kept apart from the modules' tensors.
     states = [model.get_input_embeddings().weight.quant_state]
     states += [rows.state for rows in model.get_output_embeddings().parts]
     scales = sum(state.absmax.nbytes for state in states)
-    assert said == pytest.approx(total_bytes(model) + scales, rel=0.05)
+    assert need == pytest.approx(total_bytes(model) + scales, rel=0.05)
 
 
 def test_an_adapter_with_adam_takes_twice_that_with_sgd(tiny_llama):

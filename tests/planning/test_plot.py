@@ -1,12 +1,12 @@
 """The plan's plot."""
 
-from tests.helpers.plans import told
+from tests.helpers.plans import plan_text
 
 
-def test_a_plot_is_written_and_its_path_said(capsys, tmp_path):
+def test_a_plot_is_written_and_its_path_printed(capsys, tmp_path):
     file = tmp_path / "plan.svg"
 
-    text = told(capsys, "--plot", str(file))
+    text = plan_text(capsys, "--plot", str(file))
 
     assert f"plot: {file}" in text
     drawn = file.read_text()
@@ -17,7 +17,7 @@ def test_a_plot_is_written_and_its_path_said(capsys, tmp_path):
 def test_a_run_that_was_not_measured_is_not_drawn(capsys, tmp_path):
     file = tmp_path / "plan.svg"
 
-    told(capsys, "--plot", str(file), "--rounds", "3")
+    plan_text(capsys, "--plot", str(file), "--rounds", "3")
 
     drawn = file.read_text()
     assert "epsilon 8" in drawn

@@ -96,7 +96,7 @@ def test_a_second_ledger_does_not_overwrite_the_first(tmp_path):
         {"population_size": 200},
     ],
 )
-def test_changed_settings_are_refused_with_both_values(tmp_path, change):
+def test_changed_settings_are_rejected_with_both_values(tmp_path, change):
     ledger = Ledger.create(tmp_path / "privacy.json", SETTINGS)
     ((key, value),) = change.items()
 
@@ -169,7 +169,7 @@ def test_file_and_folder_are_synced_before_spend_returns(tmp_path, monkeypatch):
     assert synced == [0o10, 0o4]  # a file, then a folder
 
 
-def test_what_protects_nothing_says_null_and_never_zero():
+def test_an_epsilon_without_privacy_is_null_and_never_zero():
     content = no_privacy(20, 1000)
 
     assert set(content) >= KEYS
@@ -208,7 +208,7 @@ def test_poisson_names_flowers_own_log_as_trusted(tmp_path):
         ({"delta": 1.0}, "delta is 1.0"),
     ],
 )
-def test_an_edited_ledger_is_refused(tmp_path, change, words):
+def test_an_edited_ledger_is_rejected(tmp_path, change, words):
     path = tmp_path / "privacy.json"
     ledger = Ledger.create(path, SETTINGS)
     ledger.spend(1)

@@ -76,7 +76,7 @@ def test_all_guesses_right_is_still_a_finite_bound():
         (10, 5, 5, math.nan),
     ],
 )
-def test_impossible_counts_and_deltas_are_refused(m, r, v, delta):
+def test_impossible_counts_and_deltas_are_rejected(m, r, v, delta):
     with pytest.raises(ValueError, match="right guesses"):
         certified_bound(m, r, v, delta)
 
@@ -95,12 +95,12 @@ def test_equal_scores_are_no_evidence_whatever_their_order():
     assert guess(np.zeros(50), np.zeros(50), 20) == 0
 
 
-def test_a_score_that_is_not_a_number_is_refused():
+def test_a_score_that_is_not_a_number_is_rejected():
     with pytest.raises(ValueError, match="not a number"):
         guess(np.array([1.0, math.nan]), np.array([0.0]), 2)
 
 
-def test_more_guesses_than_canaries_are_refused():
+def test_more_guesses_than_canaries_are_rejected():
     with pytest.raises(ValueError, match="3 guesses of 2"):
         guess(np.array([1.0]), np.array([0.0]), 3)
 
@@ -153,7 +153,7 @@ def test_the_estimate_is_the_exact_epsilon_of_a_gaussian(z, epsilon):
     assert found.mu_stddev == pytest.approx(math.sqrt(4 / 1000))
 
 
-def test_the_interval_of_the_estimate_covers_the_truth_as_often_as_it_says():
+def test_the_interval_of_the_estimate_covers_the_truth_as_often_as_it_claims():
     rng = np.random.default_rng(5)
     true, d = gaussian_epsilon(1.0, 1, 1e-5), 100
     covered = 0
@@ -215,7 +215,7 @@ def test_choosing_the_number_of_guesses_does_not_accuse_the_innocent():
     ("losses_in", "losses_out", "guesses"),
     [([], [], None), ([math.nan], [0.0], None), ([1.0], [0.0], 3)],
 )
-def test_impossible_losses_are_refused(losses_in, losses_out, guesses):
+def test_impossible_losses_are_rejected(losses_in, losses_out, guesses):
     with pytest.raises(ValueError, match="canar"):
         membership_bound(np.array(losses_in), np.array(losses_out), 1e-5, guesses)
 

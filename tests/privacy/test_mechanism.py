@@ -1,4 +1,4 @@
-"""Clipping is total, the sum is exact, and the noise is what it is said to be."""
+"""Clipping is total, the sum is exact, and the noise has its promised scale."""
 
 import copy
 import itertools
@@ -164,7 +164,7 @@ def test_a_large_update_keeps_its_direction_and_gets_norm_c():
         (EndlessKeys(REFERENCE), "wrong-names"),
     ],
 )
-def test_a_hostile_reply_counts_as_zero_and_says_why(reply, reason):
+def test_a_hostile_reply_counts_as_zero_with_a_reason(reply, reason):
     clipped = clipped_update(reply, REFERENCE, C)
 
     assert clipped.update is None
@@ -187,7 +187,7 @@ def test_rounding_in_a_long_update_does_not_pass_the_clip():
         assert math.fsum((vector**2).tolist()) <= 1.0
 
 
-def test_a_signalling_nan_is_refused_without_a_warning():
+def test_a_signalling_nan_is_rejected_without_a_warning():
     signalling = np.full(3, 0x7F800001, np.uint32).view(np.float32)
 
     # Warnings are errors here, and would make it malformed.
@@ -206,7 +206,7 @@ def test_the_order_of_names_does_not_matter():
     np.testing.assert_array_equal(forward, backward)
 
 
-def test_without_clipping_a_value_beyond_the_limit_is_refused():
+def test_without_clipping_a_value_beyond_the_limit_is_rejected():
     arrays = {k: v + 2000 for k, v in REFERENCE.items()}
 
     assert checked_update(arrays, REFERENCE, 1024.0).reason == "out-of-range"
@@ -397,6 +397,6 @@ def test_samples_are_distinct_and_every_member_is_alike():
     assert stats.chisquare(counts).pvalue > 1e-6
 
 
-def test_a_release_without_noise_is_refused():
+def test_a_release_without_noise_is_rejected():
     with pytest.raises(ValueError, match="positive noise"):
         noised_sum(FixedPointSum(3, C), 0.0, C, SecureGenerator())

@@ -114,7 +114,7 @@ def test_a_row_of_another_kind_changes_no_other_row(tmp_path):
     assert len(set(digests(old, new))) == 2
 
 
-def test_a_release_that_would_pass_the_limit_is_refused_and_not_entered(folder):
+def test_a_release_that_would_pass_the_limit_is_rejected_and_not_entered(folder):
     ledger = RecordLedger(folder)
     limit = by_dp_accounting((2.0, 0.1, 10)) + 1e-6
     for _ in range(2):
@@ -189,7 +189,7 @@ def seal_as_number(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [edit, truncate, lose, lose_key, swap, seal_as_number])
-def test_a_ledger_that_cannot_be_trusted_is_refused(folder, harm):
+def test_a_ledger_that_cannot_be_trusted_is_rejected(folder, harm):
     RecordLedger(folder).spend(rows(0, 3), EVENT, DELTA, 100.0)
     harm(folder)
 

@@ -30,9 +30,9 @@ def test_a_real_attacker_reaches_the_limit_and_does_not_pass_it():
     z, rounds, n = 1.3, 5, 200_000
     draws = np.random.default_rng(3)
     took_part = draws.integers(0, 2, n)
-    seen = took_part[:, None] + z * draws.standard_normal((n, rounds))
+    releases = took_part[:, None] + z * draws.standard_normal((n, rounds))
 
-    right = ((seen.sum(1) > rounds / 2) == took_part).mean()
+    right = ((releases.sum(1) > rounds / 2) == took_part).mean()
 
     assert right == pytest.approx(gaussian_guesses_right(z, rounds), abs=0.004)
     assert right == pytest.approx(norm.cdf(math.sqrt(rounds) / z / 2), abs=0.004)

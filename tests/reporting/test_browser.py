@@ -45,9 +45,9 @@ def test_the_page_shows_without_complaint(browser, folders, name, size, scheme):
     context = browser.new_context(
         viewport={"width": width, "height": height}, color_scheme=scheme, offline=True
     )
-    page, said = context.new_page(), []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
+    page, messages = context.new_page(), []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto((folders[name] / "report.html").as_uri())
@@ -55,7 +55,7 @@ def test_the_page_shows_without_complaint(browser, folders, name, size, scheme):
         path = Path(pictures) / f"{name}-{size}-{scheme}.png"
         page.screenshot(path=str(path), full_page=True)
 
-    assert said == []
+    assert messages == []
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(_CUT_TEXT) == []

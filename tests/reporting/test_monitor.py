@@ -22,12 +22,12 @@ class Recorder:
     """A tracker that keeps, or fails at, what it is given."""
 
     def __init__(self, error=None):
-        self.seen, self.closed, self.error = [], False, error
+        self.rounds, self.closed, self.error = [], False, error
 
     def log(self, server_round, values):
         if self.error:
             raise self.error
-        self.seen.append((server_round, dict(values)))
+        self.rounds.append((server_round, dict(values)))
 
     def close(self):
         self.closed = True
@@ -106,8 +106,8 @@ def test_a_tracker_gets_the_numbers_of_metrics_jsonl_and_nothing_else(
     federation.run()
 
     lines = lines_of(federation)
-    assert tracker.seen == [(line["server_round"], numbers(line)) for line in lines]
-    assert not any("clients" in key or "mega" in key for key in tracker.seen[1][1])
+    assert tracker.rounds == [(line["server_round"], numbers(line)) for line in lines]
+    assert not any("clients" in key or "mega" in key for key in tracker.rounds[1][1])
 
 
 def test_trackers_cannot_stamp_the_rounds_of_secret_cohorts(quick, monkeypatch):
@@ -119,7 +119,7 @@ def test_trackers_cannot_stamp_the_rounds_of_secret_cohorts(quick, monkeypatch):
         monkeypatch.setattr(
             monitor,
             "write_report",
-            lambda _, of=tracker, to=tracked: to.append(len(of.seen)),
+            lambda _, of=tracker, to=tracked: to.append(len(of.rounds)),
         )
         start({**quick, **chosen, "num-server-rounds": 2})[0].run()
         found[chosen["strategy.sampling"]] = (tracked[0], tracked[-1])
@@ -138,7 +138,7 @@ def test_a_tracker_that_is_not_there_stops_before_a_folder_is_made(
     assert not (tmp_path / "home" / "runs").exists()
 
 
-def test_a_run_that_fails_says_why_in_its_folder(quick, tmp_path):
+def test_a_run_that_fails_has_its_reason_in_its_folder(quick, tmp_path):
     with pytest.raises(FederationError):
         start({**quick, "strategy.num-clients": 20})
 

@@ -68,7 +68,7 @@ def test_mlflow_keeps_a_folder_with_the_numbers_and_no_name_of_a_user(tmp_path):
     assert tags == {"mlflow.runName"}
 
 
-def test_wandb_is_offline_and_tells_nothing_of_the_machine(tmp_path, monkeypatch):
+def test_wandb_is_offline_and_records_nothing_of_the_machine(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     files = fed("wandb", tmp_path / "run")

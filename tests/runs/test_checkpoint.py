@@ -40,7 +40,9 @@ def test_a_checkpoint_under_dp_holds_no_draw_and_no_cohort(quick):
     assert state["failures"] == {}
 
 
-def test_another_base_model_under_the_same_name_is_refused(quick, tiny_llama, tmp_path):
+def test_another_base_model_under_the_same_name_is_rejected(
+    quick, tiny_llama, tmp_path
+):
     base = tmp_path / "base"
     shutil.copytree(tiny_llama, base)
     cut_in_round({**quick, "model.name": str(base)}, 2)
@@ -53,7 +55,7 @@ def test_another_base_model_under_the_same_name_is_refused(quick, tiny_llama, tm
         resumed()
 
 
-def test_another_adapter_than_the_checkpoint_s_is_refused(quick):
+def test_another_adapter_than_the_checkpoint_s_is_rejected(quick):
     cut = cut_in_round(quick, 2)
     edit(cut, "config.json", lambda c: c["run_config"].update({"adapter.rank": 2}))
 
@@ -62,7 +64,7 @@ def test_another_adapter_than_the_checkpoint_s_is_refused(quick):
 
 
 @pytest.mark.parametrize("unit", ["client", "record"])
-def test_an_older_copy_of_the_ledger_is_refused(quick, unit):
+def test_an_older_copy_of_the_ledger_is_rejected(quick, unit):
     given = {**quick, "privacy.unit": unit}
     early = cut_in_round(given, 2)
     old = (early.directory.path / "privacy.json").read_text()
@@ -88,7 +90,7 @@ def test_a_damaged_ledger_or_checkpoint_is_one_line(quick):
         resumed()
 
 
-def test_where_every_round_was_paid_for_and_lost_nothing_is_claimed(quick, monkeypatch):
+def test_if_every_round_was_paid_for_and_lost_nothing_is_claimed(quick, monkeypatch):
     given = {**quick, "num-server-rounds": 1}
     run = federation(given)
     monkeypatch.setattr(run.saver, "save_round", kill)
@@ -100,7 +102,7 @@ def test_where_every_round_was_paid_for_and_lost_nothing_is_claimed(quick, monke
     assert read(run, "privacy.json")["releases"] == [1]
 
 
-def test_what_was_lost_is_said(quick, caplog, monkeypatch):
+def test_lost_rounds_are_logged(quick, caplog, monkeypatch):
     caplog.set_level("INFO")
     run = federation(quick)
     monkeypatch.setattr(run, "_validate", lambda r: kill() if r == 2 else 1.0)

@@ -95,17 +95,17 @@ def test_a_json_file_is_there_whole_or_as_it_was(folder, monkeypatch):
 
 
 def test_json_is_synced_before_it_takes_the_name(folder, monkeypatch):
-    seen = []
+    written = []
     sync = directory.os.fsync
     monkeypatch.setattr(
         directory.os,
         "fsync",
-        lambda fd: (seen.append((folder.path / "x.json").exists()), sync(fd)),
+        lambda fd: (written.append((folder.path / "x.json").exists()), sync(fd)),
     )
 
     folder.write_json("x.json", {"a": 1})
 
-    assert seen[0] is False
+    assert written[0] is False
 
 
 def test_a_full_disk_is_one_line_that_names_the_way_out(folder, tmp_path, monkeypatch):
@@ -152,7 +152,7 @@ def test_a_folder_that_may_not_be_written_is_one_line(tmp_path):
         RunDirectory.create(tmp_path, 1)
 
 
-def test_a_saved_round_says_which_round_it_is(folder):
+def test_a_saved_round_names_its_round(folder):
     path = save_round(folder, 4)
 
     assert path == folder.path / "peft_4"
@@ -198,7 +198,7 @@ def test_best_and_final_are_copies_that_outlive_the_round(folder):
     assert read_origin(folder.path / "peft_best")["server_round"] == 2
 
 
-def test_reading_json_says_what_is_wrong(folder):
+def test_an_error_of_reading_json_has_its_cause(folder):
     (folder.path / "x.json").write_text('{"a": ')
 
     with pytest.raises(FedllmError, match="not JSON"):

@@ -13,7 +13,7 @@ from tests.helpers.federations import (
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "message"),
     [
         (
             {"privacy.target-epsilon": 4.0},
@@ -24,11 +24,13 @@ from tests.helpers.federations import (
         ({"num-server-rounds": 9}, "num-server-rounds was 3 and is now 9"),
     ],
 )
-def test_other_settings_than_the_run_s_are_refused_with_both_values(quick, typed, said):
+def test_other_settings_than_the_run_s_are_rejected_with_both_values(
+    quick, typed, message
+):
     given = {**quick, "privacy.target-epsilon": 6.0}
     cut_in_round(given, 2)
 
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         federation({"resume.from": "latest", **typed})
     federation({"resume.from": "latest", **given}).run()
 
@@ -42,7 +44,7 @@ def test_a_run_that_began_with_privacy_never_goes_on_without(quick, unit):
         resumed()
 
 
-def test_what_is_no_run_to_go_on_with_is_refused(quick, tmp_path):
+def test_a_folder_that_cannot_be_resumed_is_rejected(quick, tmp_path):
     with pytest.raises(FederationError, match="latest is not a run folder"):
         resumed()
     with pytest.raises(FederationError, match="is not a run folder"):

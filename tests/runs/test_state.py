@@ -1,4 +1,4 @@
-"""Running, finished, failed or interrupted: told without process ids."""
+"""Running, finished, failed or interrupted: distinguished without process ids."""
 
 import os
 import signal
