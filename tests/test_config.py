@@ -103,7 +103,11 @@ def test_a_preset_says_its_whole_command(preset: Path):
             0.5,
             "must be 1.0 if strategy.sampling is 'all'",
         ),
-        ("strategy.fraction-evaluate", 0.5, "clients' losses would leave without noise"),
+        (
+            "strategy.fraction-evaluate",
+            0.5,
+            "clients' losses would leave without noise",
+        ),
         ("data.held-out-fraction", 0.5, "must be above 0.0 if strategy.fraction"),
         ("data.held-out-fraction", 1.0, "data.held-out-fraction: must be less than 1"),
         ("strategy.aggregator", "krum", "the bound is proved for a sum"),
