@@ -1,5 +1,6 @@
 """The tests mirror the package: tests/<package>/test_<module>.py for each module."""
 
+import ast
 import subprocess
 import sys
 
@@ -41,6 +42,10 @@ EXTRA = {
 }
 OTHER_FOLDERS = {"slow", "stress", "tools"}
 
+ROOMS = (
+    "adapters auditing client commands data deployment evaluation models planning privacy "
+    "reporting runs server strategy training wire"
+).split()
 PURE = ("privacy", "strategy", "wire")
 HEAVY = ("torch", "transformers", "peft")
 
@@ -84,3 +89,14 @@ def test_the_tests_of_privacy_strategy_and_wire_import_no_model_library():
     )
 
     assert done.stdout == "set()\n", done.stderr
+
+
+def test_there_are_sixteen_rooms_and_each_opens_with_what_it_is_for():
+    rooms = {path.parent.name for path in (ROOT / "fedllm").glob("*/__init__.py")}
+    assert rooms == set(ROOMS)
+    for room in ROOMS:
+        text = (ROOT / "fedllm" / room / "__init__.py").read_text()
+        head = ast.get_docstring(ast.parse(text)) or ""
+        assert 3 <= len(head.splitlines()) <= 10, room
+        if room != "commands":  # the topmost room, which may import all
+            assert "import" in head, f"{room}: what it must not import"
