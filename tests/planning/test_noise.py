@@ -19,6 +19,7 @@ def test_delta_is_below_one_over_the_clients_unless_it_is_given():
 
 def test_the_sum_is_divided_by_what_is_expected_under_secret_coins():
     coins = {"strategy.sampling": "poisson", "strategy.fraction-train": 0.25}
+    coins |= {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 2.0}
 
     assert planned(10, **coins).num_sampled_clients == 2.5
     # Nothing may round here: q enters the accounting.
