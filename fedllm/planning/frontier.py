@@ -6,6 +6,7 @@ them; docs/results.md, "The frontier", discusses them.
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -55,7 +56,9 @@ class FederationSettings:
     @property
     def step(self) -> float:
         """Norm by which a round moves the adapter at most, on average over the rounds."""
-        return self.mean_server_learning_rate * self.clipping_norm
+        step = self.mean_server_learning_rate * self.clipping_norm
+        # A product that rounds to 0 would have no logarithm.
+        return max(step, sys.float_info.min)
 
 
 @dataclass(frozen=True, kw_only=True)

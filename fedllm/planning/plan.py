@@ -48,7 +48,9 @@ def plan_run(config: RunConfig, settings: PrivacySettings) -> dict[str, Any]:
     frontier = load_frontier()
     prediction = predict(config, settings, frontier)
     rate = _server_learning_rate_by_rule(config, settings)
-    by_rule = rate and predict(_with_rate(config, rate), settings, frontier)
+    by_rule = None
+    if rate is not None:
+        by_rule = predict(_with_rate(config, rate), settings, frontier)
     return {
         "num_clients": settings.population_size,
         "num_sampled_clients": settings.num_sampled_clients,
@@ -95,7 +97,9 @@ def _server_learning_rate_by_rule(
         settings.planned_rounds,
         settings.num_sampled_clients,
     )
-    return round(step_by_rule(level) * 0.6 / settings.clipping_norm, 3)
+    rate = step_by_rule(level) * 0.6 / settings.clipping_norm
+    # Three digits of any size: a rate of 0 is none.
+    return float(f"{rate:.3g}")
 
 
 def _with_rate(config: RunConfig, rate: float) -> RunConfig:

@@ -61,6 +61,15 @@ def test_another_kind_of_adapter_is_better_only_if_it_was_measured_to_be(capsys)
     assert changes == ["adapter.kind=ffa-lora"]
 
 
+def test_a_tiny_step_by_rule_is_not_rounded_to_zero(capsys):
+    loud = "privacy.clipping-norm=1000.0"
+
+    plan = plan_json(capsys, "--run-config", loud, "--clients", "3", "--epsilon", "1")
+
+    assert 0 < plan["server_learning_rate_by_rule"] < 1e-4
+    assert plan["expected_by_rule"]["test_loss"] is None
+
+
 def test_no_kind_is_advised_for_what_it_did_with_less_noise(capsys):
     step = "strategy.server-learning-rate=0.09 strategy.server-learning-rate-min=0.09"
 

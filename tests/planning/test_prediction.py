@@ -140,6 +140,16 @@ def test_noise_between_two_rows_is_interpolated_and_less_sure():
     assert interval.high - interval.low > 0.1
 
 
+def test_a_step_that_rounds_to_zero_is_not_measured():
+    tiny = {
+        "strategy.server-learning-rate": 1e-320,
+        "strategy.server-learning-rate-min": 0.0,
+        "privacy.clipping-norm": 1e-9,
+    }
+
+    assert predicted(config_of(ROWS[0], **tiny), 20).interval is None
+
+
 def test_a_step_other_than_the_measured_one_is_less_sure():
     row = ROWS[0]
     longer = {
