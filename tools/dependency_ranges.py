@@ -121,7 +121,8 @@ def check(end: str, torch: str, folder: Path) -> None:
     """Install one end into a fresh environment, import every module and test."""
     held, pins = folder / "held.txt", folder / "pins.txt"
     held.write_text(f"torch=={torch}\n")
-    options = ["--resolution", end, "--extra", "test", "--constraint", str(held)]
+    # Of all extras, or what is installed here would not fit what is borrowed.
+    options = ["--resolution", end, "--all-extras", "--constraint", str(held)]
     compile_pins(*options, "--output-file", str(pins))
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     borrow(folder / "venv")
