@@ -129,6 +129,8 @@ def check(end: str, torch: str, folder: Path) -> None:
     python = folder / "venv" / "bin" / "python"
     # Constraints, not requirements: a CPU build of torch needs no package of CUDA's.
     install = [python, "-m", "pip", "install", "--quiet", "--no-compile"]
+    # Of what is borrowed some is of no extra that is installed, and need not fit.
+    install.append("--no-warn-conflicts")
     subprocess.run(
         [*install, "--constraint", pins, "-e", ".[test]"], cwd=ROOT, check=True
     )
