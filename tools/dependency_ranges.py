@@ -136,7 +136,7 @@ def check(end: str, torch: str, folder: Path) -> None:
     )
     subprocess.run([python, "-c", IMPORT_ALL], check=True)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [python, "-m", "pytest", "-q", *FAST_TESTS]
+    command = [python, "-m", "pytest", "-q", "-n", "auto", *FAST_TESTS]
     subprocess.run(command, cwd=ROOT, check=True, env=env)
 
 
