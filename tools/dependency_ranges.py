@@ -121,19 +121,22 @@ def check(end: str, torch: str, folder: Path) -> None:
     """Install one end into a fresh environment, import every module and test."""
     held, pins = folder / "held.txt", folder / "pins.txt"
     held.write_text(f"torch=={torch}\n")
-    options = ["--resolution", end, "--extra", "test", "--constraint", str(held)]
+    # Of all extras, or what is installed here would not fit what is borrowed.
+    options = ["--resolution", end, "--all-extras", "--constraint", str(held)]
     compile_pins(*options, "--output-file", str(pins))
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     borrow(folder / "venv")
     python = folder / "venv" / "bin" / "python"
     # Constraints, not requirements: a CPU build of torch needs no package of CUDA's.
     install = [python, "-m", "pip", "install", "--quiet", "--no-compile"]
+    # Of what is borrowed some is of no extra that is installed, and need not fit.
+    install.append("--no-warn-conflicts")
     subprocess.run(
         [*install, "--constraint", pins, "-e", ".[test]"], cwd=ROOT, check=True
     )
     subprocess.run([python, "-c", IMPORT_ALL], check=True)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [python, "-m", "pytest", "-q", *FAST_TESTS]
+    command = [python, "-m", "pytest", "-q", "-n", "auto", *FAST_TESTS]
     subprocess.run(command, cwd=ROOT, check=True, env=env)
 
 
