@@ -29,12 +29,7 @@ from tests.helpers.flower_processes import (
 )
 from tests.helpers.rows import write_rows
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(600),
-    # One worker of `--dist loadgroup`: the federation starts once.
-    pytest.mark.xdist_group("deployment"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PLANTED = "xylographometry"
 NODES = ("node-1", "node-2", "node-3")
 

@@ -31,12 +31,7 @@ from tests.helpers.hostile_app import (
 )
 from tests.helpers.rows import write_rows
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    # One worker of `--dist loadgroup`: seven clients start at a time, and have a minute.
-    pytest.mark.xdist_group("hostile clients"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SECRET = "what-only-this-node-knows"
 SAID = (".json", ".jsonl", ".md", ".html", ".log")
 

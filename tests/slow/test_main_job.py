@@ -22,13 +22,7 @@ from tests.helpers.flower_processes import (
     typed,
 )
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.network,
-    pytest.mark.timeout(1800),
-    # One worker of `--dist loadgroup`: the job runs once.
-    pytest.mark.xdist_group("main job"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(1800)]
 
 WITHOUT_FEDLLM = """
 import json, sys
