@@ -42,10 +42,24 @@ EXTRA = {
 }
 OTHER_FOLDERS = {"slow", "stress", "tools"}
 
-ROOMS = (
-    "adapters auditing client commands data deployment evaluation models planning privacy "
-    "reporting runs server strategy training wire"
-).split()
+ROOMS = [
+    "adapters",
+    "auditing",
+    "client",
+    "commands",
+    "data",
+    "deployment",
+    "evaluation",
+    "models",
+    "planning",
+    "privacy",
+    "reporting",
+    "runs",
+    "server",
+    "strategy",
+    "training",
+    "wire",
+]
 PURE = ("privacy", "strategy", "wire")
 HEAVY = ("torch", "transformers", "peft")
 
