@@ -287,9 +287,9 @@ class RunConfig:
 
     @property
     def cohorts_may_be_empty(self) -> bool:
-        """Whether a round without a usable update is a release all the same.
+        """Whether a round without a usable update has trained all the same.
 
-        A client-level round of Poisson sampling may have drawn no client.
+        A round of Poisson sampling may have drawn no client.
         """
         return self.strategy.sampling == "poisson" and self.privacy.unit != "record"
 

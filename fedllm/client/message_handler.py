@@ -68,7 +68,7 @@ class _Client:
     @property
     def log(self) -> ClientLog:
         """The client's own log."""
-        is_shown = self.config.privacy.unit == "none" or not self.node.is_simulated
+        is_shown = self.config.privacy.unit == "none" or not self.node.is_partition
         return ClientLog(self.node.partition_id, self.run_id, is_shown)
 
 
@@ -184,7 +184,7 @@ def _fit(
     from fedllm.training.sft import train_adapter
 
     trained = train_adapter(adapted, rows.examples, client.config.train, task)
-    if client.config.privacy.unit == "client":
+    if client.config.privacy.unit != "none":
         return trained, {}
     return trained, {"num-examples": trained.num_examples, "train-loss": trained.loss}
 

@@ -29,6 +29,8 @@ class NodeConfig:
         privacy_unit: The `privacy.unit` that a run must have; None: any.
         max_epsilon: Largest epsilon that a run may spend; None: no limit.
         delta: Largest `privacy.delta` of a run; None: not set.
+        is_partition: Whether the config names a number of partitions, as every node of a
+            simulation does. What such a client prints may reach the server's log.
     """
 
     partition_id: int
@@ -37,13 +39,14 @@ class NodeConfig:
     privacy_unit: str | None = None
     max_epsilon: float | None = None
     delta: float | None = None
+    is_partition: bool = False
 
     @property
     def is_simulated(self) -> bool:
-        """Whether Flower made up this node: its owner set no file and no limit.
+        """Whether no owner stands behind this node: neither a file nor a limit is set.
 
-        A simulated client starts a new ledger in every run, and what it prints goes to
-        the run's log. Both would be wrong for a real one.
+        A simulated client starts a new ledger in every run, which would be wrong for a
+        real one: the owner of a SuperNode without a file of its own sets a limit.
         """
         own = (self.data_path, self.privacy_unit, self.max_epsilon, self.delta)
         return all(value is None for value in own)
@@ -70,6 +73,7 @@ def parse_node_config(values: Mapping[str, Any]) -> NodeConfig:
         privacy_unit=None if unit is None else str(unit),
         max_epsilon=_number(values, "max-epsilon"),
         delta=_number(values, "delta"),
+        is_partition="num-partitions" in values,
     )
 
 

@@ -1,7 +1,7 @@
 """Scores on rows declared public: validation rows choose a round, test rows report.
 
-The base model is loaded when the first row is scored, so that a server without such rows
-never needs it.
+The base model is loaded when the first row is tokenised, so that a server without such
+rows never needs it.
 """
 
 import logging

@@ -93,7 +93,7 @@ class State:
         """
         if run != self.run:
             raise PrivacyError(
-                f"the ledger is of the run {run!r}, and the checkpoint of {self.run!r}"
+                f"privacy.json is of the run {run!r}, and the checkpoint of {self.run!r}"
             )
         if releases[: len(self.releases)] != self.releases:
             raise PrivacyError(

@@ -19,7 +19,7 @@ class LocalGrid(Grid):
     """The real server loop's way to clients that share its process and its model.
 
     A client works when its reply is pulled, so one reply is in memory and no two clients
-    train the one resident model at a time.
+    train the one resident model at a time. A time limit does not cut a client's work off.
 
     Args:
         client: Answers every message, with the context of the client that it is for.

@@ -49,8 +49,9 @@ def require_harmless_noise(
         raise PrivacyError(
             f"privacy.on-destructive-noise: noise alone raises the validation loss by "
             f"{rise:.2f}, too much for {clients} clients, so the run stops before round "
-            "1: choose privacy.unit='record' (--run-config configs/record-level.toml), "
-            "or more clients: fedllm simulate --num-supernodes 20; "
+            "1: choose privacy.unit='record', which protects single rows and not whole "
+            "clients (--run-config configs/record-level.toml), or more clients: fedllm "
+            "simulate --num-supernodes 20; "
             "privacy.on-destructive-noise='warn' trains all the same"
         )
     advice = "; ".join(ledger_advice(strategy.ledger))

@@ -1,6 +1,7 @@
 """What a run has spent of its privacy, and what it may still spend, for each unit.
 
-A further unit of privacy is one class here and one line in `_ACCOUNTS`.
+A further unit of privacy is one class here and one line in `_ACCOUNTS`; its settings are
+checked in `fedllm.config`, and its noise is made by `fedllm.strategy` or the client.
 """
 
 import logging
@@ -34,12 +35,14 @@ class PrivacyAccount(Protocol):
 
     Attributes:
         run: Name of the run, which privacy.json has too.
-        ledger: The client-level ledger that the strategy writes each release into; None
-            for the other units.
     """
 
     run: str
-    ledger: Ledger | None
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """The client-level ledger that the strategy pays each release into, if any."""
+        ...
 
     @property
     def releases(self) -> list[int]:
@@ -85,9 +88,8 @@ class ClientAccount:
     """Client level: the server adds the noise and keeps the ledger."""
 
     def __init__(self, ledger: Ledger, max_epsilon: float) -> None:
-        self.ledger: Ledger | None = ledger
+        self.ledger: Ledger = ledger
         self.run = ledger.run
-        self._ledger = ledger
         self._max_epsilon = max_epsilon
 
     @classmethod
@@ -117,11 +119,11 @@ class ClientAccount:
     @property
     def releases(self) -> list[int]:
         """The rounds that were paid for."""
-        return self._ledger.releases
+        return self.ledger.releases
 
     def may_start(self, server_round: int, last_round: int) -> bool:
         """Return whether a round stays within `privacy.max-epsilon`; log if not."""
-        if self._ledger.may_spend(self._max_epsilon):
+        if self.ledger.may_spend(self._max_epsilon):
             return True
         logger.info(
             "round %d would pass privacy.max-epsilon %g: training stops here, and the "
@@ -143,16 +145,16 @@ class ClientAccount:
 
     def epsilon(self, server_round: int) -> float | None:
         """Return the zero-out epsilon that was spent by the end of a round."""
-        return self._ledger.epsilons().zero_out if server_round else 0.0
+        return self.ledger.epsilons().zero_out if server_round else 0.0
 
     def epsilon_text(self) -> str | None:
         """Return the zero-out epsilon for a round's log line."""
-        return f"epsilon {plain(self._ledger.epsilons().zero_out)}"
+        return f"epsilon {plain(self.ledger.epsilons().zero_out)}"
 
     def plan(self) -> list[LogLine]:
         """Return epsilon under both relations, the noise, and the ratio R."""
-        settings = self._ledger.settings
-        planned = self._ledger.epsilon_after(settings.planned_rounds)
+        settings = self.ledger.settings
+        planned = self.ledger.epsilon_after(settings.planned_rounds)
         ratio = noise_to_signal(
             settings.noise_multiplier,
             settings.num_trainable,
@@ -189,16 +191,16 @@ class ClientAccount:
 
     def outcome(self) -> list[str]:
         """Return epsilon under both relations, the statement, and what it leaves out."""
-        spent, content = self._ledger.epsilons(), self._ledger.as_dict()
+        spent, content = self.ledger.epsilons(), self.ledger.as_dict()
         return [
             f"epsilon: {plain(spent.zero_out)} zero-out, {plain(spent.replace_one)} "
-            f"replace-one, at delta {self._ledger.settings.delta:g}",
+            f"replace-one, at delta {self.ledger.settings.delta:g}",
             *_statement(content),
         ]
 
     def advice(self) -> list[str]:
         """Return what helps against the noise, best first."""
-        return ledger_advice(self._ledger)
+        return ledger_advice(self.ledger)
 
 
 class RecordAccount:

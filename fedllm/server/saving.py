@@ -23,11 +23,11 @@ class BestRound:
 
 @dataclass
 class Progress:
-    """All that changes from round to round.
+    """How far a run has come.
 
     Attributes:
         arrays: The global adapter's trained values by name, float32.
-        next_round: The first round that is neither finished nor paid for.
+        next_round: The first round that this process runs.
         last_round: The last finished round; 0: none.
         trained: Whether a client ever returned a usable update.
         best: The best round so far; None: no round was scored.

@@ -33,6 +33,16 @@ def test_in_a_simulation_under_dp_nothing_about_the_client_is_shown(
     assert "client 0: round 6: 1 steps on 5 examples" in caplog.text
 
 
+def test_a_partition_shows_nothing_under_dp_although_its_owner_set_a_limit(
+    answer, caplog
+):
+    node = {"partition-id": 0, "num-partitions": 2, "privacy-unit": "client"}
+    with caplog.at_level(logging.DEBUG, "fedllm"):
+        assert ARRAYS in answer(node=node, server_round=5).content
+
+    assert "client 0" not in caplog.text
+
+
 def test_a_clients_own_log_has_what_it_did_for_its_owner_only(answer, home):
     answer(server_round=5)
 

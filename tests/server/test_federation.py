@@ -117,13 +117,6 @@ def test_one_client_twice_and_one_round_is_the_trainers_own_adapter(settings, tm
         np.testing.assert_allclose(value, sent[name], atol=2e-9)
 
 
-def fail_with(error):
-    def answer(message, context):
-        raise error
-
-    return answer
-
-
 def test_nothing_of_a_clients_rows_reaches_the_server(settings, caplog, tmp_path):
     caplog.set_level(logging.DEBUG)
     nodes = [{"data-path": settings["data.name"]} for _ in range(2)]

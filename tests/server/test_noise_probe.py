@@ -32,7 +32,10 @@ def test_destructive_noise_stops_a_run_by_default_and_names_what_to_change(
 
     text = str(stopped.value)
     assert "\n" not in text
-    assert "privacy.unit='record' (--run-config configs/record-level.toml)" in text
+    assert (
+        "which protects single rows and not whole clients (--run-config configs/record-level.toml)"
+        in text
+    )
     assert "fedllm simulate --num-supernodes 20" in text
     assert "privacy.on-destructive-noise='warn'" in text
     assert grid.sent == []

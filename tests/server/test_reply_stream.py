@@ -88,6 +88,13 @@ class OneGrid:
         return [found]
 
 
+def test_an_interrupt_while_a_reply_is_fetched_ends_the_round():
+    waiting = ReplyStream(OneGrid([KeyboardInterrupt()]), [instruction()], 10.0)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(waiting)
+
+
 class InMemoryGrid:
     """A simulation's, which answers at once; notes how many are stored."""
 

@@ -88,3 +88,16 @@ def test_where_cohorts_are_secret_an_unreadable_reply_is_not_told(settings, capl
     federation.run()
 
     assert "could not be read" not in caplog.text
+    assert "no usable update (code" not in caplog.text
+
+
+def test_where_cohorts_are_secret_a_silent_client_is_not_told(settings, caplog):
+    caplog.set_level(logging.INFO)
+    coins = {**settings, "num-server-rounds": 1, "strategy.sampling": "poisson"}
+    # Every coin is heads, so that clients were asked.
+    coins |= {"strategy.fraction-train": 1.0, "strategy.round-timeout": 0.2}
+    federation, grid = start(coins, answer=lambda message, context: None)
+    federation.run()
+
+    assert len(grid.sent) == 3
+    assert "did not answer" not in caplog.text

@@ -121,7 +121,10 @@ def test_two_clients_of_the_defaults_stop_before_round_1_and_read_what_to_change
     assert done.returncode == 1
     (line,) = [text for text in done.stdout.splitlines() if "PrivacyError" in text]
     assert "noise alone raises the validation loss by" in line
-    assert "privacy.unit='record' (--run-config configs/record-level.toml)" in line
+    assert (
+        "which protects single rows and not whole clients (--run-config configs/record-level.toml)"
+        in line
+    )
     assert "more clients: fedllm simulate --num-supernodes 20" in line
     assert "round 1/5" not in done.stdout
     assert "Traceback" not in done.stdout

@@ -19,6 +19,19 @@ def test_fixed_cohorts_have_the_promised_size_and_vary(tmp_path):
     assert len(set(cohorts)) > 10
 
 
+def test_fixed_cohorts_under_dp_do_not_follow_from_the_seed(tmp_path):
+    keys = {"strategy.sampling": "fixed", "strategy.fraction-train": 0.3}
+
+    def cohorts(folder):
+        folder.mkdir()
+        ledger = open_ledger(folder, 1.0, 3)
+        strategy = make_strategy(private(**keys), START, list(range(1, 11)), ledger)
+        return [[m.metadata.dst_node_id for m in ask(strategy, r)] for r in range(30)]
+
+    # By chance they are equal with probability 120^-30.
+    assert cohorts(tmp_path / "one") != cohorts(tmp_path / "two")
+
+
 def test_poisson_cohorts_follow_the_binomial(tmp_path):
     from scipy.stats import chisquare
 
