@@ -83,7 +83,7 @@ def test_every_unit_of_privacy_has_an_account_with_all_that_a_run_asks():
     asked = {name for name in vars(PrivacyAccount) if not name.startswith("_")}
     assert {"may_start", "note_round", "epsilon", "outcome"} <= asked
     for account in _ACCOUNTS.values():
-        assert asked <= set(dir(account)), account
+        assert asked <= {*dir(account), *get_type_hints(account)}, account
 
 
 @pytest.mark.parametrize("train", [train_adapter, train_privately])

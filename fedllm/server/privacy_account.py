@@ -87,8 +87,10 @@ class PrivacyAccount(Protocol):
 class ClientAccount:
     """Client level: the server adds the noise and keeps the ledger."""
 
+    ledger: Ledger
+
     def __init__(self, ledger: Ledger, max_epsilon: float) -> None:
-        self.ledger: Ledger = ledger
+        self.ledger = ledger
         self.run = ledger.run
         self._max_epsilon = max_epsilon
 
