@@ -171,7 +171,7 @@ class Deployment:
 
     def node(self, index: int) -> contextlib.AbstractContextManager[None]:
         rows = write_rows(self.tmp / f"hospital-{index}.jsonl", 12, 12 * index)
-        return self.node_of(f'data-path="{rows}" name-of-node={index}')
+        return self.node_of(f'data-path="{rows}"')
 
     def node_of(self, own: str) -> contextlib.AbstractContextManager[None]:
         """Run a SuperNode with this config."""
