@@ -29,7 +29,7 @@ import psutil
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.helpers.flower_processes import (  # noqa: E402
+from tests.helpers.flower_processes import (  # noqa: E402 - from the checkout above
     BIN,
     environment,
     free_port,

@@ -122,6 +122,6 @@ def _publish(folder: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space, also where safetensors reports it."""
+    """Return whether a write failed because the disk is full, including safetensors' error."""
     number = getattr(error, "errno", None)
     return number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)

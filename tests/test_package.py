@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatch:DeprecationWarning"
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
-    """The project's files as whoever publishes or builds has them."""
+    """The project's files, as a publisher or a build has them."""
     folder = tmp_path_factory.mktemp("checkout") / "fedllm"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_SOURCE))
     return folder

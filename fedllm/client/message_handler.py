@@ -154,6 +154,7 @@ def _train(message: Message, client: _Client) -> RecordDict:
     loaded = time.monotonic()
     rows = client_rows(resident, node, config, client.log)
     arrays = _received(message, resident.adapted, config)
+    # Flower allows lists and bytes here: those raise, and the reply is a code.
     server_round = int(record["server-round"])  # type: ignore[arg-type]
     learning_rate = float(record["learning-rate"])  # type: ignore[arg-type]
     seed = training_seed(config.seed, server_round, node.partition_id)

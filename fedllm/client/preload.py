@@ -26,7 +26,7 @@ def import_libraries(*, quantized: bool, per_example: bool) -> None:
         if per_example:
             import fedllm.training.dp_sgd
         else:
-            import fedllm.training.sft  # noqa: F401
+            import fedllm.training.sft  # noqa: F401 - its imports are what is wanted
     finally:
         gc.freeze()
         if collecting:

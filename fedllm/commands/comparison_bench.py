@@ -163,7 +163,7 @@ class SharedRows(PublicRows):
         known = self._known.setdefault(split, [])
         for other, score in known:
             if all(np.array_equal(other[name], arrays[name]) for name in arrays):
-                return score  # type: ignore[no-any-return] # of this split
+                return score  # type: ignore[no-any-return] # kept under its split
         score = score_of(arrays)
         # The first is the base, which every arm scores; of the others the latest.
         known[1:] = [(arrays, score)] if known else []

@@ -1,6 +1,6 @@
 """A simulation in a SuperLink of its own, which ends with it.
 
-`flwr run` starts a daemon on a fixed port that outlives it. Whoever comes next joins that
+`flwr run` starts a daemon on a fixed port that outlives it. A later `flwr run` joins that
 daemon and its interpreter. Here `flwr run` is typed against a SuperLink on a free port with
 a temporary Flower home, and the whole process group is ended at the end.
 """

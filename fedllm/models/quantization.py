@@ -33,7 +33,7 @@ def import_bitsandbytes() -> None:
         # On import it logs that a faster kernel is missing, for a packing that we switch off.
         try:
             with _uncompiled() if has_kernels else nullcontext():
-                import bitsandbytes  # noqa: F401
+                import bitsandbytes  # noqa: F401 - it is imported to fail here
         except Exception as error:
             # A broken native library fails at import with whatever its loader raises.
             raise ModelError(
@@ -50,7 +50,7 @@ def _uncompiled() -> Iterator[None]:
         return unchanged if function is None else function
 
     compiler = torch.compile
-    torch.compile = unchanged  # type: ignore[assignment]
+    torch.compile = unchanged  # type: ignore[assignment] # a stand-in
     try:
         yield
     finally:

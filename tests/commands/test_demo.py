@@ -252,7 +252,7 @@ def url(home):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    # Whoever asks something of the outside is refused.
+    # Every request to the outside fails.
     proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     with subprocess.Popen(
         start(port), env=os.environ | proxies, stdout=subprocess.PIPE, text=True

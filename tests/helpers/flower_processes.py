@@ -1,4 +1,4 @@
-"""Real Flower processes on loopback, each ended by whoever started it."""
+"""Real Flower processes on loopback, each ended by the code that started it."""
 
 import contextlib
 import json
