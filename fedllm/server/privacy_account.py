@@ -5,8 +5,11 @@ checked in `fedllm.config`, and its noise is made by `fedllm.strategy` or the cl
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 from fedllm.config import RunConfig
 from fedllm.planning.advice import ledger_advice
@@ -30,7 +33,31 @@ _NO_PROTECTION = 50.0
 """An epsilon above this is called no protection."""
 
 
-class PrivacyAccount(Protocol):
+@dataclass(frozen=True)
+class AccountTerms:
+    """What an account is opened for.
+
+    Attributes:
+        config: The run config; `privacy.unit` chooses the account.
+        directory: The run folder, which holds privacy.json.
+        num_clients: Population size N.
+        num_trainable: Trained values d.
+        resumed: Whether the run was begun before.
+    """
+
+    config: RunConfig
+    directory: RunDirectory
+    num_clients: int
+    num_trainable: int
+    resumed: bool
+
+    @property
+    def path(self) -> Path:
+        """The run's privacy.json."""
+        return self.directory.path / PRIVACY_FILE
+
+
+class PrivacyAccount(ABC):
     """What the rounds of a run ask about its privacy, whatever the unit.
 
     Attributes:
@@ -39,93 +66,98 @@ class PrivacyAccount(Protocol):
 
     run: str
 
+    @classmethod
+    @abstractmethod
+    def open(cls, terms: AccountTerms) -> Self:
+        """Start privacy.json of a new run, or load that of a resumed one.
+
+        Raises:
+            ConfigError: The run began with another unit.
+            PrivacyError: The file cannot be trusted, or has other settings.
+        """
+
     @property
     def ledger(self) -> Ledger | None:
         """The client-level ledger that the strategy pays each release into, if any."""
-        ...
+        return None
 
     @property
+    @abstractmethod
     def releases(self) -> list[int]:
         """The rounds that were paid for."""
-        ...
 
     def may_start(self, server_round: int, last_round: int) -> bool:
         """Return whether the budget allows a round after `last_round`; log why not."""
-        ...
+        return True
 
-    def note_round(
+    def note_round(  # noqa: B027 - nothing to write if the strategy has paid
         self, server_round: int, stats: Round, population: Sequence[int]
     ) -> None:
         """Write what a round has spent to disk, unless the strategy has done so."""
-        ...
 
     def is_exhausted(self, server_round: int, stats: Round) -> bool:
         """Return whether no client has budget left after a round; log it."""
-        ...
+        return False
 
+    @abstractmethod
     def epsilon(self, server_round: int) -> float | None:
         """Return the epsilon after a round for metrics.jsonl; None: not bounded."""
-        ...
 
+    @abstractmethod
     def epsilon_text(self) -> str | None:
         """Return the epsilon for a round's log line; None: there is none."""
-        ...
 
+    @abstractmethod
     def plan(self) -> list[LogLine]:
         """Return what the planned rounds will spend, for the log before round 1."""
-        ...
 
+    @abstractmethod
     def outcome(self) -> list[str]:
         """Return what the run has spent and does not cover, for the end of the log."""
-        ...
 
+    @abstractmethod
     def advice(self) -> list[str]:
         """Return what helps a run that does not beat its base model."""
-        ...
 
 
-class ClientAccount:
+class ClientAccount(PrivacyAccount):
     """Client level: the server adds the noise and keeps the ledger."""
 
-    ledger: Ledger
-
     def __init__(self, ledger: Ledger, max_epsilon: float) -> None:
-        self.ledger = ledger
+        self._ledger = ledger
         self.run = ledger.run
         self._max_epsilon = max_epsilon
 
     @classmethod
-    def open(
-        cls,
-        config: RunConfig,
-        directory: RunDirectory,
-        num_clients: int,
-        d: int,
-        *,
-        resumed: bool,
-    ) -> "ClientAccount":
+    def open(cls, terms: AccountTerms) -> Self:
         """Start the ledger of a new run, or load that of a resumed one.
 
         Raises:
             PrivacyError: The ledger cannot be trusted, or has other settings.
         """
-        settings = privacy_settings(config, num_clients, d)
-        path = directory.path / PRIVACY_FILE
-        if resumed:
-            ledger = Ledger.load(path)
+        settings = privacy_settings(
+            terms.config, terms.num_clients, terms.num_trainable
+        )
+        if terms.resumed:
+            ledger = Ledger.load(terms.path)
             ledger.check_same(settings)
         else:
-            ledger = Ledger.create(path, settings, directory.path.name)
-        return cls(ledger, config.privacy.max_epsilon)
+            ledger = Ledger.create(terms.path, settings, terms.directory.path.name)
+        return cls(ledger, terms.config.privacy.max_epsilon)
+
+    @property
+    def ledger(self) -> Ledger:
+        """The run's ledger."""
+        return self._ledger
 
     @property
     def releases(self) -> list[int]:
         """The rounds that were paid for."""
-        return self.ledger.releases
+        return self._ledger.releases
 
     def may_start(self, server_round: int, last_round: int) -> bool:
         """Return whether a round stays within `privacy.max-epsilon`; log if not."""
-        if self.ledger.may_spend(self._max_epsilon):
+        if self._ledger.may_spend(self._max_epsilon):
             return True
         logger.info(
             "round %d would pass privacy.max-epsilon %g: training stops here, and the "
@@ -136,27 +168,18 @@ class ClientAccount:
         )
         return False
 
-    def note_round(
-        self, server_round: int, stats: Round, population: Sequence[int]
-    ) -> None:
-        """Do nothing: the strategy paid before the adapter was released."""
-
-    def is_exhausted(self, server_round: int, stats: Round) -> bool:
-        """Return False: the server's budget is checked before a round."""
-        return False
-
     def epsilon(self, server_round: int) -> float | None:
         """Return the zero-out epsilon that was spent by the end of a round."""
-        return self.ledger.epsilons().zero_out if server_round else 0.0
+        return self._ledger.epsilons().zero_out if server_round else 0.0
 
     def epsilon_text(self) -> str | None:
         """Return the zero-out epsilon for a round's log line."""
-        return f"epsilon {plain(self.ledger.epsilons().zero_out)}"
+        return f"epsilon {plain(self._ledger.epsilons().zero_out)}"
 
     def plan(self) -> list[LogLine]:
         """Return epsilon under both relations, the noise, and the ratio R."""
-        settings = self.ledger.settings
-        planned = self.ledger.epsilon_after(settings.planned_rounds)
+        settings = self._ledger.settings
+        planned = self._ledger.epsilon_after(settings.planned_rounds)
         ratio = noise_to_signal(
             settings.noise_multiplier,
             settings.num_trainable,
@@ -193,56 +216,42 @@ class ClientAccount:
 
     def outcome(self) -> list[str]:
         """Return epsilon under both relations, the statement, and what it leaves out."""
-        spent, content = self.ledger.epsilons(), self.ledger.as_dict()
+        spent, content = self._ledger.epsilons(), self._ledger.as_dict()
         return [
             f"epsilon: {plain(spent.zero_out)} zero-out, {plain(spent.replace_one)} "
-            f"replace-one, at delta {self.ledger.settings.delta:g}",
+            f"replace-one, at delta {self._ledger.settings.delta:g}",
             *_statement(content),
         ]
 
     def advice(self) -> list[str]:
         """Return what helps against the noise, best first."""
-        return ledger_advice(self.ledger)
+        return ledger_advice(self._ledger)
 
 
-class RecordAccount:
+class RecordAccount(PrivacyAccount):
     """Record level: each client adds noise itself and reports what it has spent."""
-
-    ledger: Ledger | None = None
 
     def __init__(self, claims: RecordClaims) -> None:
         self.run = claims.run
         self.claims = claims
 
     @classmethod
-    def open(
-        cls,
-        config: RunConfig,
-        directory: RunDirectory,
-        num_clients: int,
-        d: int,
-        *,
-        resumed: bool,
-    ) -> "RecordAccount":
+    def open(cls, terms: AccountTerms) -> Self:
         """Start the list of claims of a new run, or load that of a resumed one.
 
         Raises:
             PrivacyError: The list cannot be trusted, or has other settings.
         """
-        settings = record_settings(config, num_clients, d)
-        path = directory.path / PRIVACY_FILE
-        if resumed:
-            return cls(RecordClaims.load(path, settings))
-        return cls(RecordClaims.create(path, settings, directory.path.name))
+        settings = record_settings(terms.config, terms.num_clients, terms.num_trainable)
+        if terms.resumed:
+            return cls(RecordClaims.load(terms.path, settings))
+        name = terms.directory.path.name
+        return cls(RecordClaims.create(terms.path, settings, name))
 
     @property
     def releases(self) -> list[int]:
         """The rounds in which a client sent an update."""
         return self.claims.releases
-
-    def may_start(self, server_round: int, last_round: int) -> bool:
-        """Return True: each client decides by its own ledger."""
-        return True
 
     def note_round(
         self, server_round: int, stats: Round, population: Sequence[int]
@@ -319,37 +328,28 @@ class RecordAccount:
         ]
 
 
-class NoAccount:
+class NoAccount(PrivacyAccount):
     """No privacy: nothing is spent, since nothing is bounded."""
-
-    ledger: Ledger | None = None
 
     def __init__(self, run: str) -> None:
         self.run = run
 
     @classmethod
-    def open(
-        cls,
-        config: RunConfig,
-        directory: RunDirectory,
-        num_clients: int,
-        d: int,
-        *,
-        resumed: bool,
-    ) -> "NoAccount":
+    def open(cls, terms: AccountTerms) -> Self:
         """Write privacy.json of a new run, or check that of a resumed one.
 
         Raises:
             ConfigError: The run began with privacy.
         """
-        if not resumed:
-            run = directory.path.name
-            directory.write_json(PRIVACY_FILE, no_privacy(num_clients, d, run))
+        if not terms.resumed:
+            run = terms.directory.path.name
+            content = no_privacy(terms.num_clients, terms.num_trainable, run)
+            terms.directory.write_json(PRIVACY_FILE, content)
             return cls(run)
-        content = read_json(directory.path / PRIVACY_FILE)
+        content = read_json(terms.path)
         require_unchanged(
             {"privacy.unit": content.get("unit")},
-            {"privacy.unit": config.privacy.unit},
+            {"privacy.unit": terms.config.privacy.unit},
             "resume.from: the run's ledger and config differ",
         )
         return cls(str(content.get("run", "")))
@@ -358,19 +358,6 @@ class NoAccount:
     def releases(self) -> list[int]:
         """No round is paid for."""
         return []
-
-    def may_start(self, server_round: int, last_round: int) -> bool:
-        """Return True: there is no budget."""
-        return True
-
-    def note_round(
-        self, server_round: int, stats: Round, population: Sequence[int]
-    ) -> None:
-        """Do nothing."""
-
-    def is_exhausted(self, server_round: int, stats: Round) -> bool:
-        """Return False: there is no budget."""
-        return False
 
     def epsilon(self, server_round: int) -> float | None:
         """Return None: epsilon is not bounded."""
@@ -393,36 +380,21 @@ class NoAccount:
         return ledger_advice(None)
 
 
-_ACCOUNTS: dict[str, type[ClientAccount] | type[RecordAccount] | type[NoAccount]] = {
+_ACCOUNTS: dict[str, type[PrivacyAccount]] = {
     "client": ClientAccount,
     "record": RecordAccount,
     "none": NoAccount,
 }
 
 
-def open_account(
-    config: RunConfig,
-    directory: RunDirectory,
-    num_clients: int,
-    num_trainable: int,
-    *,
-    resumed: bool,
-) -> PrivacyAccount:
+def open_account(terms: AccountTerms) -> PrivacyAccount:
     """Start the privacy account of a new run, or load that of a resumed one.
-
-    Args:
-        config: The run config; `privacy.unit` chooses the account.
-        directory: The run folder, which holds privacy.json.
-        num_clients: Population size N.
-        num_trainable: Trained values d.
-        resumed: Whether the run was begun before.
 
     Raises:
         ConfigError: The run began with another unit.
         PrivacyError: The account cannot be trusted, or has other settings.
     """
-    account = _ACCOUNTS[config.privacy.unit]
-    return account.open(config, directory, num_clients, num_trainable, resumed=resumed)
+    return _ACCOUNTS[terms.config.privacy.unit].open(terms)
 
 
 def _not_private(epsilon: float) -> str:

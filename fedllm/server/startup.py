@@ -19,7 +19,7 @@ from fedllm.runs.directory import CONFIG_FILE, RunDirectory
 from fedllm.runs.resume import Resumed, open_run
 from fedllm.server.federation import Federation
 from fedllm.server.population import LEAST_CLIENTS, wait_for_clients
-from fedllm.server.privacy_account import PrivacyAccount, open_account
+from fedllm.server.privacy_account import AccountTerms, PrivacyAccount, open_account
 from fedllm.server.saving import BestRound, Progress, RunIdentity, RunSaver
 from fedllm.strategy.build import make_strategy
 
@@ -103,13 +103,10 @@ def _assemble(
     identity = RunIdentity(run_id, base_name, fingerprint(base_name))
     if resumed is not None:
         resumed.checkpoint.state.check_model(identity.fingerprint, spec)
-    account = open_account(
-        config,
-        directory,
-        len(population),
-        spec.num_trainable,
-        resumed=resumed is not None,
+    terms = AccountTerms(
+        config, directory, len(population), spec.num_trainable, resumed is not None
     )
+    account = open_account(terms)
     progress = _progress_of(resumed, account, config) if resumed else None
     if progress is None:
         progress = Progress(initial_arrays(spec))
