@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,10 +63,11 @@ def log_outcome(
 
 
 def command() -> str:
-    """Return how `fedllm` of this environment is called from the working folder."""
+    """Return how `fedllm` of this environment is typed, from the working folder.
+
+    Never its bare name: the programs of an environment that is not activated are on the
+    PATH of a simulation's processes, and not on the user's.
+    """
     program = Path(sys.executable).with_name("fedllm")
-    on_path = shutil.which("fedllm")
-    if on_path is not None and Path(on_path).resolve() == program.resolve():
-        return "fedllm"
     here = os.path.relpath(program)
-    return here if not here.startswith("..") else str(program)
+    return str(program) if here.startswith("..") else here

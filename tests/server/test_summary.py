@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
 
+import pytest
+
+from fedllm.server import summary
 from tests.helpers.federations import start
 
 
@@ -33,3 +37,19 @@ def test_an_unprotected_setting_says_what_it_is_worth(settings, caplog):
     told = json.loads((federation.directory.path / "privacy.json").read_text())
     assert told["strength"] == "none to speak of"
     assert "no protection to speak of" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("folder", "typed"), [(".", ".venv/bin/fedllm"), ("elsewhere", "{}/fedllm")]
+)
+def test_the_command_to_type_needs_no_activated_environment(
+    folder, typed, tmp_path, monkeypatch
+):
+    programs = tmp_path / ".venv" / "bin"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    monkeypatch.setattr(summary.sys, "executable", str(programs / "python"))
+    # As the server's process of a simulation has it.
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+
+    assert summary.command() == typed.format(programs)
