@@ -47,6 +47,8 @@ def test_the_command_to_type_needs_no_activated_environment(
 ):
     programs = tmp_path / ".venv" / "bin"
     (tmp_path / "elsewhere").mkdir()
+    programs.mkdir(parents=True)
+    (programs / "fedllm").touch(mode=0o755)
     monkeypatch.chdir(tmp_path / folder)
     monkeypatch.setattr(summary.sys, "executable", str(programs / "python"))
     # As the server's process of a simulation has it.
