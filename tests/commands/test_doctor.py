@@ -6,24 +6,8 @@ import os
 import pytest
 
 from fedllm.commands import doctor
-from fedllm.deployment import flower_daemon
 from tests.helpers.commands import exit_status
-from tests.helpers.doctor import examined, free_port
-from tests.helpers.rows import write_rows
-
-
-@pytest.fixture
-def typed(tiny_llama, tmp_path, monkeypatch):
-    """A config that this machine can run."""
-    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(flower_daemon, "FLOWER_PORT", free_port())
-    rows = write_rows(tmp_path / "rows.jsonl", 4)
-    return {
-        "model.name": str(tiny_llama),
-        "model.quantization": 4,
-        "data.name": rows,
-    }
+from tests.helpers.doctor import examined
 
 
 def test_a_machine_that_can_run_it_is_told_so(capsys, typed):

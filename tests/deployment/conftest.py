@@ -5,24 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.deployment import flower_daemon
-from tests.helpers.doctor import free_port
+from tests.helpers.doctor import typed
 from tests.helpers.fork_servers import Node, started
-from tests.helpers.rows import write_rows
 
-
-@pytest.fixture
-def typed(tiny_llama, tmp_path, monkeypatch):
-    """A config that this machine can run."""
-    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(flower_daemon, "FLOWER_PORT", free_port())
-    rows = write_rows(tmp_path / "rows.jsonl", 4)
-    return {
-        "model.name": str(tiny_llama),
-        "model.quantization": 4,
-        "data.name": rows,
-    }
+__all__ = ["typed"]
 
 
 @pytest.fixture

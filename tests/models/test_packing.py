@@ -50,20 +50,25 @@ def calls(base):
     return seen
 
 
+def shapes_if_equal_to_padded(base, ids, mask):
+    """Compare states and gradients with and without padding; return what base was given."""
+    shapes = calls(base)
+    states, gradient = states_and_gradient(base, ids, mask)
+    base.set_attn_implementation("sdpa")
+    padded, padded_gradient = states_and_gradient(base, ids, mask)
+    torch.testing.assert_close(states, padded, rtol=1e-4, atol=1e-5)
+    for one, other in zip(gradient, padded_gradient, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max())
+    return shapes
+
+
 @pytest.mark.parametrize("model_type", packing.MODEL_TYPES)
 def test_a_batch_without_padding_gives_what_a_padded_one_gives(model_type):
     ids, mask = unequal_rows()
     base = small(
         model_type, **({"sliding_window": None} if model_type == "mistral" else {})
     )
-    shapes = calls(base)
-    states, gradient = states_and_gradient(base, ids, mask)
-    base.set_attn_implementation("sdpa")
-    padded, wanted = states_and_gradient(base, ids, mask)
-    assert shapes == [(1, 24), (3, 11)]
-    torch.testing.assert_close(states, padded, rtol=1e-4, atol=1e-5)
-    for one, other in zip(gradient, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max())
+    assert shapes_if_equal_to_padded(base, ids, mask) == [(1, 24), (3, 11)]
 
 
 def test_a_window_shorter_than_the_rows_keeps_its_padding():
@@ -119,28 +124,14 @@ def test_what_rows_begin_with_is_computed_once(model_type, shared):
     base = small(
         model_type, **({"sliding_window": None} if model_type == "mistral" else {})
     )
-    shapes = calls(base)
-    states, gradient = states_and_gradient(base, ids, mask)
-    base.set_attn_implementation("sdpa")
-    padded, wanted = states_and_gradient(base, ids, mask)
-    assert shapes == [(1, 25 - 2 * shared), (3, 11)]
-    torch.testing.assert_close(states, padded, rtol=1e-4, atol=1e-5)
-    for one, other in zip(gradient, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max())
+    assert shapes_if_equal_to_padded(base, ids, mask) == [(1, 25 - 2 * shared), (3, 11)]
 
 
 def test_rows_that_are_equal_share_all_but_their_last_token():
     ids, mask = unequal_rows()
     ids, mask = ids[1:2].expand(3, 11), torch.ones_like(mask)
     base = small("llama")
-    shapes = calls(base)
-    states, gradient = states_and_gradient(base, ids, mask)
-    base.set_attn_implementation("sdpa")
-    padded, wanted = states_and_gradient(base, ids, mask)
-    assert shapes == [(1, 13), (3, 11)]
-    torch.testing.assert_close(states, padded, rtol=1e-4, atol=1e-5)
-    for one, other in zip(gradient, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max())
+    assert shapes_if_equal_to_padded(base, ids, mask) == [(1, 13), (3, 11)]
 
 
 def test_a_token_of_one_row_changes_no_other_though_they_begin_alike():

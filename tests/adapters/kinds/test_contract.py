@@ -120,6 +120,7 @@ def test_a_saved_adapter_opens_by_peft_alone_and_by_ours(
 
     torch.testing.assert_close(logits(alone), logits(model), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits(ours), logits(alone))
+    assert (logits(alone) - logits(load_base(tiny_llama))).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -1,0 +1,3 @@
+from tests.helpers.doctor import typed
+
+__all__ = ["typed"]
