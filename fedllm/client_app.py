@@ -1,16 +1,18 @@
 """The ClientApp: hand each message to the client, which always replies."""
 
-import os
+import sys
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedllm.client.message_handler import reply_to
+from fedllm.deployment.ray_walls import close_this_process_ray
 from fedllm.logs import show_log
 
-# Flower imports this module before it starts Ray, whose node may take more than its
-# 30 s to come up on a busy small machine.
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
+# Flower imports this module before it starts Ray, and reads what is set here. A node of a
+# deployment has no Ray.
+if "flwr.simulation" in sys.modules:
+    close_this_process_ray()
 
 app = ClientApp()
 

@@ -90,6 +90,8 @@ None has to be set. These change something:
 |---|---|
 | `FEDLLM_HOME` | The one folder that everything is written under; by default `~/.fedllm`. |
 | `FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1` | Keeps the Flower daemon that `flwr run` starts from installing the dependencies for each run. It counts in the environment of the process that starts the daemon. `fedllm simulate`, `superlink` and `supernode` set it. |
+| `FLWR_TELEMETRY_ENABLED=0`, `FLWR_DISABLE_UPDATE_CHECK=1` | Flower reports its use to its makers, and asks them for a newer version, unless these are set. `fedllm simulate`, `superlink` and `supernode` set them; a bare `flwr` or `flower-supernode` needs them exported. |
+| `RAY_TMPDIR` | Where a simulation's Ray has its folder, which is closed to other users; by default `/tmp`. `RAY_ADDRESS` does not count: a simulation starts a Ray of its own. |
 | `RAY_raylet_start_wait_time_s` | Seconds that Ray's node may take to start; if it is not set, we set 120. |
 | `HF_HOME`, `HF_HUB_OFFLINE` | The model hub's own: its cache, and whether it may be reached at all. |
 """

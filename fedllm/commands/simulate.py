@@ -1,12 +1,12 @@
-"""Run a simulation in a SuperLink of its own, and stop that afterwards.
+"""Run a simulation in processes of its own, which nobody else can steer.
 
     fedllm simulate --clients 20
     fedllm simulate --clients 20 --run-config configs/private-20.toml
 
-`flwr run` alone starts a SuperLink that outlives it on a fixed port, and joins one that
-another folder or environment left there, with that one's interpreter and packages. This
-command types `flwr run . --stream` for you against a SuperLink on a free port, with the
-packages of this environment. The exit status is 1 if the run failed.
+`flwr run` alone starts a SuperLink that outlives it on a fixed port and executes what any
+user of the machine posts there, and joins one that another folder or environment left.
+This command runs the same engine without a SuperLink, with the packages of this
+environment, and ends all that it started. The exit status is 1 if the run failed.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class _Log:
 
 
 def _run_config(values: Sequence[str], home: Path) -> Sequence[str]:
-    """Return values that `flwr run` takes: it takes a file or pairs, and never both."""
+    """Return values that Flower takes: a file or pairs, and never both."""
     if len(values) < 2 or not any(value.endswith(".toml") for value in values):
         return values
     # A JSON scalar is a TOML scalar.

@@ -1,15 +1,18 @@
-"""A simulation in a SuperLink of its own, which ends with it.
+"""A simulation in processes of its own, which end with it and which nobody else can reach.
 
-`flwr run` starts a daemon on a fixed port that outlives it. A later `flwr run` joins that
-daemon and its interpreter. Here `flwr run` is typed against a SuperLink on a free port with
-a temporary Flower home, and the whole process group is ended at the end.
+`flwr run` starts a daemon on a fixed port that outlives it, and that executes what any user
+of the machine posts there. A later `flwr run` joins that daemon and its interpreter. Here
+the app runs on Flower's engine without a SuperLink, and Ray is closed to others.
 """
 
+import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +20,9 @@ from pathlib import Path
 import psutil
 
 from fedllm.deployment.flower_programs import flower_environment, program_path
-from fedllm.deployment.superlink import (
-    free_port,
-    run_status,
-    stop_superlink,
-    wait_until_up,
-)
-from fedllm.errors import ConfigError, FederationError
+from fedllm.deployment.process_tree import end_tree
+from fedllm.deployment.ray_walls import STARTED_BY_SIMULATE, close_ray, ray_folder
+from fedllm.errors import ConfigError
 from fedllm.models.known import BUILT_IN_MODEL
 
 # What a client on the built-in model takes at most, with rows as long as ours.
@@ -35,7 +34,7 @@ _POLL_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Simulation:
-    """What `flwr run` is to run.
+    """What to run.
 
     Attributes:
         app: The app's folder.
@@ -49,12 +48,11 @@ class Simulation:
     client_cpus: int | None
     run_config: Sequence[str]
 
-    def federation_config(self) -> str:
-        """Return the value of `--federation-config`."""
-        cpus = self.client_cpus
-        if cpus is None:
-            cpus = fitting_cpus(self.app, self.num_clients, self.run_config)
-        return f"num-supernodes={self.num_clients} client-resources-num-cpus={cpus}"
+    def cpus(self) -> int:
+        """Return how many CPUs a client gets."""
+        if self.client_cpus is not None:
+            return self.client_cpus
+        return fitting_cpus(self.app, self.num_clients, self.run_config)
 
 
 def find_app(folder: str | None, home: Path) -> Path:
@@ -90,7 +88,7 @@ def _holds_app(folder: Path) -> bool:
 def simulate(
     simulation: Simulation, home: Path, on_line: Callable[[str], None] | None = None
 ) -> int:
-    """Start a SuperLink, run, and stop the SuperLink.
+    """Run the simulation in a process of its own, and end all that it started.
 
     Args:
         simulation: What to run.
@@ -102,74 +100,106 @@ def simulate(
         The exit status: 0 if the run completed.
 
     Raises:
-        FederationError: The SuperLink does not start, or does not report the run's end.
+        ConfigError: The app cannot be bundled, or the run config cannot be read.
     """
-    port = free_port()
-    (home / "config.toml").write_text(
-        '[superlink]\ndefault = "private"\n\n[superlink.private]\n'
-        f'address = "127.0.0.1:{port}"\ninsecure = true\n',
-        encoding="utf-8",
+    with ray_folder() as ray:
+        env = _environment(home, ray)
+        app = _unpacked(simulation.app, home, env)
+        run = home / "run.json"
+        run.write_text(json.dumps(_description(simulation, app)), encoding="utf-8")
+        # The app's own modules go first; a user's paths stay.
+        paths = [str(app), env.get("PYTHONPATH", "")]
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        return _run_process(run, env, on_line)
+
+
+def _run_process(
+    run: Path, env: dict[str, str], on_line: Callable[[str], None] | None
+) -> int:
+    """Run the simulation's process, end all that it started, and return its status."""
+    command = [sys.executable, "-P", "-m", "fedllm.deployment.simulated_run", str(run)]
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=None if on_line is None else subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
-    env = _environment(home)
-    log = home / "superlink.log"
-    superlink = _start_superlink(port, env, log)
     try:
-        if not wait_until_up(superlink, port):
-            sys.stderr.write(log.read_text("utf-8")[-4000:])
-            raise FederationError(
-                "Flower's SuperLink did not start; its log is above this line"
-            )
-        status = _flwr_run(simulation, home, env, on_line)
-        return status or run_status(env)
+        if on_line is not None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                on_line(line)
+        return process.wait()
     finally:
-        stop_superlink(superlink)
+        end_tree(process.pid)
+        process.wait()
 
 
-def _environment(home: Path) -> dict[str, str]:
-    """Return the variables for a SuperLink and its Ray."""
-    start_seconds = os.environ.get("RAY_raylet_start_wait_time_s", "120")
-    return flower_environment(_POLL_SECONDS) | {
+def _environment(home: Path, ray: str) -> dict[str, str]:
+    """Return the variables for a simulation and its Ray."""
+    env = flower_environment(_POLL_SECONDS) | {
         "FLWR_HOME": str(home),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
         # Ray announces a change of a default that does not concern us.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_raylet_start_wait_time_s": start_seconds,
+        "PYTHONUNBUFFERED": "1",
+        STARTED_BY_SIMULATE: "1",
     }
+    # A secret of this run alone.
+    env.pop("RAY_AUTH_TOKEN", None)
+    close_ray(env, ray)
+    return env
 
 
-def _start_superlink(
-    port: int, env: dict[str, str], log: Path
-) -> "subprocess.Popen[bytes]":
-    """Start a SuperLink in a session of its own."""
-    command = [program_path("flower-superlink"), "--insecure", "--simulation"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += ["--control-api-address", f"127.0.0.1:{free_port()}"]
-    with log.open("w", encoding="utf-8") as output:
-        return subprocess.Popen(
-            command, env=env, stdout=output, stderr=output, start_new_session=True
-        )
+def _unpacked(app: Path, home: Path, env: dict[str, str]) -> Path:
+    """Return a folder with the files that Flower would ship, as they are now.
+
+    What is edited while the run lasts does not change it.
+
+    Raises:
+        ConfigError: Flower cannot bundle the app.
+    """
+    shown = app_without_environments(app, home / "app")
+    command = [program_path("flwr"), "build", "--app", str(shown)]
+    built = subprocess.run(
+        command, cwd=home, env=env, capture_output=True, text=True, check=False
+    )
+    bundles = list(home.glob("*.fab"))
+    if built.returncode != 0 or len(bundles) != 1:
+        words = " ".join((built.stderr or built.stdout).split())
+        raise ConfigError(f"{app}: Flower cannot bundle the app: {words}")
+    with zipfile.ZipFile(bundles[0]) as bundle:
+        bundle.extractall(home / "unpacked")
+    return home / "unpacked"
 
 
-def _flwr_run(
-    simulation: Simulation,
-    home: Path,
-    env: dict[str, str],
-    on_line: Callable[[str], None] | None,
-) -> int:
-    """Type `flwr run`, wait for its end and return its exit status."""
-    app = app_without_environments(simulation.app, home / "app")
-    command = [program_path("flwr"), "run", str(app), "private", "--stream"]
-    command += ["--federation-config", simulation.federation_config()]
-    for value in simulation.run_config:
-        command += ["--run-config", value]
-    if on_line is None:
-        return subprocess.run(command, env=env, check=False).returncode
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as run:
-        assert run.stdout is not None
-        for line in run.stdout:
-            on_line(line)
-    return run.returncode
+def _description(simulation: Simulation, app: Path) -> dict[str, object]:
+    """Return what the simulation's process reads.
+
+    Raises:
+        ConfigError: The run config cannot be read, or names a key that the app lacks.
+    """
+    from click import ClickException
+    from flwr.common.config import get_fused_config_from_dir, parse_config_args
+
+    try:
+        overrides = parse_config_args(list(simulation.run_config))
+        run_config = get_fused_config_from_dir(app, overrides)
+    except ClickException as error:
+        raise ConfigError(f"--run-config: {error.message}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--run-config: {error}") from None
+    project = tomllib.loads((app / "pyproject.toml").read_text("utf-8"))
+    components = project["tool"]["flwr"]["app"]["components"]
+    return {
+        "serverapp": components["serverapp"],
+        "clientapp": components["clientapp"],
+        "run_config": run_config,
+        "num_clients": simulation.num_clients,
+        "client_cpus": simulation.cpus(),
+    }
 
 
 def app_without_environments(app: Path, folder: Path) -> Path:
@@ -214,7 +244,7 @@ def fitting_cpus(app: Path, num_clients: int, run_config: Sequence[str]) -> int:
     try:
         overrides = parse_config_args(list(run_config))
         model = get_fused_config_from_dir(app, overrides).get("model.name")
-    except Exception:  # noqa: BLE001 - flwr run reports what is wrong with it
+    except Exception:  # noqa: BLE001 - _description reports what is wrong with it
         return _FLOWER_CPUS
     if model != BUILT_IN_MODEL.name:
         return _FLOWER_CPUS

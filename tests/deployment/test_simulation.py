@@ -120,3 +120,55 @@ def test_elsewhere_the_installed_packages_app_is_run(app, tmp_path, monkeypatch)
 def test_a_named_folder_without_an_app_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="holds no Flower app"):
         simulation.find_app(str(tmp_path), tmp_path)
+
+
+def described(app, run_config=(), clients=3):
+    return simulation._description(
+        simulation.Simulation(app, clients, 1, run_config), app
+    )
+
+
+def test_the_simulation_gets_the_fused_run_config():
+    run = described(ROOT, ["num-server-rounds=2 strategy.fraction-train=0.5"])
+
+    assert run["run_config"]["num-server-rounds"] == 2
+    assert run["run_config"]["strategy.fraction-train"] == 0.5
+    assert run["run_config"]["seed"] == 42
+    assert run["serverapp"] == "fedllm.server_app:app"
+    assert (run["num_clients"], run["client_cpus"]) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("no-such-key=1", "no-such-key"), ("a=[b", "format"), ("none.toml", "none.toml")],
+)
+def test_a_run_config_that_cannot_be_read_is_one_line(value, said):
+    with pytest.raises(ConfigError, match=f"--run-config: .*{said}") as error:
+        described(ROOT, [value])
+    assert "\n" not in str(error.value)
+
+
+def test_a_simulation_hands_on_no_secret_of_the_user_and_reports_to_nobody(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "the user's own")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("FLWR_TELEMETRY_ENABLED", raising=False)
+    env = simulation._environment(tmp_path, "/ray")
+
+    assert env["RAY_AUTH_MODE"] == "token"
+    assert env["RAY_AUTH_TOKEN"] != "the user's own"
+    off = ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED")
+    assert [env[name] for name in off] == ["0", "0"]
+    assert env["FLWR_DISABLE_UPDATE_CHECK"] == "1"
+
+
+def test_an_app_that_flower_cannot_bundle_is_one_line(tmp_path):
+    app, home = tmp_path / "app", tmp_path / "home"
+    app.mkdir()
+    home.mkdir()
+    (app / "pyproject.toml").write_text("[tool.flwr.app]\n")
+
+    with pytest.raises(ConfigError, match="Flower cannot bundle the app") as error:
+        simulation._unpacked(app, home, dict(os.environ))
+    assert "\n" not in str(error.value)

@@ -1,5 +1,7 @@
 """Quantised layers: exact gradients, and machines without a backend."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -157,3 +159,39 @@ def test_a_machine_without_bitsandbytes_raises_an_error_with_a_remedy(
 
     with pytest.raises(ModelError, match=r"model\.quantization=0"):
         load_base(str(tiny_llama), 4, tmp_path, "cpu")
+
+
+FETCHES = """
+import os, pathlib
+pathlib.Path(os.environ["MARKER"]).touch()
+def get_kernel(*_, **__):
+    pathlib.Path(os.environ["MARKER"]).touch()
+"""
+
+
+def test_no_native_code_comes_from_a_hub_even_if_kernels_is_installed(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text(FETCHES)
+    code = "\n".join(
+        [
+            "import fedllm",
+            "from importlib.util import find_spec",
+            # What bitsandbytes does on a CPU with bfloat16, and transformers on any.
+            "try:",
+            "    from kernels import get_kernel",
+            "except ImportError:",
+            "    print('fetched nothing', find_spec('kernels'))",
+        ]
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    env = os.environ | {"PYTHONPATH": paths, "MARKER": str(tmp_path / "marker")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout == "fetched nothing None\n", done.stderr
+    assert not (tmp_path / "marker").exists()

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers.flower_processes import (
@@ -22,6 +23,7 @@ from tests.helpers.flower_processes import (
     typed,
     wait_for_port,
 )
+from tests.helpers.listening import listed_jobs, listeners, posted_by_a_stranger
 from tests.helpers.rows import MARKER, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -82,6 +84,29 @@ def test_secret_cohorts_leave_no_trace_of_who_took_part(tiny_llama, tmp_path, en
     assert not re.search(r"client \d+: round", done.stdout)
 
 
+def assert_that_nobody_else_can_steer(pid: int) -> None:
+    """Hold a simulation that is at work to what SECURITY.md says of it."""
+    found = listeners(pid)
+    (gcs,) = [x for x in found if x.program == "gcs_server"]
+    clients, *_ = [x for x in found if x.program.startswith("ray::ClientApp")]
+    assert [x for x in found if not x.is_local()] == []
+    ray = next(
+        child.environ()
+        for child in psutil.Process(pid).children(recursive=True)
+        if child.name() == "gcs_server"
+    )
+    assert listed_jobs(gcs, None) == "UNAUTHENTICATED"
+    assert listed_jobs(gcs, "0" * 64) == "UNAUTHENTICATED"
+    # The call is one that Ray answers if it is asked by its own.
+    assert listed_jobs(gcs, ray["RAY_AUTH_TOKEN"]) == "OK"
+    # Ray's own folders in this one may be written by all.
+    got = posted_by_a_stranger([x for x in found if x.is_stream], ray["RAY_TMPDIR"])
+    assert got.pop("folder") == "PermissionError"
+    assert f"{clients.program}:{clients.port}" in got
+    # 401, or no HTTP at all: nothing here takes a run from a stranger.
+    assert set(got.values()) <= {401, "BadStatusLine"}, got
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_simulation_that_is_ended_leaves_no_process(tiny_llama, tmp_path, env, sign):
     config = run_config(tiny_llama, tmp_path, **{"num-server-rounds": 500})
@@ -97,6 +122,7 @@ def test_a_simulation_that_is_ended_leaves_no_process(tiny_llama, tmp_path, env,
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.5)
     assert len(processes_of(tmp_path / "fedllm")) > 3
+    assert_that_nobody_else_can_steer(process.pid)
 
     process.send_signal(sign)
 
@@ -139,6 +165,8 @@ def test_bare_flwr_run_works_on_two_supernodes(tiny_llama, tmp_path, env):
     result = json.loads((latest_run(tmp_path / "fedllm") / "result.json").read_text())
     assert result["num_rounds"] == 2
     assert "with 2 clients the noise" in done.stdout
+    # Ray is closed by our app; Flower's SuperLink is not ours to close.
+    assert done.stdout.count("executes what any user of this machine posts") == 1
 
 
 def test_the_same_app_runs_on_a_superlink_with_two_supernodes(
