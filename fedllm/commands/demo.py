@@ -10,6 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from fedllm.commands.demo_host import OwnHostOnly
 from fedllm.commands.demo_page import CSS, AnswerOptions, make_page
 from fedllm.commands.options import (
     add_answers,
@@ -68,6 +69,7 @@ def _serve(args: argparse.Namespace) -> None:
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     os.environ["no_proxy"] = ",".join(filter(None, [direct, _HOST]))
     import gradio as gr
+    from starlette.middleware import Middleware
 
     options = AnswerOptions(args.max_new_tokens, args.temperature, args.quantization)
     page = make_page(options, fedllm_home())
@@ -87,6 +89,7 @@ def _serve(args: argparse.Namespace) -> None:
             mcp_server=False,
             enable_monitoring=False,
             css=CSS,
+            app_kwargs={"middleware": [Middleware(OwnHostOnly, port=args.port)]},
             # The fonts of its own themes would come from elsewhere.
             theme=gr.themes.Default(
                 font=["system-ui", "sans-serif"], font_mono=["monospace"]

@@ -5,6 +5,7 @@ FEDLLM_SCREENSHOTS names a folder that is to hold pictures for a person to look 
 
 import contextlib
 import html
+import http.client
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from fedllm.config import AdapterConfig
 from fedllm.models.loading import load_config
 from fedllm.runs import listing
 from fedllm.runs.directory import RunDirectory
+from tests.helpers.listening import listeners
 from tests.helpers.sample_runs import HOSTILE, write_run
 
 NO_PRIVACY = {"privacy__unit": "none", "privacy__target_epsilon": 0.0}
@@ -246,8 +249,15 @@ def start(port: str) -> list[str]:
     return [*command, "--max-new-tokens", "6", "--port", port]
 
 
+class Served(NamedTuple):
+    """The page's address and process."""
+
+    url: str
+    pid: int
+
+
 @pytest.fixture
-def url(home):
+def served(home):
     """The page, served by the command itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -257,8 +267,41 @@ def url(home):
     with subprocess.Popen(
         start(port), env=os.environ | proxies, stdout=subprocess.PIPE, text=True
     ) as server:
-        yield server.stdout.readline().split()[0]
+        yield Served(server.stdout.readline().split()[0], server.pid)
         server.terminate()
+
+
+@pytest.fixture
+def url(served):
+    return served.url
+
+
+@needs_gradio
+def test_the_served_page_is_this_machines_own(served):
+    found = listeners(served.pid)
+    assert found
+    assert [x for x in found if not x.is_local()] == []
+
+    host = served.url.removeprefix("http://").rstrip("/")
+    port = host.rpartition(":")[2]
+    wanted = {
+        (host, None): 200,
+        (f"localhost:{port}", f"http://localhost:{port}"): 200,
+        (f"evil.example:{port}", None): 403,
+        (f"evil.example:{port}", f"http://evil.example:{port}"): 403,
+        (host, "http://evil.example"): 403,
+    }
+    assert {named: status(host, *named) for named in wanted} == wanted
+
+
+def status(address: str, host: str, origin: str | None) -> int:
+    """Return the status of the page's configuration, asked for by another name."""
+    headers = {"Host": host} | ({"Origin": origin} if origin else {})
+    connection = http.client.HTTPConnection(address, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("GET", "/config", headers=headers)
+        with connection.getresponse() as response:
+            return response.status
 
 
 BOTH_ANSWERED = """() => {
