@@ -1,11 +1,13 @@
 """The comparison: every arm on a small model, and what it adds up to."""
 
 import json
+import os
 
 import pytest
 
 from fedllm.commands import compare, comparison_bench
 from tests.helpers.comparisons import config_file
+from tests.helpers.listening import listeners
 
 __all__ = ["config_file"]
 
@@ -45,6 +47,22 @@ def test_every_arm_is_trained_once_and_a_second_sitting_trains_nothing(
     monkeypatch.setattr(comparison_bench, "Bench", None)
     compare.main(command)
     assert json.loads((out / "compare.json").read_text()) == content
+
+
+def test_nothing_listens_while_arms_are_trained(config_file, tmp_path, monkeypatch):
+    before, seen = set(listeners(os.getpid())), []
+    write = compare.write_atomic
+
+    def written(path, content):
+        seen.append(set(listeners(os.getpid())) - before)
+        write(path, content)
+
+    monkeypatch.setattr(compare, "write_atomic", written)
+    command = ["--run-config", str(config_file), "--clients", "2"]
+    compare.main([*command, "--out", str(tmp_path), "--arms", "federated-dp"])
+
+    # The setting, and the arm while its bench is still in memory.
+    assert seen == [set(), set()]
 
 
 def test_only_the_arms_and_clients_that_are_asked_for_are_trained(

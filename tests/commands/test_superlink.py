@@ -47,6 +47,8 @@ def test_it_becomes_a_superlink_with_tls_node_keys_and_a_database(
         "--enable-supernode-auth",
     ]
     assert home.is_dir()
+    # Flower reports to its makers otherwise.
+    assert os.environ["FLWR_TELEMETRY_ENABLED"] == "0"
 
 
 def test_nothing_need_be_exported_and_what_is_exported_wins(

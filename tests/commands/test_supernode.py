@@ -20,7 +20,8 @@ def becomes(monkeypatch, tmp_path) -> list[list[str]]:
     monkeypatch.setattr(flower_programs, "environment_bin", lambda: tmp_path)
     (tmp_path / "flower-supernode").touch()
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    os.environ.pop("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", None)
+    for name in [name for name in os.environ if name.startswith("FLWR_")]:
+        os.environ.pop(name)
     return calls
 
 
@@ -43,6 +44,9 @@ def test_the_command_becomes_a_supernode_that_finds_the_program_first(
     path = f"{tmp_path / 'here'}:{tmp_path}:{before}"
     assert os.environ["PATH"] == path
     assert os.environ["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] == "0.05"
+    # A clinic's node would report its machine to Flower's makers for each client.
+    assert os.environ["FLWR_TELEMETRY_ENABLED"] == "0"
+    assert os.environ["FLWR_DISABLE_UPDATE_CHECK"] == "1"
 
 
 @pytest.mark.parametrize(
