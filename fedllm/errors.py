@@ -39,3 +39,7 @@ class TimeLimitError(FedllmError):
 
 class KeyFolderError(FedllmError):
     """Keys for a deployment cannot be made there; nothing was written over."""
+
+
+class NodeError(FedllmError):
+    """A node's owner has not allowed it, or what the node keeps cannot be trusted."""

@@ -51,6 +51,7 @@ ROOMS = [
     "deployment",
     "evaluation",
     "models",
+    "node",
     "planning",
     "privacy",
     "reporting",
@@ -105,7 +106,7 @@ def test_the_tests_of_privacy_strategy_and_wire_import_no_model_library():
     assert done.stdout == "set()\n", done.stderr
 
 
-def test_there_are_sixteen_rooms_and_each_opens_with_what_it_is_for():
+def test_there_are_seventeen_rooms_and_each_opens_with_what_it_is_for():
     rooms = {path.parent.name for path in (ROOT / "fedllm").glob("*/__init__.py")}
     assert rooms == set(ROOMS)
     for room in ROOMS:
