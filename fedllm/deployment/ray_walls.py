@@ -16,6 +16,9 @@ STARTED_BY_SIMULATE = "FEDLLM_STARTED_BY_SIMULATE"
 
 logger = logging.getLogger(__name__)
 
+_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_MODE = "RAY_AUTH_MODE"
+_TOKEN = "RAY_AUTH_TOKEN"
 _FOLDER = "RAY_TMPDIR"
 
 
@@ -30,9 +33,9 @@ def close_ray(environ: MutableMapping[str, str], folder: str) -> None:
         folder: Where Ray keeps its sockets and logs; nobody else may enter it.
     """
     # Ray binds to the node's address. Off Linux this makes that 127.0.0.1 by default.
-    environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    environ["RAY_AUTH_MODE"] = "token"
-    environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    environ[_CLUSTERS] = "0"
+    environ[_MODE] = "token"
+    environ.setdefault(_TOKEN, secrets.token_hex(32))
     environ[_FOLDER] = folder
     # The clients would run on another cluster, perhaps of another machine.
     environ.pop("RAY_ADDRESS", None)
@@ -55,7 +58,9 @@ def ray_folder() -> "tempfile.TemporaryDirectory[str]":
 
 def close_this_process_ray() -> None:
     """Close the Ray that this process will start, unless it is closed already."""
-    if os.environ.get("RAY_AUTH_MODE") == "token" and os.environ.get("RAY_AUTH_TOKEN"):
+    is_local = os.environ.get(_CLUSTERS) == "0"
+    has_secret = os.environ.get(_MODE) == "token" and _TOKEN in os.environ
+    if is_local and has_secret and _FOLDER in os.environ:
         return
     folder = ray_folder()
     atexit.register(folder.cleanup)

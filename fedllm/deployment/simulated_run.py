@@ -35,6 +35,7 @@ class ConfiguredClientApp(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer a message; called in a process of Ray."""
+        logging.getLogger("flwr").addFilter(without_noise)
         # Flower keeps the context for the next message, and rejects one whose run config
         # is another.
         given = context.run_config
@@ -69,20 +70,25 @@ def _load(reference: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-def _without_deprecation(record: logging.LogRecord) -> bool:
-    """Drop the advice to use `flwr run`, which leaves a SuperLink that all can reach."""
-    return not str(record.msg).startswith("DEPRECATED FEATURE")
+# The advice to use `flwr run`, which leaves a SuperLink that all can reach; and that a
+# client's process ends with the run.
+_NOISE = ("DEPRECATED FEATURE", "Manually terminating")
+
+
+def without_noise(record: logging.LogRecord) -> bool:
+    """Drop what Flower logs and a user cannot act on."""
+    return not str(record.msg).startswith(_NOISE)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the simulation that a file describes; return 0 if it completed."""
     (path,) = sys.argv[1:] if arguments is None else arguments
     run = json.loads(Path(path).read_text("utf-8"))
-    # Before Ray is imported: the client's module closes it (deployment/ray_walls.py).
+    # An app that cannot be imported fails here, and not in each client.
     _load(run["clientapp"])
     from flwr.simulation import run_simulation
 
-    logging.getLogger("flwr").addFilter(_without_deprecation)
+    logging.getLogger("flwr").addFilter(without_noise)
     try:
         run_simulation(
             server_app=configured_server_app(run["serverapp"], run["run_config"]),
@@ -99,4 +105,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # By its own name, by which the clients' processes import it too.
+    sys.exit(import_module("fedllm.deployment.simulated_run").main())

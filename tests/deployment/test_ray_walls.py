@@ -33,14 +33,31 @@ def test_ray_listens_on_loopback_and_asks_for_a_fresh_secret():
 
 
 def test_a_worker_keeps_the_secret_of_its_cluster(monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "the driver's")
-    monkeypatch.setenv("RAY_TMPDIR", "/the/drivers")
+    driver = {}
+    ray_walls.close_ray(driver, "/the/drivers")
+    monkeypatch.setattr(os, "environ", dict(driver))
 
     ray_walls.close_this_process_ray()
 
-    assert os.environ["RAY_AUTH_TOKEN"] == "the driver's"
-    assert os.environ["RAY_TMPDIR"] == "/the/drivers"
+    assert os.environ == driver
+
+
+def test_a_secret_that_the_user_exports_does_not_leave_ray_open_to_the_network(
+    tmp_path, monkeypatch
+):
+    exported = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "mine"}
+    monkeypatch.setattr(os, "environ", exported | {"RAY_TMPDIR": str(tmp_path)})
+    at_the_end = []
+    monkeypatch.setattr(ray_walls.atexit, "register", at_the_end.append)
+
+    ray_walls.close_this_process_ray()
+
+    assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    assert os.environ["RAY_AUTH_TOKEN"] == "mine"
+    assert Path(os.environ["RAY_TMPDIR"]).parent == tmp_path
+    for cleanup in at_the_end:
+        cleanup()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nobody_else_may_enter_rays_folder(tmp_path, monkeypatch):

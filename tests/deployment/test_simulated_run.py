@@ -27,6 +27,8 @@ def apps(monkeypatch):
     def server(grid, context):
         seen.append(dict(context.run_config))
 
+    # A filter stays with the logger.
+    monkeypatch.setattr(logging.getLogger("flwr"), "filters", [])
     module = types.SimpleNamespace(client=client, server=server)
     monkeypatch.setitem(sys.modules, "their_apps", module)
     return seen
@@ -73,7 +75,6 @@ def test_what_the_user_can_mend_is_a_status_and_no_traceback(
     assert simulated_run.main([str(file)]) == status
     assert calls[0]["num_supernodes"] == 3
     assert calls[0]["backend_config"]["client_resources"]["num_cpus"] == 2
-    logging.getLogger("flwr").removeFilter(simulated_run._without_deprecation)
 
 
 def test_an_error_that_is_not_foreseen_keeps_its_traceback(apps, tmp_path, monkeypatch):
@@ -87,4 +88,13 @@ def test_an_error_that_is_not_foreseen_keeps_its_traceback(apps, tmp_path, monke
     file.write_text(json.dumps({**references, **numbers, "run_config": {}}))
     with pytest.raises(ZeroDivisionError):
         simulated_run.main([str(file)])
-    logging.getLogger("flwr").removeFilter(simulated_run._without_deprecation)
+
+
+def test_noise_of_flower_is_dropped_and_nothing_else(caplog):
+    flower = logging.getLogger("flwr.test")
+    flower.addFilter(simulated_run.without_noise)
+    flower.warning("DEPRECATED FEATURE: %s", "run_simulation")
+    flower.warning("Manually terminating %s", "ClientAppActor")
+    flower.warning("an actor died")
+
+    assert caplog.messages == ["an actor died"]
