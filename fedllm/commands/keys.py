@@ -2,10 +2,12 @@
 
     fedllm keys --out ~/federation/keys --server-name fl.example.org --nodes 3
     fedllm keys --out ~/federation/keys --add-node clinic-d
+    fedllm keys --app-hash
 
 The first makes a private certificate authority, the server's certificate and the keys of
 node-1, node-2 and node-3. The second makes one more node's key: run it on that node's own
-machine, so that the private key never travels. docs/deployment.md has the rest.
+machine, so that the private key never travels. The third prints the SHA-256 of the app
+that lies here, for `fedllm supernode --pin-app`. docs/deployment.md has the rest.
 """
 
 import argparse
@@ -33,6 +35,10 @@ def run(args: argparse.Namespace) -> int:
     """Make the keys; print where they belong and what to type next."""
     if args.nodes < 0:
         raise argparse.ArgumentError(None, f"--nodes: must be >= 0 (got {args.nodes})")
+    if args.app_hash:
+        return _print_app_hash(args.json)
+    if args.out is None:
+        raise argparse.ArgumentError(None, "--out: is needed")
     folder = Path(args.out).expanduser().absolute()
     if args.add_node is not None:
         path = add_node_key(folder, args.add_node)
@@ -51,6 +57,24 @@ def run(args: argparse.Namespace) -> int:
         write_json(report)
     else:
         sys.stdout.write(text)
+    return 0
+
+
+def _print_app_hash(is_json: bool) -> int:
+    """Print the SHA-256 of the bundle that Flower makes of the app that lies here."""
+    import hashlib
+
+    from flwr.cli.build import build_fab_from_disk
+
+    from fedllm.config import fedllm_home
+    from fedllm.deployment.app_folder import app_folder
+
+    folder = app_folder(fedllm_home())
+    digest = hashlib.sha256(build_fab_from_disk(folder)).hexdigest()
+    if is_json:
+        write_json({"app": str(folder), "sha256": digest})
+    else:
+        sys.stdout.write(f"{digest}\n")
     return 0
 
 
@@ -102,13 +126,16 @@ def _register(folder: Path, node: str) -> str:
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = new_parser("keys", __doc__)
-    add_out(parser, "folder of the keys", required=True)
+    add_out(parser, "folder of the keys; needed but for --app-hash")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--server-name", metavar="NAME", help="name or address that nodes connect to"
     )
     what.add_argument(
         "--add-node", metavar="NAME", help="make one more node's key only"
+    )
+    what.add_argument(
+        "--app-hash", action="store_true", help="print the SHA-256 of the app, no more"
     )
     parser.add_argument(
         "--server-ip",

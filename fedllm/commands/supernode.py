@@ -2,8 +2,8 @@
 
     fedllm supernode --superlink HOST:9192 --node-config 'data-path="..."' ...
 
-This is `flower-supernode`: it gets every argument but --home, and its own help follows
-this one. Beside it waits a process that has imported torch, transformers, PEFT and TRL,
+This is `flower-supernode`: it gets every argument but those below, and its own help follows
+them. The node runs the installed fedllm and no app that differs from it. Beside it waits a process that has imported torch, transformers, PEFT and TRL,
 and forks a client for each message. The SuperNode looks for work 20 times a second, not
 once (FLWR_SUPEREXEC_TASK_POLL_INTERVAL sets it). Linux only: elsewhere, and if that process
 cannot be started, each client imports the libraries itself.
@@ -12,11 +12,16 @@ cannot be started, each client imports the libraries itself.
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 from fedllm.commands.options import add_home, new_parser, print_help, run_command
 
 _POLL_SECONDS = 0.05
 _ASKS_FLOWER = {"-h", "--help", "-V", "--version"}
+_INSTALLS = "--allow-runtime-dependency-installation"
+_ISOLATION = "--isolation"
+_KEY = "--auth-supernode-private-key"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,20 +39,100 @@ def run(args: argparse.Namespace) -> int:
     else:
         if args.home:
             make_home(args.home)
+        _require_guard(arguments, args.any_app)
+        _require_private_files(arguments)
+        _prepare_guard(args, arguments)
         _prepare_forks(arguments)
     become("flower-supernode", arguments)
+
+
+def _values(arguments: list[str], option: str) -> Iterator[str]:
+    """Yield the values of an option of Flower, which may be cut short; "" for a flag."""
+    for number, word in enumerate(arguments):
+        name, has_value, value = word.partition("=")
+        if len(name) > 3 and option.startswith(name):
+            following = arguments[number + 1 : number + 2]
+            yield value if has_value else "".join(following)
+
+
+def _require_guard(arguments: list[str], is_any_app: bool) -> None:
+    """Check that every client will be one that this command guards.
+
+    Raises:
+        ConfigError: Flower or somebody else would start what no owner chose.
+    """
+    from fedllm.errors import ConfigError
+
+    if is_any_app:
+        return
+    if any(True for _ in _values(arguments, _INSTALLS)):
+        raise ConfigError(
+            f"{_INSTALLS}: would run packages that this node's owner has not chosen: "
+            "leave it out, or add --any-app"
+        )
+    if "process" in _values(arguments, _ISOLATION):
+        raise ConfigError(
+            f"{_ISOLATION} process: nothing compares the apps of clients that are "
+            "started elsewhere: leave it out, or add --any-app"
+        )
+
+
+def _require_private_files(arguments: list[str]) -> None:
+    """Check that nobody else can write the node's home and its key.
+
+    Raises:
+        ConfigError: Another user can, or the home cannot stand on a PATH.
+    """
+    from fedllm.config import fedllm_home
+    from fedllm.errors import ConfigError
+    from fedllm.strict_modes import require_strict_modes
+
+    home = fedllm_home()
+    if os.pathsep in str(home):
+        raise ConfigError(
+            f"FEDLLM_HOME: {home}: a program in it goes first on PATH, which a "
+            f"{os.pathsep!r} would split: name another folder"
+        )
+    require_strict_modes(home)
+    for key in _values(arguments, _KEY):
+        require_strict_modes(Path(key).expanduser())
+
+
+def _prepare_guard(args: argparse.Namespace, arguments: list[str]) -> None:
+    """Put the guarded programs first on PATH, and export what their owner chose.
+
+    Raises:
+        ConfigError: They cannot be run, or the log's head cannot be written elsewhere.
+        NodeError: The pin is no SHA-256.
+    """
+    from fedllm.deployment.supernode import PROGRAMS
+    from fedllm.errors import ConfigError
+    from fedllm.node.delivered_app import ANY, INSTALLED, parse_pin
+    from fedllm.node.log import LOG_HEAD
+
+    programs = list(PROGRAMS.iterdir())
+    if not programs or not all(os.access(program, os.X_OK) for program in programs):
+        raise ConfigError(
+            f"{PROGRAMS}: its programs cannot be run: chmod +x {PROGRAMS}/*"
+        )
+    choice = ANY if args.any_app else INSTALLED
+    os.environ["FEDLLM_NODE_APP"] = parse_pin(args.pin_app) if args.pin_app else choice
+    os.environ["FEDLLM_NODE_SUPERLINK"] = next(_values(arguments, "--superlink"), "")
+    os.environ["FEDLLM_PYTHON"] = sys.executable
+    if args.log_head:
+        os.environ[LOG_HEAD] = str(Path(args.log_head).expanduser().absolute())
+    os.environ["PATH"] = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"
 
 
 def _prepare_forks(arguments: list[str]) -> None:
     """Put the program that asks for forks first on PATH, if it is of use."""
     from fedllm.deployment import supernode
-    from fedllm.deployment.flower_programs import environment_bin
 
     if not supernode.can_fork(arguments):
         return
     try:
         folder, *_ = supernode.start_fork_server(
-            environment_bin() / supernode.CLIENTAPP, supernode.FORK_SERVER_COMMAND
+            supernode.PROGRAMS / supernode.CLIENTAPP, supernode.FORK_SERVER_COMMAND
         )
     except OSError as error:
         print(f"each client imports its libraries: {error}", file=sys.stderr)
@@ -59,6 +144,22 @@ def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = new_parser("supernode", __doc__, hands_on=True)
     add_home(parser, "models, logs and ledgers")
+    app = parser.add_mutually_exclusive_group()
+    app.add_argument(
+        "--pin-app",
+        metavar="SHA256",
+        help="run this one app, of `fedllm keys --app-hash`, in place of the installed",
+    )
+    app.add_argument(
+        "--any-app",
+        action="store_true",
+        help="run whatever the server sends; for developers",
+    )
+    parser.add_argument(
+        "--log-head",
+        metavar="FILE",
+        help="where else the end of the node's log is noted, best on another disk",
+    )
     return parser
 
 

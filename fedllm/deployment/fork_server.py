@@ -3,14 +3,13 @@
 Flower starts a new `flwr-clientapp` for every message, and spends most of the time until
 its first training step on imports. `fedllm supernode` puts a program of that name
 (`fork_client.py`) first on the SuperNode's PATH. That program hands its arguments to this
-process. The child that is forked runs Flower's own `flwr-clientapp`: one process a message,
-with nothing left of another message. If this process does not answer, `fork_client.py`
-becomes Flower's `flwr-clientapp`, which imports the libraries itself.
+process. The child that is forked runs Flower's own `flwr-clientapp` behind a guard
+(`guarded_client.py`): one process a message, with nothing left of another message. If this
+process does not answer, `fork_client.py` becomes the same, which imports the libraries itself.
 """
 
 import contextlib
 import gc
-import importlib.metadata
 import json
 import logging
 import os
@@ -34,6 +33,8 @@ _CLIENTAPP = "flwr-clientapp"
 _ENDS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _STANDARD_STREAMS = 3
 _LARGEST_READ = 65_536
+_LARGEST_REQUEST = 1_048_576
+_SECONDS_TO_END = 10
 _SECONDS_TO_ASK = 5
 _SECONDS_TO_TRY_CUDA = 60
 # In the place of a server of half a GB.
@@ -76,13 +77,10 @@ def _imported() -> Callable[[], None] | None:
     """Import a client's libraries; return Flower's command, or None to fork nothing."""
     # Otherwise torch counts GPUs through CUDA, after which no child could use CUDA.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    (command,) = importlib.metadata.entry_points(
-        group="console_scripts", name=_CLIENTAPP
-    )
-    clientapp: Callable[[], None] = command.load()
     import torch
 
     from fedllm.client.preload import import_libraries
+    from fedllm.deployment.guarded_client import main as clientapp
 
     has_gpu = torch.cuda.is_available()
     try:
@@ -98,7 +96,7 @@ def _imported() -> Callable[[], None] | None:
             "that was forked from one that has imported them"
         )
         return None
-    # A child's fedllm comes with its run, in the version of the server.
+    # A pinned app brings its own fedllm along.
     for name in list(sys.modules):
         if name == "fedllm" or name.startswith("fedllm."):
             del sys.modules[name]
@@ -135,6 +133,7 @@ class _Server:
         self._alive = alive
         self._before = before
         self._children: dict[int, socket.socket] = {}
+        self._kill_at: dict[int, float] = {}
         self._selector = selectors.DefaultSelector()
         self._woken, self._wake = os.pipe()
 
@@ -147,7 +146,9 @@ class _Server:
         for source in (self._woken, self._alive, self._listening):
             self._selector.register(source, selectors.EVENT_READ)
         while True:
-            for key, _ in self._selector.select():
+            ready = self._selector.select(1 if self._kill_at else None)
+            self._kill_late_children()
+            for key, _ in ready:
                 if key.fileobj == self._alive:
                     self._end_children()
                     return None
@@ -171,8 +172,8 @@ class _Server:
             time.sleep(1)
             return None
         try:
-            connection.settimeout(_SECONDS_TO_ASK)
-            request, streams = _request(connection)
+            deadline = time.monotonic() + _SECONDS_TO_ASK
+            request, streams = _request(connection, deadline)
             connection.settimeout(None)
         except (OSError, ValueError) as error:
             logger.warning("no client was forked: %s", error)
@@ -246,6 +247,7 @@ class _Server:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 connection = self._children.pop(pid)
+                self._kill_at.pop(pid, None)
                 with contextlib.suppress(KeyError):
                     self._selector.unregister(connection)
                 # The program that asked may be gone.
@@ -257,29 +259,66 @@ class _Server:
         if connection := self._children.get(pid):
             self._selector.unregister(connection)
             os.kill(pid, signal.SIGTERM)
+            self._kill_at[pid] = time.monotonic() + _SECONDS_TO_END
+
+    def _kill_late_children(self) -> None:
+        """Kill each child that does not heed the first signal."""
+        for pid, kill_at in list(self._kill_at.items()):
+            if time.monotonic() >= kill_at:
+                del self._kill_at[pid]
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _end_children(self) -> None:
+        """End all children, whose SuperNode has ended, and wait for them."""
+        deadline = time.monotonic() + _SECONDS_TO_END
         for pid in self._children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
+            self._kill_at[pid] = deadline
+        while self._children:
+            self._reap()
+            self._kill_late_children()
+            time.sleep(0.05)
 
 
-def _request(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Read the request of `fork_client.py`: its streams, then a line of JSON."""
+def _request(
+    connection: socket.socket, deadline: float
+) -> tuple[dict[str, Any], list[int]]:
+    """Read the request of `fork_client.py`: its streams, then a line of JSON.
+
+    Every other client waits meanwhile, so there is one deadline for the whole of it.
+    """
+    _wait_until(connection, deadline)
     _, streams, _, _ = socket.recv_fds(connection, 1, _STANDARD_STREAMS)
     try:
         if len(streams) != _STANDARD_STREAMS:
             raise ValueError("a request without its streams")
-        line = b""
+        line = bytearray()
         while not line.endswith(b"\n"):
+            _wait_until(connection, deadline)
             if not (part := connection.recv(_LARGEST_READ)):
                 raise ValueError("a request broke off")
             line += part
+            if len(line) > _LARGEST_REQUEST:
+                raise ValueError("a request is too large")
         return json.loads(line), streams
     except (OSError, ValueError):
         for stream in streams:
             os.close(stream)
         raise
+
+
+def _wait_until(connection: socket.socket, deadline: float) -> None:
+    """Let the next read take no longer than what is left of the time.
+
+    Raises:
+        TimeoutError: Nothing is left.
+    """
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("a request took too long")
+    connection.settimeout(left)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ FORK_SERVER_COMMAND = (sys.executable, "-P", "-m", "fedllm.deployment.fork_serve
 
 _NO_CLIENT_TO_FORK = {"--isolation=process", "process", fork_client.INSTALLS}
 
+PROGRAMS = Path(__file__).parent / "programs"
+"""Stand first on a SuperNode's PATH: a guarded client, and refusals of all else."""
+
 
 def can_fork(arguments: Sequence[str]) -> bool:
     """Return whether a SuperNode starts clients that can be forked.

@@ -31,6 +31,7 @@ ERROR_CODES = (
     "time-limit",
     "bad-config",
     "budget-spent",
+    "not-approved",
     "failed",
 )
 """All that a client may report of its failure under differential privacy."""

@@ -40,8 +40,8 @@ def test_the_command_becomes_a_supernode_that_finds_the_program_first(
     assert becomes == [
         [str(tmp_path / "flower-supernode"), "--insecure", "--port", "9094"]
     ]
-    assert asked == [tmp_path / "flwr-clientapp"]
-    path = f"{tmp_path / 'here'}:{tmp_path}:{before}"
+    assert asked == [supernode.PROGRAMS / "flwr-clientapp"]
+    path = f"{tmp_path / 'here'}:{supernode.PROGRAMS}:{tmp_path}:{before}"
     assert os.environ["PATH"] == path
     assert os.environ["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] == "0.05"
     # A clinic's node would report its machine to Flower's makers for each client.
@@ -64,7 +64,7 @@ def test_the_command_starts_no_server_that_nobody_could_use(
 ):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(supernode, "start_fork_server", None)
-    command.main(arguments)
+    command.main([*arguments, "--any-app"])
 
     assert len(becomes) == 1
 
@@ -79,7 +79,7 @@ def test_a_node_whose_clients_cannot_be_forked_says_so_and_starts(
     command.main([])
 
     assert len(becomes) == 1
-    assert os.environ["PATH"] == f"{tmp_path}:{before}"
+    assert os.environ["PATH"] == f"{supernode.PROGRAMS}:{tmp_path}:{before}"
     said = capsys.readouterr().err
     assert "each client imports its libraries: AF_UNIX path too long" in said
     assert list(nowhere.iterdir()) == []
@@ -89,7 +89,7 @@ def test_a_node_whose_clients_cannot_be_forked_says_so_and_starts(
     "words",
     [
         ["--superlink", "a:9192", "--node-config", 'data-path="~/a b" delta=1e-5'],
-        ["--isolation=process", "--max-retries", "-1", "--", "rest", "-x"],
+        ["--isolation=subprocess", "--max-retries", "-1", "--", "rest", "-x"],
         ["--ho", "::1", "--hom", "x"],
     ],
 )
@@ -107,3 +107,63 @@ def test_home_is_ours_and_made(becomes, monkeypatch, tmp_path):
     assert becomes[0][1:] == ["--insecure", "--port", "1"]
     assert os.environ["FEDLLM_HOME"] == str(tmp_path / "node")
     assert (tmp_path / "node").is_dir()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--allow-runtime-dependency-installation"],
+        ["--allow-run"],
+        ["--isolation", "process"],
+        ["--isolation=process"],
+        ["--isol", "process"],
+    ],
+)
+def test_clients_that_nothing_would_guard_are_refused_at_the_start(
+    becomes, monkeypatch, words, capsys
+):
+    monkeypatch.setattr(supernode, "can_fork", lambda _: False)
+    with pytest.raises(SystemExit, match="or add --any-app"):
+        command.main(words)
+
+    assert becomes == []
+    command.main([*words, "--any-app"])
+    assert len(becomes) == 1 and os.environ["FEDLLM_NODE_APP"] == "any"
+
+
+def test_the_programs_that_a_server_may_ask_for_all_stand_first_on_path(becomes):
+    from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
+
+    asked = set(TASK_TYPE_TO_COMMAND.values())
+    assert {path.name for path in supernode.PROGRAMS.iterdir()} == asked
+    assert all(os.access(path, os.X_OK) for path in supernode.PROGRAMS.iterdir())
+
+
+def test_the_owners_choice_reaches_the_clients(becomes, monkeypatch, tmp_path):
+    monkeypatch.setattr(supernode, "can_fork", lambda _: False)
+    command.main(["--superlink", "a:9192"])
+    assert os.environ["FEDLLM_NODE_APP"] == "installed"
+    assert os.environ["FEDLLM_NODE_SUPERLINK"] == "a:9192"
+    command.main(["--pin-app", "A" * 64, "--log-head", str(tmp_path / "head")])
+    assert os.environ["FEDLLM_NODE_APP"] == "a" * 64
+    assert os.environ["FEDLLM_LOG_HEAD"] == str(tmp_path / "head")
+    with pytest.raises(SystemExit, match="--pin-app: needs the 64 hex digits"):
+        command.main(["--pin-app", "abc"])
+
+
+def test_a_home_or_key_that_others_may_write_is_refused(becomes, monkeypatch, tmp_path):
+    monkeypatch.setattr(supernode, "can_fork", lambda _: False)
+    lax, key = tmp_path / "lax", tmp_path / "key"
+    lax.mkdir()
+    lax.chmod(0o777)
+    key.touch()
+    key.chmod(0o666)
+    with pytest.raises(SystemExit, match=f"others may write {lax}"):
+        command.main(["--home", str(lax / "home")])
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
+    with pytest.raises(SystemExit, match=f"others may write {key}"):
+        command.main(["--auth-supernode-private-key", str(key)])
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "a:b"))
+    with pytest.raises(SystemExit, match="which a ':' would split"):
+        command.main([])
+    assert becomes == []

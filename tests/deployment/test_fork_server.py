@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import psutil
@@ -73,7 +74,7 @@ def test_the_supernodes_end_ends_clients_and_server_and_leaves_no_file(node):
     with sleeping(node) as (program, client):
         node.end()
 
-        assert program.wait(timeout=30) == 1
+        assert program.wait(timeout=30) == 128 + signal.SIGTERM
         wait_until(lambda: not client.is_running())
     node.server.wait(timeout=30)
     assert not node.program.parent.exists()
@@ -130,6 +131,40 @@ def test_a_request_that_never_ends_does_not_stop_the_node(node):
         client.connect(str(node.program.parent / "socket"))
 
         assert node.call("4")[0] == 4
+
+
+@pytest.mark.parametrize("is_node_ended", [False, True])
+def test_a_client_that_does_not_heed_its_end_is_killed(cold, is_node_ended):
+    deaf = "fork_server._SECONDS_TO_END = 0.2\nreal = client\n"
+    deaf += (
+        "def client():\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    real()\n"
+    )
+    deaf += "fork_server._imported = lambda: client"
+    with started(cold, deaf) as node, sleeping(node) as (program, client):
+        if is_node_ended:
+            node.end()
+        else:
+            program.terminate()
+        wait_until(lambda: not client.is_running(), 20)
+
+
+def test_a_request_has_a_largest_size_and_one_deadline_for_all_of_it(node):
+    with socket.socket(socket.AF_UNIX) as client, open(os.devnull) as null:
+        client.connect(str(node.program.parent / "socket"))
+        socket.send_fds(client, [b"\0"], [null.fileno()] * 3)
+        with pytest.raises(OSError):  # noqa: PT011 - broken pipe or reset
+            client.sendall(b"x" * 8_000_000)
+    with socket.socket(socket.AF_UNIX) as client, open(os.devnull) as null:
+        client.connect(str(node.program.parent / "socket"))
+        socket.send_fds(client, [b"\0"], [null.fileno()] * 3)
+        started_at = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() < started_at + 10:
+                client.sendall(b"x")
+                time.sleep(0.1)
+        assert time.monotonic() < started_at + 5
+
+    assert node.call("4")[0] == 4
 
 
 @pytest.mark.parametrize("imported", ["None", "1 / 0"])
@@ -192,8 +227,8 @@ def test_the_server_imports_what_a_client_takes_or_leaves_it_to_the_clients():
         "warning: broken here",
         "None",
         "None",
-        "flwr_clientapp False",
-        "flwr_clientapp",
+        "main False",
+        "main",
         "True False",
         "[]",
     ]
