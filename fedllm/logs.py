@@ -5,6 +5,7 @@ import sys
 import warnings
 
 from fedllm.errors import FedllmError
+from fedllm.foreign_text import printable
 
 _LOGGER = logging.getLogger("fedllm")
 
@@ -29,7 +30,7 @@ def one_line_failure(error: FedllmError) -> None:
 
     The error still propagates, so that the run ends as failed.
     """
-    for line in str(error).splitlines():
+    for line in str(error).split("\n"):
         _LOGGER.error("%s: %s", type(error).__name__, line)
     logging.getLogger("flwr").addFilter(_without_traceback)
 
@@ -42,10 +43,13 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 
 class _Plain(logging.Formatter):
-    """Format a line as it is, with the level before warnings and errors."""
+    """Format a record as one line, with the level before warnings and errors.
+
+    A path or a name in it may come from elsewhere, so all of it is made printable.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
+        text = printable(record.getMessage(), limit=None)
         if record.levelno >= logging.WARNING:
             return f"{record.levelname.lower()}: {text}"
         return text

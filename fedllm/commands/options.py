@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedllm.errors import ConfigError, FedllmError
+from fedllm.foreign_text import printable
 
 # fedllm.config imports pydantic, which a list of commands or an option's help need not
 # wait for.
@@ -57,7 +58,8 @@ def run_command(
 def error_text(error: FedllmError) -> str:
     """Return an error as lines of one form: `ConfigError: key: what is wrong`."""
     kind = type(error).__name__
-    return "\n".join(f"{kind}: {line}" for line in str(error).splitlines())
+    lines = str(error).split("\n")
+    return "\n".join(f"{kind}: {printable(line, limit=None)}" for line in lines)
 
 
 def new_parser(

@@ -13,6 +13,7 @@ from typing import Any
 from fedllm.commands.options import add_json, new_parser, run_command, write_json
 from fedllm.config import fedllm_home
 from fedllm.errors import FedllmError
+from fedllm.foreign_text import printable
 from fedllm.privacy.wording import plain
 from fedllm.reporting.report import write_report
 from fedllm.runs.listing import LATEST, all_runs, epsilon_words, find_run, summarise_run
@@ -31,7 +32,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_json(content)
     else:
-        sys.stdout.write("\n".join(lines) + "\n")
+        # A run folder may come from elsewhere: its name and all that its files say.
+        shown = (printable(line, limit=None) for line in lines)
+        sys.stdout.write("".join(f"{line}\n" for line in shown))
     return 0
 
 

@@ -79,7 +79,7 @@ class RunMonitor:
 
     def fail(self, error: Exception) -> None:
         """Show the error that stopped the run."""
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if (state := self._state) is not None:
             _harmless(lambda: state.fail(reason), "its state")
         self._close()

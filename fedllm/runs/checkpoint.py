@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from fedllm.adapters.spec import AdapterSpec
 from fedllm.errors import ConfigError, FederationError, PrivacyError
+from fedllm.foreign_text import printable
 from fedllm.runs.directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -180,15 +181,29 @@ class Checkpoint:
         parts: dict[str, Named] = {"adapter": {}, "best": {}, "moments": {}}
         try:
             with safe_open(str(path), framework="np") as file:
-                state = State(**json.loads(file.metadata()[_STATE]))
+                state = _read_state(file.metadata()[_STATE])
                 for key in file.keys():  # noqa: SIM118 - not a dict
                     part, _, name = key.partition("/")
                     parts[part][name] = file.get_tensor(key)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise FederationError(
                 f"{path}: the checkpoint is damaged ({error}): the run cannot be resumed"
             ) from None
         return cls(state, parts["adapter"], parts["best"], parts["moments"])
+
+
+def _read_state(text: str) -> State:
+    """Return the part that is not arrays; the reasons of failures were clients' words."""
+    content = json.loads(text)
+    failures = {printable(k): int(n) for k, n in content["failures"].items()}
+    return State(**{**content, "failures": failures})
 
 
 def require_unchanged(

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 from fedllm.atomic_files import write_atomic
+from fedllm.foreign_text import printable
 
 STATE_FILE = "state.json"
 LOCK_FILE = ".running"
+
+_MOST_OF_A_REASON = 1000
 
 State = Literal["running", "finished", "failed", "interrupted"]
 
@@ -39,7 +42,7 @@ class RunState:
 
     def fail(self, reason: str) -> None:
         """Record what stopped the run."""
-        self._end("failed", reason)
+        self._end("failed", printable(reason, _MOST_OF_A_REASON))
 
     def _end(self, state: State, reason: str | None) -> None:
         self._write(state, reason)
@@ -67,7 +70,7 @@ def read_state(folder: Path, finished: bool) -> tuple[State, str | None]:
     except (OSError, ValueError, KeyError, TypeError):
         return ended, None
     if state in ("finished", "failed"):
-        return state, None if reason is None else str(reason)
+        return state, None if reason is None else printable(reason, _MOST_OF_A_REASON)
     return ("running" if _held(folder / LOCK_FILE) else ended), None
 
 

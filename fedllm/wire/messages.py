@@ -12,6 +12,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedllm.config import Encoding
+from fedllm.foreign_text import printable
 from fedllm.wire.encoding import PACKED, pack, packed_size, unpack
 
 ARRAYS = "arrays"
@@ -61,7 +62,8 @@ class Reply:
         epsilon: What the client reports to have spent; None if not sent or not finite.
         seconds: Phase -> seconds of CLIENT_PHASES; empty if not sent or absurd.
         code: None, or why there is no update: one of ERROR_CODES or `malformed`.
-        text: The client's own words on its failure, for runs without DP only.
+        text: The client's own words on its failure, for runs without DP only; printable,
+            on one line and short, whoever makes a Reply of whatever was sent.
         num_bytes: Size of the arrays on the wire.
     """
 
@@ -75,6 +77,10 @@ class Reply:
     code: str | None = None
     text: str = ""
     num_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        # Here, and not where it is shown, so that no later reader can forget it.
+        object.__setattr__(self, "text", printable(self.text))
 
 
 def error_content(code: str, text: str | None) -> RecordDict:
