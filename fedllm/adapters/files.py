@@ -26,6 +26,7 @@ _FILE_SHAPES = {
     side: shapes for kind in KINDS.values() for side, shapes in kind.file_shapes.items()
 }
 _METHODS = list(dict.fromkeys(kind.peft_method for kind in KINDS.values()))
+_PEFT_TYPES = [method.upper() for method in _METHODS]
 
 
 def save_adapter(
@@ -87,11 +88,42 @@ def read_base_name(folder: Path) -> str:
         raise AdapterError(
             f"{folder / _CONFIG_FILE}: cannot be read: {error}"
         ) from None
+    _check_config(folder / _CONFIG_FILE, config)
     if not isinstance(base_name, str) or not base_name:
         raise AdapterError(
             f"{folder / _CONFIG_FILE}: names no base model: set base_model_name_or_path"
         )
     return base_name
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Check that a configuration is of a known method, before PEFT sees it.
+
+    PEFT has types that load further adapters or models, by names that the file holds.
+
+    Raises:
+        AdapterError: Its type, or one of its keys, is not of the closed list.
+    """
+    method = config.get("peft_type")
+    if not isinstance(method, str) or method not in _PEFT_TYPES:
+        raise AdapterError(
+            f"{path}: peft_type must be one of {', '.join(_PEFT_TYPES)} (got {method!r})"
+        )
+    if foreign := sorted(set(config) - _known_keys(method)):
+        raise AdapterError(
+            f"{path}: {', '.join(foreign)}: PEFT's {method} of this version has no such "
+            "key; remove it if you know what it is for"
+        )
+
+
+def _known_keys(method: str) -> set[str]:
+    """Return the keys that PEFT's configuration of a method has here."""
+    from dataclasses import fields
+
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    names = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[method])}
+    return names | {"auto_mapping", "peft_version"}
 
 
 def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ADAPTER_FILE = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -52,6 +53,8 @@ def locate(name: str, home: Path) -> str:
                 f"{folder.resolve()} holds no model: it has no config.json;"
                 " model.name takes a folder that transformers' save_pretrained made"
             )
+        if (folder / _ADAPTER_FILE).exists():
+            raise ModelError(_adapter_in_base(str(folder.resolve())))
         return str(folder.resolve())
     if name.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(name):
         raise ModelError(
@@ -60,6 +63,18 @@ def locate(name: str, home: Path) -> str:
             f"{BUILT_IN_MODEL.hub_name}"
         )
     return name
+
+
+def _adapter_in_base(location: str) -> str:
+    """Return why a base with an adapter beside it is refused.
+
+    transformers would put that adapter into what is taken for the frozen base, or take the
+    weights from the repository that the adapter names.
+    """
+    return (
+        f"{location} holds an adapter ({_ADAPTER_FILE}) and not a base model alone: name"
+        " the model that it was made for, or one that `fedllm export` has merged"
+    )
 
 
 def load_config(location: str) -> "PretrainedConfig":
@@ -74,6 +89,8 @@ def load_config(location: str) -> "PretrainedConfig":
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     )
 
+    if not Path(location).is_dir() and _hub_has_adapter(location):
+        raise ModelError(_adapter_in_base(location))
     with loading_errors(location):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -87,6 +104,14 @@ def load_config(location: str) -> "PretrainedConfig":
             " and set model.quantization (0, 4 or 8)"
         )
     return config
+
+
+def _hub_has_adapter(name: str) -> bool:
+    """Return whether a hub repository holds an adapter, as transformers looks for one."""
+    from transformers.utils import find_adapter_config_file
+
+    with loading_errors(name):
+        return find_adapter_config_file(name) is not None
 
 
 def fingerprint(location: str) -> str:

@@ -207,6 +207,29 @@ def test_a_damaged_adapter_is_one_line(saved, tiny_llama, spoil):
         load_adapter(load_base(tiny_llama), saved)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"peft_type": "XLORA", "adapters": {"0": "attacker/lora"}},
+        {"peft_type": "SHADOW", "shadow_model": "attacker/evil"},
+        {"peft_type": ["LORA"]},
+        {"peft_type": None},
+        {"adapters": {"0": "attacker/lora"}},
+    ],
+)
+def test_a_configuration_outside_the_closed_list_never_reaches_peft(
+    saved, tiny_llama, monkeypatch, change
+):
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    monkeypatch.setattr(PeftModel, "from_pretrained", lambda *_, **__: 1 / 0)
+
+    with pytest.raises(AdapterError, match="peft_type|adapters"):
+        read_base_name(saved)
+    with pytest.raises(AdapterError, match="peft_type|adapters"):
+        load_adapter(load_base(tiny_llama), saved)
+
+
 def test_saving_writes_the_same_bytes_every_time(tiny_llama, tmp_path):
     spec = make_spec(tiny_llama)
     digests = set()

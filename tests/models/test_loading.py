@@ -1,5 +1,6 @@
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from fedllm.errors import ModelError
 from fedllm.models import loading
 from fedllm.models.known import BUILT_IN_MODEL
-from fedllm.models.loading import load_base, load_tokenizer, locate
+from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
 from tests.helpers.passes import _logits
 
 
@@ -48,6 +49,26 @@ def test_a_path_that_does_not_exist_is_no_hub_id(name: str, tmp_path: Path) -> N
 def test_a_folder_without_a_model_raises_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no config"):
         locate(str(tmp_path), tmp_path)
+
+
+def test_a_base_with_an_adapter_beside_it_is_refused(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "base")
+    (folder / "adapter_config.json").write_text("{}")
+
+    with pytest.raises(ModelError, match="holds an adapter"):
+        locate(str(folder), tmp_path)
+
+
+def test_a_hub_base_with_an_adapter_in_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = "transformers.utils.find_adapter_config_file"
+    monkeypatch.setattr(found, lambda name: f"{name}/adapter_config.json")
+
+    with pytest.raises(ModelError, match="owner/base holds an adapter"):
+        load_config("owner/base")
 
 
 def test_the_tokenizer_pads_with_the_end_of_text_if_it_has_no_padding_token(
