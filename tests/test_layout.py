@@ -14,7 +14,6 @@ UNMIRRORED = {
     "client_app.py": "a screen of wiring, run by tests/slow/",
     "commands/demo_page.py": "tests/commands/test_demo.py",
     "deployment/flower_programs.py": "tests/commands/test_superlink.py and test_supernode.py",
-    "deployment/superlink.py": "tests/commands/test_superlink.py; real processes: tests/slow/",
     "errors.py": "names alone",
     "evaluation/inference.py": "asked by tests/commands/test_evaluate.py and test_demo.py",
     "logs.py": "the log's form, read from real runs in tests/slow/",

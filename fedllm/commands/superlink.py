@@ -23,12 +23,29 @@ def run(args: argparse.Namespace) -> int:
     from fedllm.deployment.flower_programs import become, flower_environment
 
     arguments = args.others
+    if args.wipe:
+        return _wipe(args)
     if _ASKS_FLOWER & {*arguments}:
         print_help(parser(), arguments)
     else:
         arguments = _arguments(args)
     os.environ.update(flower_environment(_POLL_SECONDS))
     become("flower-superlink", arguments)
+
+
+def _wipe(args: argparse.Namespace) -> int:
+    """Remove collected updates from the database's files, and return 0.
+
+    Raises:
+        FederationError: There is none, or a SuperLink has it open.
+    """
+    from fedllm.deployment.flower_programs import make_home
+    from fedllm.deployment.superlink import wipe_database
+
+    os.umask(0o077)
+    database = args.database or make_home(args.home) / "superlink.db"
+    wipe_database(Path(database).expanduser())
+    return 0
 
 
 def _arguments(args: argparse.Namespace) -> list[str]:
@@ -69,6 +86,11 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--database", metavar="FILE", help="its state (default: superlink.db at home)"
+    )
+    parser.add_argument(
+        "--wipe",
+        action="store_true",
+        help="start nothing: after a run, remove collected updates from the database",
     )
     return parser
 

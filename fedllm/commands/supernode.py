@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     if _ASKS_FLOWER & {*arguments}:
         print_help(parser(), arguments)
     else:
+        # Logs quote rows, and what is delivered is kept: only its owner may read them.
+        os.umask(0o077)
         if args.home:
             make_home(args.home)
         _require_guard(arguments, args.any_app)

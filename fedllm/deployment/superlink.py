@@ -1,9 +1,11 @@
-"""Flower's SuperLink: the command line of a deployment's."""
+"""Flower's SuperLink: the command line of a deployment's, and its database."""
 
+import contextlib
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, FederationError
 
 # Each makes the caller responsible for TLS, and --keys needless.
 _OWN_TRANSPORT = ("--insecure", "--ssl-certfile")
@@ -33,6 +35,33 @@ def superlink_arguments(
             "a trial on one machine)"
         )
     return [*arguments, *others]
+
+
+def wipe_database(path: Path) -> None:
+    """Remove what the SuperLink deleted from its database but SQLite still holds.
+
+    SQLite leaves deleted rows, collected updates among them, in free pages and in the
+    files `-wal` and `-shm`. Rows that nobody has deleted stay.
+
+    Args:
+        path: The database of a SuperLink that has ended.
+
+    Raises:
+        FederationError: There is no such database, or a SuperLink has it open.
+    """
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=0)
+        ) as database:
+            database.execute("PRAGMA secure_delete = ON")
+            database.execute("VACUUM")
+            # It copies the log back and deletes both files, if nobody else has it open.
+            database.execute("PRAGMA journal_mode = DELETE")
+    except sqlite3.Error as error:
+        raise FederationError(
+            f"{path}: cannot be wiped: {error}: name the database of a SuperLink that"
+            " has ended"
+        ) from None
 
 
 def _transport(keys: Path) -> list[str]:

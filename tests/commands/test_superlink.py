@@ -107,3 +107,12 @@ def test_help_is_ours_and_then_flowers(becomes, capsys, word):
 
     assert becomes[0][1:] == [word]
     assert ("--keys DIR" in capsys.readouterr().out) == (word in ("-h", "--help"))
+
+
+def test_a_wipe_starts_nothing_and_is_of_the_home_that_is_named(becomes, tmp_path):
+    (tmp_path / "superlink.db").touch()
+    superlink.main(["--home", str(tmp_path), "--wipe"])
+
+    assert becomes == []
+    absent = ["--home", str(tmp_path), "--database", str(tmp_path / "x"), "--wipe"]
+    assert "cannot be wiped" in str(exit_status(superlink.main, absent))

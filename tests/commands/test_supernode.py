@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux 
 
 
 @pytest.fixture
-def becomes(monkeypatch, tmp_path) -> list[list[str]]:
+def becomes(monkeypatch, tmp_path) -> Iterator[list[list[str]]]:
     """What the command becomes, in place of becoming it."""
     calls: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda _, words: calls.append(words))
@@ -22,7 +23,9 @@ def becomes(monkeypatch, tmp_path) -> list[list[str]]:
     monkeypatch.setattr(os, "environ", dict(os.environ))
     for name in [name for name in os.environ if name.startswith("FLWR_")]:
         os.environ.pop(name)
-    return calls
+    before = os.umask(0o022)
+    yield calls
+    os.umask(before)
 
 
 def test_the_command_becomes_a_supernode_that_finds_the_program_first(
@@ -107,6 +110,7 @@ def test_home_is_ours_and_made(becomes, monkeypatch, tmp_path):
     assert becomes[0][1:] == ["--insecure", "--port", "1"]
     assert os.environ["FEDLLM_HOME"] == str(tmp_path / "node")
     assert (tmp_path / "node").is_dir()
+    assert (tmp_path / "node").stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize(
