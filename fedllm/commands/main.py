@@ -27,6 +27,7 @@ COMMANDS = {
     "keys": "make the certificates and keys of a deployment",
     "superlink": "the server of a deployment",
     "supernode": "one client of a deployment",
+    "node": "approve runs of this node, and read its log",
 }
 """A module of this package for each, with `main(arguments)`, and a line about it."""
 

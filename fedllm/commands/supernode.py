@@ -120,6 +120,7 @@ def _prepare_guard(args: argparse.Namespace, arguments: list[str]) -> None:
     choice = ANY if args.any_app else INSTALLED
     os.environ["FEDLLM_NODE_APP"] = parse_pin(args.pin_app) if args.pin_app else choice
     os.environ["FEDLLM_NODE_SUPERLINK"] = next(_values(arguments, "--superlink"), "")
+    os.environ["FEDLLM_NODE_APPROVE"] = args.approve
     os.environ["FEDLLM_PYTHON"] = sys.executable
     if args.log_head:
         os.environ[LOG_HEAD] = str(Path(args.log_head).expanduser().absolute())
@@ -156,6 +157,12 @@ def parser() -> argparse.ArgumentParser:
         "--any-app",
         action="store_true",
         help="run whatever the server sends; for developers",
+    )
+    parser.add_argument(
+        "--approve",
+        choices=("all", "each"),
+        default="all",
+        help="which runs are answered: all, or those of `fedllm node approve`",
     )
     parser.add_argument(
         "--log-head",

@@ -23,14 +23,19 @@ from flwr.app import Context, Message
 from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 from flwr.supernode.runtime import run_clientapp
 
+from fedllm.config import flat, parse_run_config
 from fedllm.errors import FedllmError, NodeError
 from fedllm.logs import show_log
+from fedllm.node.approvals import Request, take
 from fedllm.node.delivered_app import CLIENT_APP, INSTALLED, require_chosen
 from fedllm.node.log import append
 from fedllm.wire.messages import ERROR, error_content
+from fedllm.wire.resumed_run import original_context
 
 logger = logging.getLogger("fedllm.deployment.guarded_client")
 
+APPROVE = "FEDLLM_NODE_APPROVE"
+"""Variable that holds which runs are answered: all, or each that was approved."""
 CHOICE = "FEDLLM_NODE_APP"
 """Variable that holds the owner's choice: installed, any, or a SHA-256."""
 SUPERLINK = "FEDLLM_NODE_SUPERLINK"
@@ -75,7 +80,7 @@ class _Guard:
 
         def get_guarded_loader(**options: Any) -> Callable[..., _Client]:
             load = get_loader(**options)
-            return lambda *app: self._around(self._client(load, *app))
+            return lambda *app: self._around(lambda: self._client(load, *app))
 
         flower.install_from_fab = install_chosen
         flower.get_load_client_app_fn = get_guarded_loader
@@ -107,13 +112,17 @@ class _Guard:
         installed: _Client = getattr(import_module(module), name)
         return installed
 
-    def _around(self, client: _Client) -> _Client:
-        """Return the client with its question and its answer in the node's log."""
+    def _around(self, get_client: Callable[[], _Client]) -> _Client:
+        """Return a client whose question and answer are in the node's log.
+
+        The app is imported after the owner's approval of the run was looked up.
+        """
 
         def logged(message: Message, context: Context) -> Message:
             try:
+                self._require_approval(message, context)
                 append("asked", **self._facts(message, context))
-                reply = client(message, context)
+                reply = get_client()(message, context)
                 append("answered", run_id=context.run_id, **_answer(reply))
             except FedllmError as error:
                 # Flower would send the text to the server.
@@ -123,6 +132,21 @@ class _Guard:
             return reply
 
         return logged
+
+    def _require_approval(self, message: Message, context: Context) -> None:
+        """Count the message against the owner's approval, if each run needs one."""
+        if self._refusal is not None or os.environ.get(APPROVE, "each") == "all":
+            return
+        try:
+            # What the client will use: of a resumed run the original settings.
+            settings = original_context(message, context).run_config
+            if self._choice == INSTALLED:
+                settings = flat(parse_run_config(settings))
+            take(Request(self._app_hash, settings), message.metadata.message_type)
+        except FedllmError as error:
+            show_log()
+            logger.warning("not approved: %s", error)
+            self._refusal = NodeError(str(error))
 
     def _facts(self, message: Message, context: Context) -> dict[str, Any]:
         """Return who asks what, for the log."""

@@ -93,7 +93,7 @@ SHARED = {
     "--run-config": {"simulate", "compare", "plan", "audit", "doctor"},
     "--clients": {"simulate", "compare", "plan", "audit"},
     "--out": {"compare", "export", "keys"},
-    "--home": {"superlink", "supernode"},
+    "--home": {"node", "superlink", "supernode"},
 }
 
 

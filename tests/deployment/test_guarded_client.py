@@ -54,6 +54,7 @@ class Flower(SimpleNamespace):
 
 @pytest.fixture
 def flower(monkeypatch) -> Flower:
+    monkeypatch.setenv(guarded_client.APPROVE, "all")
     monkeypatch.setenv("FLWR_HOME", "/the/usual")
     return Flower()
 
@@ -137,3 +138,32 @@ def test_the_programs_start_flowers_command_behind_the_guard(program):
 
     assert done.returncode == 0, done.stderr
     assert "usage: flwr-clientapp" in done.stdout
+
+
+def test_a_run_that_each_owner_approves_is_answered_after_the_approval_alone(
+    flower, monkeypatch
+):
+    from fedllm.node.approvals import approve, pending
+
+    def ask(**settings: object) -> Message:
+        guard = _Guard("installed", "")
+        monkeypatch.setattr(guarded_client, "require_chosen", lambda *_: None)
+        monkeypatch.setattr(guard, "_client", lambda *_: _refused_or(guard, flower))
+        here = Flower()
+        guard.stand_before(here)
+        here.install_from_fab(b"app", skip_prompt=True)
+        load = here.get_load_client_app_fn()
+        return load("id", "1", "hash")(instruction(), context(settings))
+
+    monkeypatch.setenv(guarded_client.APPROVE, "each")
+    error = ask(seed=1).content.config_records["error"]
+    assert dict(error)["code"] == "not-approved"
+    approve(pending()[0].digest, None, 30)
+    assert "arrays" in ask(seed=1).content.array_records
+    assert "error" in ask(seed=2).content.config_records
+    monkeypatch.delenv(guarded_client.APPROVE)
+    assert "error" in ask(seed=3).content.config_records
+
+
+def _refused_or(guard: _Guard, flower: Flower):
+    return flower.client if guard._refusal is None else guarded_client._refuse

@@ -1,0 +1,49 @@
+"""The owner's own command."""
+
+import json
+
+import pytest
+
+from fedllm.commands import node
+from fedllm.errors import NodeError
+from fedllm.node.approvals import Request, take
+from fedllm.node.log import append, log_path
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
+
+
+def test_a_run_that_waits_is_listed_approved_and_revoked(capsys):
+    node.main(["list"])
+    assert "nothing waits" in capsys.readouterr().out
+    asked = Request("f" * 64, {"num-server-rounds": 3})
+    with pytest.raises(NodeError):
+        take(asked, "train")
+    node.main(["list"])
+    assert "num-server-rounds: null -> 3" in capsys.readouterr().out
+    node.main(["list", "--json"])
+    assert json.loads(capsys.readouterr().out)["pending"][0]["digest"] == asked.digest
+    node.main(["approve", asked.digest[:8]])
+    take(asked, "train")
+    node.main(["list"])
+    assert "1 of 3 rounds used" in capsys.readouterr().out
+    node.main(["revoke", asked.digest[:8]])
+    with pytest.raises(NodeError):
+        take(asked, "train")
+
+
+def test_the_log_is_printed_and_checked_against_a_head(capsys, tmp_path):
+    append("asked", run_id=5, refused="\x1b[2K")
+    head = append("answered", code="failed")
+    (tmp_path / "head").write_text(f"{head}\n")
+    node.main(["log"])
+    said = capsys.readouterr().out
+    assert "asked 5" in said and "\x1b" not in said
+    for noted in (head.hash, str(tmp_path / "head")):
+        node.main(["log", "--check", "--head", noted])
+        assert capsys.readouterr().out == f"whole: {head}\n"
+    log_path().write_text(log_path().read_text().splitlines(True)[0])
+    with pytest.raises(SystemExit, match="were taken out"):
+        node.main(["log", "--check", "--head", head.hash])
