@@ -28,6 +28,11 @@ from fedllm.errors import ConfigError
 
 Scalar = bool | int | float | str
 
+SMALLEST_DELTA = 1e-12
+"""The smallest `privacy.delta`: below it the accountants' own rounding decides."""
+LARGEST_DELTA = 1e-3
+"""The largest `privacy.delta`: a promise that fails more often than this is none."""
+
 _SECTION = ConfigDict(
     extra="forbid",
     alias_generator=lambda name: _key(name),
@@ -226,8 +231,9 @@ class PrivacyConfig:
     """Calibrate the noise to spend this over all rounds; 0.0: not set."""
     noise_multiplier: Amount = 0.0
     """Noise standard deviation over the norm, for an expert; 0.0: not set."""
-    delta: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.0
-    """Delta; 0.0: the smaller of 1e-5 and N^-1.1 for N clients (`record`: N rows)."""
+    delta: Annotated[float, Strict(), Field(ge=0, le=LARGEST_DELTA)] = 0.0
+    """Delta, at least 1e-12; 0.0: the smaller of 1e-5 and N^-1.1 for N clients (`record`: N
+    rows)."""
     max_epsilon: Amount = 0.0
     """Stop before a round would pass this (`record`: in all runs); 0.0: not set."""
     noise_probe: Flag = True
@@ -501,6 +507,11 @@ def _noise_problems(config: RunConfig) -> list[str]:
         problems.append(
             "privacy.target-epsilon: one of this and privacy.noise-multiplier must be "
             "above 0.0 (got 0.0 for both); for no privacy set privacy.unit='none'"
+        )
+    if 0 < privacy.delta < SMALLEST_DELTA:
+        problems.append(
+            f"privacy.delta: must be 0.0 or at least {SMALLEST_DELTA:g} (got "
+            f"{privacy.delta}): below, the accountants' own rounding decides"
         )
     if 0 < privacy.max_epsilon < privacy.target_epsilon:
         problems.append(

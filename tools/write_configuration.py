@@ -54,6 +54,7 @@ REFUSED: list[dict[str, Scalar]] = [
     {"resume.from": "runs/mine"},
     {"privacy.noise-multiplier": 1.0},
     {"privacy.target-epsilon": 0.0},
+    {"privacy.delta": 1e-15},
     {"privacy.max-epsilon": 4.0},
     {"strategy.aggregator": "median"},
     {"strategy.fraction-evaluate": 0.5, "data.held-out-fraction": 0.2},

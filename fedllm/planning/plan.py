@@ -16,7 +16,7 @@ from fedllm.planning.frontier import (
 from fedllm.planning.prediction import Prediction, predict
 from fedllm.privacy.accounting import Epsilons, epsilons, noise_to_signal
 from fedllm.privacy.ledger import PrivacySettings
-from fedllm.privacy.wording import strength
+from fedllm.privacy.wording import delta_caution, strength
 
 # Test losses that differ by less are not worth a change.
 _WORTH_A_CHANGE = 0.02
@@ -62,7 +62,8 @@ def plan_run(config: RunConfig, settings: PrivacySettings) -> dict[str, Any]:
         "epsilon_replace_one": spent.replace_one,
         "delta": settings.delta,
         "accountant": spent.accountant,
-        "strength": strength(spent.zero_out),
+        "strength": strength(spent.zero_out, settings.delta, settings.population_size),
+        "delta_caution": delta_caution(settings.delta, settings.population_size),
         "noise_to_signal": noise_to_signal(
             settings.noise_multiplier,
             settings.num_trainable,

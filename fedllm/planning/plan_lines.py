@@ -6,7 +6,7 @@ from fedllm.config import RunConfig
 from fedllm.planning.frontier import load_frontier
 from fedllm.privacy.accounting import calibrate, noise_to_signal
 from fedllm.privacy.ledger import PrivacySettings
-from fedllm.privacy.wording import plain, strength
+from fedllm.privacy.wording import delta_caution, plain, strength
 
 _EPSILONS = (1.0, 2.0, 4.0, 8.0)
 
@@ -39,6 +39,8 @@ def plan_lines(
         "noise of this norm for each clipping norm (no verdict alone)",
         *_expected_lines(plan),
     ]
+    if plan["delta_caution"]:
+        lines.insert(2, f"caution: {plan['delta_caution']}")
     if plan["auto"]:
         lines.insert(1, f"adapter.kind auto: {adapter.kind}; {plan['auto']}")
     if plan["server_learning_rate_by_rule"] is not None:
@@ -119,13 +121,17 @@ def _table(settings: PrivacySettings) -> list[str]:
 def record_plan_lines(config: RunConfig, plan: dict[str, Any]) -> list[str]:
     """Return the plan of one client with record-level privacy as text."""
     z, batch = plan["noise_multiplier"], plan["expected_batch_size"]
-    return [
+    caution = delta_caution(plan["delta"], plan["num_records"])
+    lines = [
         f"a client of {plan['num_records']:,} records: batches of about {batch} by "
         f"secret coins, {plan['steps_per_round']} steps in each of "
         f"{plan['num_rounds']} rounds",
         f"noise multiplier {z:.4g} <-> epsilon {plain(plan['epsilon'])} for adding or "
         f"removing one record, at delta {plan['delta']:.3g} (pld): protection is "
-        f"{strength(plan['epsilon'])}",
+        f"{strength(plan['epsilon'], plan['delta'], plan['num_records'])}",
         f"a step's mean gradient has noise of {z / batch:.3g} times "
         f"privacy.max-grad-norm {config.privacy.max_grad_norm:g} in each trained value",
     ]
+    if caution:
+        lines.insert(2, f"caution: {caution}")
+    return lines

@@ -16,7 +16,8 @@ from typing import Any, Literal
 from scipy.optimize import brentq
 from scipy.special import erfcx, log_ndtr
 
-# docs/api.md lists it here, beside the epsilons that it names.
+# docs/api.md lists them here, beside the epsilons that they go with.
+from fedllm.privacy.wording import default_delta as default_delta
 from fedllm.privacy.wording import strength as strength
 
 Sampling = Literal["all", "fixed", "poisson"]
@@ -44,7 +45,8 @@ class Epsilons:
     Attributes:
         zero_out: One client sends nothing.
         replace_one: One client's data is replaced.
-        add_or_remove: A client joins or leaves; under Poisson sampling only, else None.
+        add_or_remove: A record joins or leaves; under Poisson sampling only, else None.
+            Never claimed of clients, whose number is published.
         accountant: How it was computed.
     """
 
@@ -136,7 +138,9 @@ def calibrate(
         relation: Zero-out, or add-or-remove, which is for `poisson` only.
 
     Guarantee:
-        `epsilons(result, ...).zero_out <= target_epsilon`, or `add_or_remove`.
+        `epsilons(result, ...).zero_out <= target_epsilon`, or `add_or_remove`; and the
+        result is at most what the same releases need without sampling, also for a delta
+        so small that PLD knows no bound.
     """
     sampled = sampling == "poisson" and sampling_probability < 1
     rest = (num_releases, delta, sampling, sampling_probability)
@@ -144,7 +148,10 @@ def calibrate(
     def fits(noise_multiplier: float, interval: float) -> bool:
         if sampled and _pld_returns(noise_multiplier, num_releases, delta, interval):
             q = sampling_probability
-            spent = _pld(noise_multiplier, q, num_releases, delta, relation, interval)
+            spent = min(
+                _pld(noise_multiplier, q, num_releases, delta, relation, interval),
+                gaussian_epsilon(noise_multiplier, num_releases, delta),
+            )
         else:
             known = epsilons(noise_multiplier, *rest)
             joined = known.add_or_remove
@@ -213,11 +220,6 @@ def _record_epsilon(events: tuple[Event, ...], delta: float) -> float:
     for event in events:
         accountant.compose(_event(*event))
     return min(bound, float(accountant.get_epsilon(delta)))
-
-
-def default_delta(population_size: int) -> float:
-    """Return min(1e-5, N^-1.1)."""
-    return float(min(1e-5, population_size**-1.1))
 
 
 def _log_delta(epsilon: float, mu: float) -> float:

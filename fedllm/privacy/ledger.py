@@ -10,10 +10,13 @@ from typing import Any
 from fedllm.atomic_files import write_atomic
 from fedllm.errors import PrivacyError
 from fedllm.privacy.accounting import Epsilons, Sampling, epsilons, noise_to_signal
-from fedllm.privacy.wording import plain, strength
+from fedllm.privacy.wording import delta_caution, plain, strength
 
 _NOT_COVERED = [
     "the server, which sees each client's update before it is clipped",
+    "whether a client is among those of the run at all: their number is published",
+    "rows declared public, if a client trains on them: their losses, and the choice of a "
+    "round by them, have no noise",
     "the choice of settings, where it was made on private data",
     "who is connected, when each client answers (timing), and, where cohorts are not "
     "secret, which clients gave no usable update and by which code",
@@ -26,7 +29,6 @@ _DERIVED = (
     "sampling_probability",
     "epsilon",
     "epsilon_replace_one",
-    "epsilon_add_or_remove",
 )
 _SAMPLING_WORDS = {
     "all": "all {size} clients in each",
@@ -197,6 +199,11 @@ class Ledger:
         """q: each client's probability of being in a round."""
         return self.settings.num_sampled_clients / self.settings.population_size
 
+    def strength(self, epsilon: float) -> str:
+        """Return the word for an epsilon at this run's delta and number of clients."""
+        settings = self.settings
+        return strength(epsilon, settings.delta, settings.population_size)
+
     def note_probe(self, probe: Mapping[str, float]) -> None:
         """Record what noise alone did to the loss on public rows."""
         self._noise_probe = dict(probe)
@@ -210,8 +217,9 @@ class Ledger:
         if settings.sampling == "poisson":
             not_covered.append(
                 "Flower's own log and database, which know each cohort and are trusted "
-                "with the server, and the times of the run's files, which tell how long "
-                "a cohort took"
+                "with the server (`flwr list --run-id` prints a run's traffic and its "
+                "clients' seconds), and the times of the run's files and a tracker's "
+                "start and end, which tell how long cohorts took"
             )
         return {
             "run": self.run,
@@ -219,7 +227,6 @@ class Ledger:
             "neighbouring_relation": "zero-out",
             "epsilon": epsilon,
             "epsilon_replace_one": _bounded(spent.replace_one),
-            "epsilon_add_or_remove": _bounded(spent.add_or_remove),
             "sampling_probability": self.sampling_probability,
             "num_rounds": len(self._releases),
             "releases": self._releases,
@@ -231,7 +238,7 @@ class Ledger:
             "noise_probe": self._noise_probe,
             "accountant": spent.accountant,
             "not_covered": not_covered,
-            "strength": strength(math.inf if epsilon is None else epsilon),
+            "strength": self.strength(spent.zero_out),
             "statement": self._statement(spent),
         }
 
@@ -276,11 +283,13 @@ class Ledger:
             q=self.sampling_probability,
         )
         zero_out, replace_one = plain(spent.zero_out), plain(spent.replace_one)
+        caution = delta_caution(settings.delta, settings.population_size)
+        because = f", since {caution}" if caution else ""
         return (
             "Client-level differential privacy with epsilon "
             f"{zero_out} at delta {settings.delta:g} (protection: "
-            f"{strength(spent.zero_out)}): for whoever sees only the adapters that this "
-            f"run released in {len(self._releases)} rounds, {words}, whether one client "
+            f"{self.strength(spent.zero_out)}{because}): for whoever sees only the adapters "
+            f"that this run released in {len(self._releases)} rounds, {words}, whether one client "
             "took part or sent nothing changes the probability of any conclusion by at "
             f"most a factor of e^{zero_out}, plus {settings.delta:g} (replace-one: "
             f"e^{replace_one}, where that client had other data instead); the server, which "
@@ -322,7 +331,6 @@ def no_privacy(
         "neighbouring_relation": None,
         "epsilon": None,
         "epsilon_replace_one": None,
-        "epsilon_add_or_remove": None,
         "sampling_probability": None,
         "num_rounds": 0,
         "releases": [],

@@ -11,7 +11,7 @@ from typing import Any
 from fedllm.errors import PrivacyError
 from fedllm.privacy.accounting import Sampling
 from fedllm.privacy.ledger import write_privacy_file
-from fedllm.privacy.wording import plain, strength
+from fedllm.privacy.wording import delta_caution, plain, strength
 
 _NOT_COVERED = [
     "each client's word: epsilon is what the clients report, and the server cannot check",
@@ -20,6 +20,8 @@ _NOT_COVERED = [
     "an update that came too late: its client has paid for it, and says so only with its "
     "next update",
     "a person with several rows: the bound is for one row",
+    "rows declared public, if a client trains on them: their losses, and the choice of a "
+    "round by them, have no noise",
     "the number of records of each client, which is public by assumption, and with it the "
     "sampling probability and its noise",
     "the code that a client runs: Flower ships it from the server, so a node should pin or "
@@ -179,7 +181,6 @@ class RecordClaims:
             "epsilon": worst,
             "epsilon_median": self.median,
             "epsilon_replace_one": None,
-            "epsilon_add_or_remove": worst,
             "num_clients_reported": len(self._every),
             "sampling_probability": settings.num_sampled_clients
             / settings.population_size,
@@ -189,9 +190,16 @@ class RecordClaims:
             "noise_probe": None,
             "accountant": "each client's own: PLD (dp-accounting)",
             "not_covered": list(_NOT_COVERED),
-            "strength": strength(math.inf if worst is None else worst),
+            "strength": self.strength(math.inf if worst is None else worst),
             "statement": self.statement,
         }
+
+    def strength(self, epsilon: float) -> str:
+        """Return the word for an epsilon at this run's delta.
+
+        How many records each client has is not known here.
+        """
+        return strength(epsilon, self.settings.delta)
 
     @property
     def statement(self) -> str:
@@ -207,10 +215,12 @@ class RecordClaims:
                 "Record-level differential privacy was promised, and at least one client "
                 "sent updates without saying what they cost, so epsilon is not bounded."
             )
+        caution = delta_caution(settings.delta)
+        because = f", since {caution}" if caution else ""
         return (
             f"Record-level differential privacy with epsilon {plain(worst)} for the worst "
             f"client and {plain(self.median)} for the median one at delta "
-            f"{settings.delta:g} (protection: {strength(worst)}), as the {len(self._every)} "
+            f"{settings.delta:g} (protection: {self.strength(worst)}{because}), as the {len(self._every)} "
             f"clients that took part in {len(self._releases)} rounds report it: for "
             "whoever sees all that they sent, the server included, whether one training "
             "record of a client was there or not changes the probability of any "

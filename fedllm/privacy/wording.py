@@ -18,11 +18,64 @@ DP-fy ML, arXiv 2303.00654), with its third tier split at 50."""
 BANDS_SOURCE = "Ponomareva et al. 2023, How to DP-fy ML, arXiv 2303.00654"
 
 
-def strength(epsilon: float | None) -> str:
-    """Return the word for an epsilon by `BANDS`; None is no privacy."""
+_USUAL_DELTA = 1e-5
+
+
+def default_delta(population_size: int) -> float:
+    """Return min(1e-5, N^-1.1)."""
+    return float(min(_USUAL_DELTA, population_size**-1.1))
+
+
+def strength(
+    epsilon: float | None, delta: float | None = None, units: int | None = None
+) -> str:
+    """Return the word for an epsilon by `BANDS`, or a weaker one for a large delta.
+
+    Args:
+        epsilon: None is no privacy.
+        delta: From 1/units on the word is the last: whoever publishes one unit of them as
+            it is satisfies (0, 1/units). Above `default_delta` it is one step weaker.
+            None: not judged.
+        units: Protected units (clients, or records of a client); None: not known, and
+            delta is compared with 1e-5 alone.
+    """
     if epsilon is None:
         return "none"
-    return next((word for most, word in BANDS if epsilon <= most), BANDS[-1][1])
+    words = [word for _, word in BANDS]
+    step = next((i for i, (most, _) in enumerate(BANDS) if epsilon <= most), -1)
+    if delta is not None and step >= 0:
+        if units is not None and delta >= 1 / units:
+            step = -1
+        elif delta > _largest_plain_delta(units):
+            step = min(step + 1, len(words) - 1)
+    return words[step]
+
+
+def delta_caution(delta: float | None, units: int | None = None) -> str | None:
+    """Return why a delta makes the word of `strength` weaker; None: it does not.
+
+    Args:
+        delta: As in `strength`.
+        units: As in `strength`.
+    """
+    if delta is None:
+        return None
+    if units is not None and delta >= 1 / units:
+        return (
+            f"delta {delta:g} is not below one over {units:,}: publishing one of them "
+            "whole would keep this promise"
+        )
+    largest = _largest_plain_delta(units)
+    if delta > largest:
+        return f"delta {delta:g} is above {largest:.2g}"
+    return None
+
+
+def _largest_plain_delta(units: int | None) -> float:
+    """Return the largest delta that leaves the word as it is."""
+    usual = _USUAL_DELTA if units is None else default_delta(units)
+    # A default that a file has kept is not above itself.
+    return usual * (1 + 1e-9)
 
 
 def plain(epsilon: float | None) -> str:

@@ -7,10 +7,12 @@ from typing import Any
 from fedllm.adapters.kinds import kind_of
 from fedllm.data.embedded import EMBEDDED
 from fedllm.models.known import KNOWN_MODELS
+from fedllm.privacy.wording import BANDS
 from fedllm.reporting.sentences import (
     NOT_ADVICE,
     SMALL_MODEL,
     kind_and_rank,
+    protection,
     verdict,
 )
 from fedllm.runs.record import RunRecord
@@ -83,7 +85,8 @@ def _metadata(run: RunRecord, merged: bool) -> str:
     lines["library_name"] = "transformers" if merged else "peft"
     lines["pipeline_tag"] = "text-generation"
     tags = ["federated-learning", _method(settings)]
-    if run.privacy["unit"] != "none":
+    # Who searches the hub for private models looks for a bound that means something.
+    if protection(run.privacy) not in ("none", BANDS[-1][1]):
         tags.insert(1, "differential-privacy")
     if rows is not None:
         lines["language"] = rows.language

@@ -10,9 +10,9 @@ from fedllm.privacy.wording import (
     guesses_right,
     percent,
     plain,
-    strength,
 )
 from fedllm.reporting.markup import escape, table
+from fedllm.reporting.sentences import protection
 from fedllm.runs.record import RunRecord
 
 
@@ -25,9 +25,7 @@ def privacy(run: RunRecord) -> str:
     if unit == "none":
         head = '<p class="epsilon">No privacy</p>'
     else:
-        words = strength(None if epsilon is None else float(epsilon))
-        if epsilon is None:
-            words = "none to speak of"
+        words = protection(privacy)
         so_far = " so far" if run.state == "running" else ""
         head = (
             f'<p class="epsilon">ε&nbsp;=&nbsp;{escape(plain(epsilon))} <small>at '

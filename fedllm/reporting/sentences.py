@@ -1,10 +1,13 @@
 """The sentences that the page, the model card and the commands share."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedllm.adapters.kinds import KINDS, kind_of
 from fedllm.data.embedded import BUILT_IN_DATA, EMBEDDED
+from fedllm.privacy.wording import strength
 
 NOT_ADVICE = BUILT_IN_DATA.caution
 SMALL_MODEL = "A language model states wrong things fluently."
@@ -26,6 +29,20 @@ def verdict(result: dict[str, Any]) -> str:
         f"Loss on {result['test_examples']} public test rows, which chose nothing: "
         f"{before:.3f} for the base, {after:.3f} for the recommended adapter, {name}."
     )
+
+
+def protection(privacy: Mapping[str, Any]) -> str:
+    """Return the word for a run's protection, from the numbers of its privacy.json.
+
+    The file has the word too, but an older version may have written it without a look at
+    delta.
+    """
+    unit, epsilon = privacy.get("unit"), privacy.get("epsilon")
+    if unit == "none":
+        return strength(None)
+    clients = privacy.get("population_size") if unit == "client" else None
+    bound = math.inf if epsilon is None else float(epsilon)
+    return strength(bound, privacy.get("delta"), clients)
 
 
 def caution(settings: dict[str, Any]) -> str:

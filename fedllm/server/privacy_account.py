@@ -18,7 +18,7 @@ from fedllm.planning.record_noise import record_settings
 from fedllm.privacy.accounting import noise_to_signal
 from fedllm.privacy.ledger import Ledger, no_privacy
 from fedllm.privacy.record_claims import RecordClaims
-from fedllm.privacy.wording import plain
+from fedllm.privacy.wording import BANDS, delta_caution, plain
 from fedllm.runs.checkpoint import require_unchanged
 from fedllm.runs.directory import PRIVACY_FILE, RunDirectory, read_json
 from fedllm.strategy.round_stats import Round
@@ -29,7 +29,7 @@ LogLine = tuple[int, str]
 """A level of `logging`, and the text."""
 
 _FEW_CLIENTS = 10
-_NO_PROTECTION = 50.0
+_NO_PROTECTION = BANDS[-2][0]
 """An epsilon above this is called no protection."""
 
 
@@ -202,6 +202,7 @@ class ClientAccount(PrivacyAccount):
         ]
         if planned.zero_out > _NO_PROTECTION:
             lines.append((logging.WARNING, _not_private(planned.zero_out)))
+        lines += _delta_lines(settings.delta, settings.population_size)
         if settings.population_size < _FEW_CLIENTS:
             lines.append(
                 (
@@ -306,7 +307,7 @@ class RecordAccount(PrivacyAccount):
             )
         if settings.target_epsilon > _NO_PROTECTION:
             lines.append((logging.WARNING, _not_private(settings.target_epsilon)))
-        return lines
+        return lines + _delta_lines(settings.delta, None)
 
     def outcome(self) -> list[str]:
         """Return the reported epsilons, the statement, and what it leaves out."""
@@ -399,6 +400,12 @@ def open_account(terms: AccountTerms) -> PrivacyAccount:
 
 def _not_private(epsilon: float) -> str:
     return f"epsilon {plain(epsilon)} is no protection to speak of: this run is not private"
+
+
+def _delta_lines(delta: float, units: int | None) -> list[LogLine]:
+    """Return a warning if a delta makes the promise weaker than its epsilon says."""
+    caution = delta_caution(delta, units)
+    return [(logging.WARNING, f"privacy.delta: {caution}")] if caution else []
 
 
 def _statement(content: dict[str, Any]) -> list[str]:

@@ -34,7 +34,7 @@ def test_a_node_that_demands_another_unit_refuses(limit, unit):
 
 @pytest.mark.parametrize("unit", ["client", "record"])
 def test_a_limit_cannot_be_passed_by_way_of_a_large_delta(unit):
-    config = parse_run_config({"privacy.unit": unit, "privacy.delta": 0.9})
+    config = parse_run_config({"privacy.unit": unit, "privacy.delta": 1e-3})
 
     with pytest.raises(ConfigError, match="max-epsilon is meant at 1e-05 or less"):
         check_node_limits(node_of(privacy_unit=unit, max_epsilon=8.0), config)

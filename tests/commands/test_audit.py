@@ -87,7 +87,7 @@ def test_a_broken_strategy_ends_with_status_1(monkeypatch, capsys):
     ("typed", "words"),
     [
         ('privacy.unit="none" privacy.target-epsilon=0.0', "nothing to audit"),
-        ("privacy.delta=1.0", "privacy.delta: must be less than 1"),
+        ("privacy.delta=1.0", "privacy.delta: must be less than or"),
         ("privacy.target-epsilon=-1.0", "privacy.target-epsilon: must be"),
         ("nowhere.toml", "No such file"),
         ("privacy.delta", "needs a .toml file or key=value"),

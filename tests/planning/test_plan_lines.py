@@ -54,3 +54,17 @@ def test_the_table_has_the_planned_rounds_among_its_own(capsys):
 
     rounds = [line.split()[0] for line in text.splitlines()[-7:]]
     assert rounds == ["1", "3", "5", "7", "10", "30", "100"]
+
+
+def test_a_delta_that_weakens_the_promise_is_said(capsys):
+    clients = plan_text(capsys, "--delta", "1e-3", "--clients", "1000")
+    records = plan_text(
+        capsys,
+        *("--run-config", "configs/record-level.toml"),
+        *("--records", "2000", "--delta", "1e-3", "--noise-multiplier", "2"),
+    )
+
+    for text, units in ((clients, "1,000"), (records, "2,000")):
+        assert "protection is none to speak of" in text
+        assert f"caution: delta 0.001 is not below one over {units}: " in text
+    assert "caution" not in plan_text(capsys)

@@ -229,3 +229,50 @@ def test_last_digits_of_another_scipy_are_not_an_edit(tmp_path):
     path.write_text(json.dumps({**content, "epsilon": content["epsilon"] + 1e-12}))
 
     assert Ledger.load(path).releases == [1]
+
+
+def test_a_delta_that_one_whole_client_fits_into_is_no_protection(tmp_path):
+    settings = replace(SETTINGS, delta=1e-3, population_size=1000)
+    ledger = Ledger.create(tmp_path / "privacy.json", settings)
+
+    content = ledger.as_dict()
+
+    assert content["strength"] == "none to speak of"
+    assert (
+        "(protection: none to speak of, since delta 0.001 is not below one over 1,000"
+        in content["statement"]
+    )
+    assert "since" not in Ledger.create(tmp_path / "usual", SETTINGS).as_dict()
+
+
+@pytest.mark.parametrize("sampling", ["all", "fixed", "poisson"])
+def test_add_or_remove_is_never_claimed_of_clients_whose_number_is_published(
+    tmp_path, sampling
+):
+    settings = replace(SETTINGS, sampling=sampling, num_sampled_clients=10)
+    ledger = Ledger.create(tmp_path / "privacy.json", settings)
+    ledger.spend(1)
+
+    text = (tmp_path / "privacy.json").read_text()
+
+    assert "add_or_remove" not in text and "add-or-remove" not in text
+    assert any(
+        "their number is published" in x for x in json.loads(text)["not_covered"]
+    )
+    assert "add_or_remove" not in json.dumps(no_privacy(20, 1000))
+
+
+def test_what_shows_a_secret_cohort_is_named(tmp_path):
+    settings = replace(SETTINGS, sampling="poisson", num_sampled_clients=10)
+    left_out = " ".join(
+        Ledger.create(tmp_path / "privacy.json", settings).as_dict()["not_covered"]
+    )
+
+    for shown in ("flwr list --run-id", "tracker's start and end", "times of the run"):
+        assert shown in left_out
+
+
+def test_public_rows_are_named_among_what_is_not_covered(tmp_path):
+    content = Ledger.create(tmp_path / "privacy.json", SETTINGS).as_dict()
+
+    assert any("rows declared public" in line for line in content["not_covered"])

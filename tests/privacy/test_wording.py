@@ -9,7 +9,75 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from fedllm.privacy.accounting import gaussian_epsilon
-from fedllm.privacy.wording import gaussian_guesses_right, guesses_right, percent
+from fedllm.privacy.wording import (
+    BANDS,
+    default_delta,
+    delta_caution,
+    gaussian_guesses_right,
+    guesses_right,
+    percent,
+    strength,
+)
+
+
+def test_delta_shrinks_with_the_population():
+    assert default_delta(20) == 1e-5
+    assert default_delta(1_000_000) == pytest.approx(1e6**-1.1)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "words"),
+    [
+        (0.5, "strong"),
+        (1.0, "strong"),
+        (1.01, "reasonable"),
+        (10.0, "reasonable"),
+        (10.1, "weak"),
+        (50.1, "none to speak of"),
+        (math.inf, "none to speak of"),
+        (None, "none"),
+    ],
+)
+def test_strength_follows_the_tiers(epsilon, words):
+    assert strength(epsilon) == words
+    assert strength(epsilon, 1e-5, 20) == words
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "units", "words"),
+    [
+        (0.9, 0.5, 20, "none to speak of"),
+        (1.0, 0.05, 20, "none to speak of"),
+        (0.9, 1e-4, 20, "reasonable"),
+        (8.0, 1e-4, 20, "weak"),
+        (30.0, 1e-4, 20, "none to speak of"),
+        (60.0, 1e-4, 20, "none to speak of"),
+        (0.9, 1e-5, 1_000_000, "none to speak of"),
+        (0.9, 1e-5, 50_000, "reasonable"),
+        (0.9, 1e-4, None, "reasonable"),
+        (None, 0.5, 20, "none"),
+    ],
+)
+def test_a_large_delta_takes_from_the_word(epsilon, delta, units, words):
+    assert strength(epsilon, delta, units) == words
+    assert delta_caution(delta, units)
+
+
+@given(st.integers(2, 10**9), st.sampled_from([0.5, 5.0, 20.0, 60.0]))
+def test_the_default_delta_takes_nothing_from_the_word(units, epsilon):
+    delta = default_delta(units)
+
+    assert strength(epsilon, delta, units) == strength(epsilon)
+    assert delta_caution(delta, units) is None
+
+
+@given(st.floats(0, 100), st.floats(1e-12, 1), st.integers(2, 10**6))
+def test_no_delta_makes_a_word_stronger(epsilon, delta, units):
+    words = [word for _, word in BANDS]
+
+    assert words.index(strength(epsilon, delta, units)) >= words.index(
+        strength(epsilon)
+    )
 
 
 @given(st.floats(0, 100), st.floats(1e-12, 0.1))

@@ -1,5 +1,7 @@
 """The model card: what the hub reads, and what a person should know."""
 
+import json
+
 import pytest
 import yaml
 
@@ -39,3 +41,26 @@ def test_the_method_is_peft_s_name(tmp_path, kind):
     front, _ = card(write_run(tmp_path / "run", adapter__kind=kind))
 
     assert ({"lora-core": "lora"}.get(kind, kind)) in front["tags"]
+
+
+@pytest.mark.parametrize(
+    ("change", "is_tagged"),
+    [
+        ({}, True),
+        ({"privacy__target_epsilon": 50.0}, True),
+        ({"privacy__target_epsilon": 60.0}, False),
+        ({"privacy__target_epsilon": 40.0, "privacy__delta": 1e-3}, False),
+    ],
+)
+def test_only_what_is_bounded_is_tagged_as_private(tmp_path, change, is_tagged):
+    front, _ = card(write_run(tmp_path / "run", **change))
+
+    assert ("differential-privacy" in front["tags"]) is is_tagged
+
+
+def test_a_run_whose_clients_said_nothing_is_not_tagged_as_private(tmp_path):
+    folder = write_run(tmp_path / "run")
+    edited = json.loads((folder / "privacy.json").read_text())
+    (folder / "privacy.json").write_text(json.dumps({**edited, "epsilon": None}))
+
+    assert "differential-privacy" not in card(folder)[0]["tags"]

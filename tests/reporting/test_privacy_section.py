@@ -27,6 +27,17 @@ def test_an_unprotected_run_is_called_unprotected(tmp_path):
     assert "zero-out" in text and "100.00 %" in text
 
 
+def test_a_large_delta_is_not_flattered_even_in_an_old_file(tmp_path):
+    folder = write_run(tmp_path / "run", privacy__delta=1e-3)
+    assert "protection is weak" in check(folder)[1]
+    assert "since delta 0.001 is above 1e-05" in check(folder)[1]
+    old = json.loads((folder / "privacy.json").read_text())
+    old |= {"delta": 0.3, "strength": "reasonable"}
+    (folder / "privacy.json").write_text(json.dumps(old))
+
+    assert f"protection is {BANDS[-1][1]}" in check(folder)[1]
+
+
 def test_a_run_without_privacy_claims_nothing(tmp_path):
     page, text = check(write_run(tmp_path / "run", **NO_PRIVACY))
 

@@ -234,3 +234,20 @@ def test_a_client_that_comes_back_under_another_id_is_one_client(settings):
     told = read(run, "privacy.json")
     assert told["num_clients_reported"] == 3
     assert (told["epsilon"], told["epsilon_median"]) == (3.0, 2.0)
+
+
+@pytest.mark.parametrize("unit", ["client", "record"])
+def test_a_delta_that_weakens_the_promise_is_warned_of_before_round_1(settings, unit):
+    large = {**settings, "privacy.unit": unit, "privacy.delta": 1e-3}
+
+    warned = [text for level, text in start(large)[0].account.plan() if level > 20]
+
+    assert "privacy.delta: delta 0.001 is above 1e-05" in warned
+
+
+def test_the_claims_of_records_name_public_rows_and_no_second_epsilon(settings):
+    federation, _ = start({**settings, **RECORD})
+
+    privacy = json.loads((federation.directory.path / "privacy.json").read_text())
+    assert "epsilon_add_or_remove" not in privacy
+    assert any("rows declared public" in line for line in privacy["not_covered"])
