@@ -13,7 +13,7 @@ _LARGEST_DELTA = 1e-5
 """Largest delta of a run if the node sets a `max-epsilon` and no delta: at a delta near 1
 any epsilon can be reached."""
 
-LIMITS = ("privacy-unit", "max-epsilon", "delta")
+LIMITS = ("privacy-unit", "max-epsilon", "delta", "model-name")
 KEYS = ("data-path", "partition-id", "num-partitions", *LIMITS)
 
 
@@ -29,6 +29,8 @@ class NodeConfig:
         privacy_unit: The `privacy.unit` that a run must have; None: any.
         max_epsilon: Largest epsilon that a run may spend; None: no limit.
         delta: Largest `privacy.delta` of a run; None: not set.
+        model_name: The `model.name` that a run must have, and so the chat template that
+            the node's rows are put in; None: any.
         is_partition: Whether the config names a number of partitions, as every node of a
             simulation does. What such a client prints may reach the server's log.
     """
@@ -39,6 +41,7 @@ class NodeConfig:
     privacy_unit: str | None = None
     max_epsilon: float | None = None
     delta: float | None = None
+    model_name: str | None = None
     is_partition: bool = False
 
     @property
@@ -48,7 +51,13 @@ class NodeConfig:
         A simulated client starts a new ledger in every run, which would be wrong for a
         real one: the owner of a SuperNode without a file of its own sets a limit.
         """
-        own = (self.data_path, self.privacy_unit, self.max_epsilon, self.delta)
+        own = (
+            self.data_path,
+            self.privacy_unit,
+            self.max_epsilon,
+            self.delta,
+            self.model_name,
+        )
         return all(value is None for value in own)
 
 
@@ -66,6 +75,7 @@ def parse_node_config(values: Mapping[str, Any]) -> NodeConfig:
     _require_known_keys(values)
     partition_id, num_partitions = _partition(values)
     path, unit = values.get("data-path"), values.get("privacy-unit")
+    model_name = values.get("model-name")
     return NodeConfig(
         partition_id=partition_id,
         num_partitions=num_partitions,
@@ -73,6 +83,7 @@ def parse_node_config(values: Mapping[str, Any]) -> NodeConfig:
         privacy_unit=None if unit is None else str(unit),
         max_epsilon=_number(values, "max-epsilon"),
         delta=_number(values, "delta"),
+        model_name=None if model_name is None else str(model_name),
         is_partition="num-partitions" in values,
     )
 
@@ -97,6 +108,7 @@ def check_node_limits(node: NodeConfig, config: RunConfig) -> None:
     """
     _check_unit(node, config)
     _check_epsilon(node, config)
+    _check_model(node, config)
     privacy = config.privacy
     if node.delta is not None and not 0 < privacy.delta <= node.delta:
         raise ConfigError(
@@ -139,6 +151,15 @@ def _check_epsilon(node: NodeConfig, config: RunConfig) -> None:
         raise ConfigError(
             f"privacy.target-epsilon: this node demands at most {limit} "
             f"(got {min(promised) if promised else 'no bound'})"
+        )
+
+
+def _check_model(node: NodeConfig, config: RunConfig) -> None:
+    """Check the base model, whose chat template is a program that reads the node's rows."""
+    if node.model_name not in (None, config.model.name):
+        raise ConfigError(
+            f"model.name: this node demands {node.model_name!r} "
+            f"(got {config.model.name!r})"
         )
 
 

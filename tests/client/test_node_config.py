@@ -70,10 +70,19 @@ def test_what_flower_sets_in_a_simulation_is_all_known():
         {"privacy-unit": "record"},
         {"max-epsilon": 0},
         {"delta": 0.0},
+        {"model-name": "known"},
     ],
 )
 def test_a_node_with_a_file_or_a_limit_is_no_simulation(own):
     assert not parse_node_config({**NODE, **own}).is_simulated
+
+
+def test_a_node_takes_no_base_model_but_the_one_that_it_names():
+    config = parse_run_config({"model.name": "other/model"})
+
+    with pytest.raises(ConfigError, match="model.name: this node demands 'known'"):
+        check_node_limits(node_of(model_name="known"), config)
+    check_node_limits(node_of(model_name="other/model"), config)
 
 
 def test_a_limit_without_a_unit_is_one_of_client_level():
