@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 from fedllm.adapters.spec import Arrays
 from fedllm.config import RunConfig, WireConfig
 from fedllm.privacy.ledger import Ledger, PrivacySettings
-from fedllm.privacy.mechanism import SecureGenerator, Vector
+from fedllm.privacy.mechanism import Integers, SecureGenerator, Vector
 from fedllm.strategy.build import make_strategy
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
@@ -51,9 +51,9 @@ class NotAsPromisedError(Exception):
 class ZeroNoise(SecureGenerator):
     """Noise of zero, so that the sum before the noise can be seen; for audits only."""
 
-    def standard_normal(self, size: int) -> Vector:
+    def discrete_gaussian(self, size: int) -> Integers:
         """Return (size,) zeros."""
-        return np.zeros(size)
+        return np.zeros(size, np.int64)
 
 
 @dataclass(frozen=True)

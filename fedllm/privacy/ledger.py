@@ -20,7 +20,6 @@ _NOT_COVERED = [
     "the choice of settings, where it was made on private data",
     "who is connected, when each client answers (timing), and, where cohorts are not "
     "secret, which clients gave no usable update and by which code",
-    "attacks on the lowest bits of floating-point noise",
     "earlier and later runs over the same clients: their epsilons add up",
     "a client with several nodes: the bound is for one node",
 ]

@@ -1,6 +1,6 @@
 """The mechanism: clip each update, sum exactly, add secure Gaussian noise once.
 
-NumPy and SciPy only. All that changes privacy is in the arguments; nothing here reads a
+NumPy and cryptography only. All that changes privacy is in the arguments; nothing here reads a
 configuration, and no draw can be seeded.
 """
 
@@ -14,9 +14,16 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from scipy.special import ndtri
+
+from fedllm.privacy.discrete_gaussian import (
+    LARGEST_SENSITIVITY,
+    Words,
+    integer_sensitivity,
+    sample,
+)
 
 Vector = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
 _Array = TypeVar("_Array", bound=npt.NDArray[Any])
 
 WRONG_NAMES = "wrong-names"
@@ -32,7 +39,6 @@ REASONS = (WRONG_NAMES, WRONG_SHAPE, WRONG_TYPE, NOT_FINITE, OUT_OF_RANGE, MALFO
 # Rounding in a norm summed pairwise is below 1e-13 of it at any length, in scaling one
 # rounding a value: a vector clipped to this share of C has a true norm of at most C.
 _MARGIN = 1 - 1e-12
-_CHUNK = 1 << 18
 # Values worked on at a time, so that intermediate results stay in a core's cache.
 _BLOCK = 1 << 14
 
@@ -41,53 +47,34 @@ class SecureGenerator:
     """A secure random generator: AES in counter mode, keyed by the operating system.
 
     Guarantee:
-        No configuration, seed or global generator influences a draw, and no two
-        generators, processes or forks of one share a key. Uniforms are 2**52 midpoints,
-        symmetric and never 0 or 1, so a normal draw is finite and lies within 8.21
-        standard deviations. The noise is a floating-point approximation of the Gaussian:
-        attacks on its lowest bits (Mironov 2012) are not covered.
+        No configuration, seed or global generator influences a draw. Every call takes a new
+        key from the operating system and keeps none, so no two calls, generators,
+        processes, forks or copies of a machine share a stream, unless a machine is copied
+        within a call.
     """
 
-    def __init__(self) -> None:
-        self._new_key()
-
     def __reduce__(self) -> str:
-        """Raise: a copy would repeat every draw."""
+        """Raise: whoever copies a generator expects the copy to repeat it."""
         raise TypeError("a secure generator cannot be copied or pickled")
 
-    def standard_normal(self, size: int) -> Vector:
-        """Draw (size,) float64 standard normal values by the inverse CDF."""
-        out = np.empty(size, np.float64)
-        for start in range(0, size, _CHUNK):
-            part = out[start : start + _CHUNK]
-            # With 53 bits the half would be rounded away above 2**52, and the largest
-            # draw would be infinite.
-            part[:] = self._bits(52, len(part))
-            part += 0.5
-            part *= 2.0**-52
-            ndtri(part, out=part)
-        return out
+    def discrete_gaussian(self, size: int) -> Integers:
+        """Draw (size,) independent integers of the discrete Gaussian D(SIGMA)."""
+        return sample(size, self.words())
 
     def bernoulli(self, probability: float, size: int) -> npt.NDArray[np.bool_]:
         """Draw (size,) independent coins that are True with this probability."""
-        return self._bits(53, size) < probability * 2.0**53
+        bits = self.words()(size) >> np.uint64(64 - 53)
+        return bits < probability * 2.0**53
 
     def sample_without_replacement(self, population: int, size: int) -> list[int]:
         """Draw `size` different integers below `population`, every subset equally likely."""
         return secrets.SystemRandom().sample(range(population), size)
 
-    def _bits(self, bits: int, size: int) -> npt.NDArray[np.uint64]:
-        """Draw (size,) integers below 2**bits."""
-        if os.getpid() != self._pid:
-            # A fork would continue its parent's stream.
-            self._new_key()
-        words = np.frombuffer(self._stream.update(bytes(8 * size)), np.uint64)
-        return words >> np.uint64(64 - bits)
-
-    def _new_key(self) -> None:
+    def words(self) -> Words:
+        """Return a stream of uniform words of 64 bits under a new key."""
         cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16)))
-        self._stream = cipher.encryptor()
-        self._pid = os.getpid()
+        stream = cipher.encryptor()
+        return lambda size: np.frombuffer(stream.update(bytes(8 * size)), np.uint64)
 
 
 @dataclass(frozen=True)
@@ -200,28 +187,46 @@ def _blocks(vector: _Array) -> Iterator[_Array]:
 
 
 class FixedPointSum:
-    """A sum that is the same in every order: integers of limit * 2**-40.
+    """A sum that is the same in every order: integers of limit / units.
 
-    Values are cut toward zero, so a vector's norm grows by a last bit at most, 2**-52 of it,
-    which the margin of `clipped` covers 4,000 times. Each value is held as at most 2**40
-    units, times a weight. 64 bits hold a weight of 2**22: before they are full, all but the
-    low 20 bits are carried to a second integer.
+    Values are cut toward zero. Rounding before the cut makes a vector's norm longer by
+    2**-52 of it at most, which the margin of `clipped` covers 4,000 times: a vector of norm C =
+    limit adds integers whose exact norm is at most `units`. Each value is held as at most
+    2**40 units, times a weight. 64 bits hold a weight of 2**22: before they are full, all but
+    the low 20 bits are carried to a second integer.
 
     Args:
         size: Length d of the vectors.
         limit: Largest size of one value: the clipping norm if updates are clipped.
+        units: Units that `limit` has, at most 2**40. A sum to which noise is added has
+            `integer_sensitivity(z)`.
     """
 
-    _UNITS = 2.0**40
     _MAX_WEIGHT = 1 << 42
     _ROOM = 1 << 22
 
-    def __init__(self, size: int, limit: float) -> None:
+    def __init__(
+        self,
+        size: int,
+        limit: float,
+        units: int = LARGEST_SENSITIVITY,
+    ) -> None:
         self._limit = limit
+        self._units = units
         self._high = np.zeros(size, np.int64)
         self._low = np.zeros(size, np.int64)
         self._weight = 0
         self._held = 0
+
+    @property
+    def size(self) -> int:
+        """Length d of the vectors."""
+        return len(self._low)
+
+    @property
+    def units(self) -> int:
+        """Units that the limit has."""
+        return self._units
 
     @property
     def weight(self) -> int:
@@ -249,16 +254,16 @@ class FixedPointSum:
             _blocks(vector), _blocks(self._high), _blocks(self._low), strict=True
         ):
             scaled = values / self._limit
-            scaled *= self._UNITS
-            if not (scaled.max() <= self._UNITS and scaled.min() >= -self._UNITS):
+            scaled *= self._units
+            if not (scaled.max() <= self._units and scaled.min() >= -self._units):
                 raise ValueError(f"a value of the sum is above {self._limit}")
-            units = scaled.astype(np.int64)  # which cuts toward zero
+            cut = scaled.astype(np.int64)  # which cuts toward zero
             if not fits:
-                high += (units >> 20) * weight
-                units &= 0xFFFFF
+                high += (cut >> 20) * weight
+                cut &= 0xFFFFF
             if weight > 1:
-                units *= weight
-            low += units
+                cut *= weight
+            low += cut
         self._held += min(weight, self._ROOM)
         self._weight += weight
 
@@ -272,41 +277,67 @@ class FixedPointSum:
         """Return the sum, (d,) float64."""
         self._carry()
         # Exact integers until here; what follows is one fixed sequence of roundings.
-        units = self._high.astype(np.float64) * 2.0**20 + self._low
-        return units * (self._limit / self._UNITS)
+        whole = self._high.astype(np.float64) * 2.0**20 + self._low
+        return whole * (self._limit / self._units)
+
+    def noised(self, noise: Integers) -> Vector:
+        """Return the sum after (d,) integers were added to its own, (d,) float64.
+
+        Raises:
+            ValueError: The weights pass 2**22, so that the integers may not fit.
+        """
+        if self._weight > self._ROOM:
+            raise ValueError(f"a noised sum holds 2**22 updates (got {self._weight})")
+        self._carry()
+        whole = (self._high << 20) + self._low
+        whole += noise
+        released: Vector = whole.astype(np.float64)
+        released *= self._limit / self._units
+        return released
 
 
-def noised_sum(
-    total: FixedPointSum,
-    noise_multiplier: float,
-    clipping_norm: float,
-    generator: SecureGenerator,
-) -> Vector:
-    """Return S = sum + N(0, (zC)^2 I), (d,) float64: the one release of a round.
+def private_sum(
+    size: int, clipping_norm: float, noise_multiplier: float
+) -> FixedPointSum:
+    """Return the empty sum to which `noised_sum` can add noise.
 
     Args:
-        total: Sum of clipped updates, each added once with weight 1.
-        noise_multiplier: z > 0.
+        size: d, the length of the updates.
         clipping_norm: C, in the range that config.py allows.
-        generator: The source of the noise.
+        noise_multiplier: z > 0.
 
     Raises:
         ValueError: z or C is not positive: without noise nothing is private.
+    """
+    if not clipping_norm > 0:
+        raise ValueError("a release needs a positive clipping norm")
+    units = integer_sensitivity(noise_multiplier)
+    return FixedPointSum(size, clipping_norm, units)
+
+
+def noised_sum(
+    total: FixedPointSum, noise_multiplier: float, generator: SecureGenerator
+) -> Vector:
+    """Return S = sum + noise, (d,) float64: the one release of a round.
+
+    Args:
+        total: `private_sum` of this z, and clipped updates, each added once with weight 1.
+        noise_multiplier: z > 0.
+        generator: The source of the noise.
+
+    Raises:
+        ValueError: z is not positive: without noise nothing is private. Or the sum's grid is
+            another's.
 
     Guarantee:
-        With updates of norm at most C, one client sending nothing changes the sum by at
-        most C: a Gaussian mechanism with noise multiplier z under zero-out, and z/2
-        under replace-one.
+        With updates of norm at most C, one client sending nothing changes the sum's
+        integers by a vector of norm at most A = `integer_sensitivity(z)`. What is returned is
+        a function of those integers plus a discrete Gaussian, which is a Gaussian mechanism
+        with noise multiplier z under zero-out, and z/2 under replace-one, to the last bit.
     """
-    if not (noise_multiplier > 0 and clipping_norm > 0):
-        raise ValueError(
-            "a release needs a positive noise multiplier and clipping norm"
-        )
-    released = total.total()
-    noise = generator.standard_normal(len(released))
-    noise *= noise_multiplier * clipping_norm
-    released += noise
-    return released
+    if total.units != integer_sensitivity(noise_multiplier):
+        raise ValueError("the sum was not made for this noise multiplier")
+    return total.noised(generator.discrete_gaussian(total.size))
 
 
 def _difference(

@@ -29,7 +29,6 @@ _NOT_COVERED = [
     "which client gave no usable update and by which code, who is connected, and when each "
     "client answers (timing)",
     "the choice of settings, where it was made on private data",
-    "attacks on the lowest bits of floating-point noise and on float32 rounding",
     "edits of a row: a changed row is a new record with a budget of its own",
     "in a simulation, earlier and later runs: virtual clients begin anew in each",
 ]

@@ -12,10 +12,10 @@ from flwr.serverapp.strategy import Strategy
 from fedllm.errors import PrivacyError
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.mechanism import (
-    FixedPointSum,
     SecureGenerator,
     clipped_update,
     noised_sum,
+    private_sum,
 )
 from fedllm.strategy.fedavg import AdapterFedAvg
 from fedllm.strategy.round_stats import Round
@@ -77,8 +77,8 @@ class ClientLevelDP(Strategy):
             and an empty cohort is a release of noise.
         """
         settings = self.ledger.settings
-        clipping_norm = settings.clipping_norm
-        total = FixedPointSum(self.strategy.size, clipping_norm)
+        clipping_norm, z = settings.clipping_norm, settings.noise_multiplier
+        total = private_sum(self.strategy.size, clipping_norm, z)
         for reply in self.strategy.read(replies):
             clipped = clipped_update(
                 reply.arrays, self.strategy.reference, clipping_norm
@@ -87,9 +87,7 @@ class ClientLevelDP(Strategy):
                 self.strategy.reject(reply, clipped.reason or "malformed")
             else:
                 total.add(clipped.update)
-        released = noised_sum(
-            total, settings.noise_multiplier, clipping_norm, self.generator
-        )
+        released = noised_sum(total, z, self.generator)
         self.ledger.spend(server_round)
         update = released / settings.num_sampled_clients
         return self.strategy.apply_update(server_round, update), None
@@ -119,13 +117,9 @@ class ClientLevelDP(Strategy):
         twin.reference = dict(self.strategy.reference)
         twin.optimizer = copy.deepcopy(self.strategy.optimizer)
         settings = self.ledger.settings
+        z = settings.noise_multiplier
         for server_round in range(1, twin.config.num_server_rounds + 1):
-            empty = FixedPointSum(twin.size, settings.clipping_norm)
-            noise = noised_sum(
-                empty,
-                settings.noise_multiplier,
-                settings.clipping_norm,
-                self.generator,
-            )
+            empty = private_sum(twin.size, settings.clipping_norm, z)
+            noise = noised_sum(empty, z, self.generator)
             twin.apply_update(server_round, noise / settings.num_sampled_clients)
         return twin.reference

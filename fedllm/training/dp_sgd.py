@@ -24,6 +24,7 @@ from fedllm.privacy.mechanism import (
     Vector,
     clipped,
     noised_sum,
+    private_sum,
 )
 from fedllm.privacy.record_ledger import RecordPlan
 from fedllm.training.mapped_weights import release_mapped_pages
@@ -80,8 +81,9 @@ def train_privately(
             task.check_deadline(step)
             coins = generator.bernoulli(plan.sampling_probability, len(examples))
             batch = [row for row, coin in zip(examples, coins, strict=True) if coin]
-            total = clipped_sum(per_example, batch, train.batch_size, norm)
-            released = noised_sum(total, plan.noise_multiplier, norm, generator)
+            z = plan.noise_multiplier
+            total = clipped_sum(per_example, batch, train.batch_size, norm, z)
+            released = noised_sum(total, z, generator)
             update.step(released / plan.expected_batch_size)
         trained = adapted.get()
     return Trained(trained, math.nan, len(examples), plan.steps)
@@ -92,6 +94,7 @@ def clipped_sum(
     batch: Sequence[Mapping[str, Any]],
     micro_batch_size: int,
     max_grad_norm: float,
+    noise_multiplier: float,
 ) -> FixedPointSum:
     """Return the sum of the clipped gradients of a batch's examples.
 
@@ -100,12 +103,13 @@ def clipped_sum(
         batch: Examples; may be empty.
         micro_batch_size: Examples in one pass.
         max_grad_norm: Largest norm of one gradient.
+        noise_multiplier: z of the noise that will be added.
 
     Guarantee:
         Every example adds at most `max_grad_norm`, and the sum is the same in any order.
     """
     size = sum(p.numel() for p in per_example.trained)
-    total = FixedPointSum(size, max_grad_norm)
+    total = private_sum(size, max_grad_norm, noise_multiplier)
     for rows in per_example.gradients(batch, micro_batch_size):
         for row in rows.numpy():
             gradient = clipped(row.astype(np.float64), max_grad_norm).update

@@ -1,6 +1,7 @@
 """The audit passes the real strategy, and convicts every one that is broken."""
 
 import json
+import math
 import random
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from fedllm.auditing.harness import ZeroNoise
 from fedllm.errors import PrivacyError
+from fedllm.privacy.discrete_gaussian import VARIANCE
 from fedllm.privacy.mechanism import checked_update, clipped_update
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
@@ -37,7 +39,7 @@ class Altered(ClientLevelDP):
         return 1
 
     def noise(self, server_round, size, count):
-        return self.generator.standard_normal(size)
+        return self.generator.discrete_gaussian(size) / math.sqrt(VARIANCE)
 
     def divisor(self, count):
         return self.ledger.settings.num_sampled_clients
@@ -142,7 +144,7 @@ class NoiseAfterTheOptimizer(Altered):
 
     def move(self, server_round, update, stddev):
         self.strategy.apply_update(server_round, update)
-        noise = self.generator.standard_normal(len(update))
+        noise = self.generator.discrete_gaussian(len(update)) / math.sqrt(VARIANCE)
         noise *= stddev / self.ledger.settings.num_sampled_clients
         start = 0
         for name, value in self.strategy.reference.items():
@@ -156,7 +158,7 @@ class NoiseAfterTheOptimizer(Altered):
 
 class NoiseTwice(NoiseAfterTheOptimizer):
     def noise(self, server_round, size, count):
-        return self.generator.standard_normal(size)
+        return self.generator.discrete_gaussian(size) / math.sqrt(VARIANCE)
 
 
 class PastTheOptimizer(Altered):

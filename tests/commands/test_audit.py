@@ -73,8 +73,10 @@ def test_json_is_one_object_with_the_checks_and_nothing_else(capsys):
 def test_a_broken_strategy_ends_with_status_1(monkeypatch, capsys):
     from fedllm.privacy.mechanism import SecureGenerator
 
-    real = SecureGenerator.standard_normal
-    monkeypatch.setattr(SecureGenerator, "standard_normal", lambda s, n: real(s, n) / 2)
+    real = SecureGenerator.discrete_gaussian
+    monkeypatch.setattr(
+        SecureGenerator, "discrete_gaussian", lambda s, n: real(s, n) // 2
+    )
 
     assert audit() == 1
 

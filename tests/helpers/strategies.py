@@ -3,6 +3,7 @@
 import numpy as np
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedllm.auditing.harness import ZeroNoise
 from fedllm.config import parse_run_config
 from fedllm.privacy.ledger import Ledger, PrivacySettings
 from fedllm.strategy.build import make_strategy
@@ -82,9 +83,11 @@ def shifted(amount):
 
 
 def noiseless(tmp_path, n=4):
-    # A noise so small that float32 rounding hides it; zero noise is no ledger.
+    # Zero noise is no ledger.
     ledger = open_ledger(tmp_path, 1e-12, n)
-    return make_strategy(private(), START, list(range(1, n + 1)), ledger)
+    strategy = make_strategy(private(), START, list(range(1, n + 1)), ledger)
+    strategy.generator = ZeroNoise()
+    return strategy
 
 
 def packed_answer(message, update, encoding, generator):

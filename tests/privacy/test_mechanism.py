@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
+from fedllm.privacy.discrete_gaussian import integer_sensitivity
 from fedllm.privacy.mechanism import (
     REASONS,
     FixedPointSum,
     SecureGenerator,
     checked_update,
+    clipped,
     clipped_update,
     noised_sum,
+    private_sum,
 )
 
 REFERENCE = {
@@ -292,11 +295,15 @@ def test_the_sum_refuses_what_it_cannot_hold():
         out.add(np.zeros(2), weight=0)
 
 
+def noise_of(z, size, generator=None):
+    total = private_sum(size, C, z)
+    return noised_sum(total, z, generator or SecureGenerator())
+
+
 def test_the_noise_is_normal_with_the_promised_scale_and_not_5_percent_off():
     z, size = 1.3, 200_000
-    generator = SecureGenerator()
 
-    noise = noised_sum(FixedPointSum(size, C), z, C, generator) / (z * C)
+    noise = noise_of(z, size) / (z * C)
 
     def accepts(sample):
         # Variance of 200,000 normals, two-sided at 1e-6: 1 +- 1.6 %.
@@ -310,22 +317,56 @@ def test_the_noise_is_normal_with_the_promised_scale_and_not_5_percent_off():
     assert stats.kstest(noise * 1.05, "norm").pvalue < 1e-6
 
 
-@pytest.mark.parametrize(("byte", "sign"), [(b"\xff", 1), (b"\x00", -1)])
-def test_the_outermost_draws_are_finite_and_alike(byte, sign):
-    class Constant:
-        def update(self, data):
-            return byte * len(data)
+@settings(max_examples=100, deadline=None)
+@given(
+    st.floats(1e-3, 1e3),
+    hnp.arrays(np.float64, 50, elements=st.floats(-C, C)),
+)
+def test_what_one_client_adds_is_integers_of_a_norm_of_at_most_a(z, vector):
+    total = private_sum(50, C, z)
+    update = clipped(vector, C).update
+    assert update is not None
 
-    generator = SecureGenerator()
-    generator._stream = Constant()
+    total.add(update)
 
-    drawn = generator.standard_normal(2)
+    unit = C / integer_sensitivity(z)
+    added = [round(value / unit) for value in total.total().tolist()]
+    assert sum(value**2 for value in added) <= integer_sensitivity(z) ** 2
 
-    np.testing.assert_allclose(drawn, sign * -stats.norm.ppf(2.0**-53), rtol=1e-12)
+
+def test_what_is_released_lies_on_the_sums_own_grid():
+    # Two sums of neighbours are integers there, so no release tells one from the other for
+    # certain. The continuous noise of before lay between.
+    z = 1.3
+    total = private_sum(1000, C, z)
+    total.add(np.full(1000, C / 1000))
+
+    released = noised_sum(total, z, SecureGenerator())
+
+    unit = C / integer_sensitivity(z)
+    assert (np.round(released / unit) * unit == released).all()
+
+
+def test_a_sum_of_another_grid_gets_no_noise():
+    for total in (FixedPointSum(3, C), private_sum(3, C, 1.0)):
+        with pytest.raises(ValueError, match="not made for this noise"):
+            noised_sum(total, 2.0, SecureGenerator())
+
+
+def test_a_noised_sum_is_exact_up_to_its_largest_number_of_updates():
+    total = FixedPointSum(1, 1.0)
+    total.add(np.array([1.0]), weight=2**22)
+
+    noised = total.noised(np.array([-(2**62) + 2**40]))
+
+    assert noised[0] == 1.0
+    total.add(np.array([1.0]))
+    with pytest.raises(ValueError, match="2\\*\\*22 updates"):
+        total.noised(np.zeros(1, np.int64))
 
 
 def test_neighbouring_values_of_noise_are_uncorrelated():
-    draws = SecureGenerator().standard_normal(300_000)
+    draws = noise_of(1.0, 300_000) / C
 
     assert abs(np.mean(draws[1:] * draws[:-1])) < 5 / np.sqrt(300_000)
 
@@ -335,12 +376,12 @@ def test_no_seed_makes_noise_repeat():
     for kept in (first, second):
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002 - what transformers.set_seed does
-        kept.append(SecureGenerator().standard_normal(100))
+        kept.append(SecureGenerator().discrete_gaussian(100))
 
-    assert not np.isclose(first[0], second[0]).any()
+    assert not (first[0] == second[0]).any()
 
 
-def test_the_whole_key_comes_from_the_operating_system(monkeypatch):
+def test_each_call_takes_a_whole_key_from_the_operating_system(monkeypatch):
     handed_out, keys = [], []
     real_random, real_aes = os.urandom, algorithms.AES
     monkeypatch.setattr(
@@ -349,27 +390,32 @@ def test_the_whole_key_comes_from_the_operating_system(monkeypatch):
     monkeypatch.setattr(
         algorithms, "AES", lambda key: keys.append(key) or real_aes(key)
     )
-
-    SecureGenerator()
-
-    assert len(keys[0]) == 32
-    assert keys[0] in handed_out
-
-
-def test_a_fork_does_not_repeat_its_parents_noise():
     generator = SecureGenerator()
-    generator.standard_normal(1)
+
+    for draw in (generator.discrete_gaussian, lambda n: generator.bernoulli(0.5, n)):
+        draw(3)
+        draw(3)
+
+    assert len(set(keys)) == 4
+    assert all(len(key) == 32 and key in handed_out for key in keys)
+
+
+def test_a_copy_of_the_process_does_not_repeat_its_noise(monkeypatch):
+    # Also one with its parent's process id, as in a new namespace.
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    generator = SecureGenerator()
+    generator.discrete_gaussian(1)
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(write, generator.standard_normal(4).tobytes())
+        os.write(write, generator.discrete_gaussian(4).tobytes())
         os._exit(0)
     os.waitpid(child, 0)
     os.close(write)
-    theirs = np.frombuffer(os.read(read, 32))
+    theirs = np.frombuffer(os.read(read, 32), np.int64)
     os.close(read)
 
-    assert not np.isclose(theirs, generator.standard_normal(4)).any()
+    assert not (theirs == generator.discrete_gaussian(4)).any()
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
@@ -399,4 +445,6 @@ def test_samples_are_distinct_and_every_member_is_alike():
 
 def test_a_release_without_noise_is_rejected():
     with pytest.raises(ValueError, match="positive noise"):
-        noised_sum(FixedPointSum(3, C), 0.0, C, SecureGenerator())
+        private_sum(3, C, 0.0)
+    with pytest.raises(ValueError, match="positive clipping"):
+        private_sum(3, 0.0, 1.0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, Message
 
+from fedllm.auditing.harness import ZeroNoise
 from fedllm.errors import PrivacyError
 from fedllm.strategy.build import make_strategy
 from tests.helpers.strategies import (
@@ -30,6 +31,7 @@ def test_what_a_packed_update_claims_is_clipped_after_it_is_decoded(tmp_path, en
     ledger = open_ledger(tmp_path, 1e-12)
     config = private(**{"wire.encoding": encoding})
     strategy = make_strategy(config, START, [1, 2, 3, 4], ledger)
+    strategy.generator = ZeroNoise()
     huge = {k: np.full_like(v, 6e4) for k, v in START.items()}
     spoiled = {k: np.full_like(v, np.nan) for k, v in START.items()}
     messages = ask(strategy)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.adapters.peft_model import attach, initial_arrays
 from fedllm.adapters.resolve import adapter_spec
+from fedllm.auditing.harness import ZeroNoise
 from fedllm.config import (
     AdapterConfig,
     DataConfig,
@@ -24,6 +26,7 @@ from fedllm.config import (
 )
 from fedllm.data.tokens import tokenize
 from fedllm.models.loading import load_base, load_config, load_tokenizer
+from fedllm.privacy.mechanism import SecureGenerator
 from fedllm.privacy.record_ledger import RecordPlan
 from fedllm.training import dp_sgd
 from fedllm.training.dp_sgd import clipped_sum, train_privately
@@ -77,7 +80,11 @@ def moved(
     arrays = start(client.spec)
     settings = RunConfig(train=config, privacy=PrivacyConfig(max_grad_norm=norm))
     task = RoundTask(arrays, config.learning_rate)
-    trained = train_privately(client, examples, settings, plan, task)
+    is_quiet = plan.noise_multiplier == QUIET.noise_multiplier
+    with patch.object(
+        dp_sgd, "SecureGenerator", ZeroNoise if is_quiet else SecureGenerator
+    ):
+        trained = train_privately(client, examples, settings, plan, task)
     assert math.isnan(trained.loss)
     return np.concatenate(
         [(trained.arrays[n].astype(np.float64) - arrays[n]).ravel() for n in arrays]
@@ -126,11 +133,11 @@ def test_one_example_more_changes_the_sum_by_no_more_than_the_norm(client, examp
     gradients(client, examples)
     per_example = PerExample(client.model, 0)
     norm = 1e-3
-    whole = clipped_sum(per_example, examples, 4, norm).total()
+    whole = clipped_sum(per_example, examples, 4, norm, 1.0).total()
 
     for index in range(len(examples)):
         rest = examples[:index] + examples[index + 1 :]
-        without = clipped_sum(per_example, rest, 4, norm).total()
+        without = clipped_sum(per_example, rest, 4, norm, 1.0).total()
         assert 0.5 * norm < np.linalg.norm(whole - without) <= norm * (1 + 1e-6)
 
 
