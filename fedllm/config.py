@@ -533,6 +533,11 @@ def _record_problems(config: RunConfig) -> list[str]:
             "train.activation-compression: must be false under privacy.unit='record' (got "
             "true): examples that share a block would change one another's gradients"
         )
+    if config.adapter.dropout > 0:
+        problems.append(
+            "adapter.dropout: must be 0.0 under privacy.unit='record' (got "
+            f"{config.adapter.dropout}): one example more would change the masks of others"
+        )
     if config.adapter.kind == "auto":
         problems.append(
             "adapter.kind: name one under privacy.unit='record' (got 'auto', which knows "

@@ -168,6 +168,7 @@ def test_dropout_is_refused_where_the_kind_may_have_none(kind):
     ("key", "value", "said"),
     [
         ("adapter.kind", "auto", "name one under privacy.unit='record'"),
+        ("adapter.dropout", 0.1, "must be 0.0 under privacy.unit='record'"),
         ("model.quantization", 8, "must be 0 or 4 under privacy.unit='record'"),
         ("train.activation-compression", True, "must be false under privacy.unit='rec"),
         ("strategy.fraction-evaluate", 0.5, "under privacy.unit='record'"),

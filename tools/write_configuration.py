@@ -74,7 +74,7 @@ Each SuperNode has a config of its own, `fedllm supernode --node-config '...'`. 
 |---|---|
 | `data-path` | The client's own file or folder, instead of `data.name`. It is not partitioned. |
 | `partition-id`, `num-partitions` | Which share of `data.name` this node holds, if it has no file. Without a limit beside them the node counts as simulated: at record level it starts a new ledger in every run. |
-| `privacy-unit` | Limit: the run's `privacy.unit` must be this. |
+| `privacy-unit` | Limit: the run's `privacy.unit` must be this. If no `max-epsilon` is set, 10 is. |
 | `max-epsilon` | Limit: the run must bound its zero-out epsilon (`privacy.target-epsilon` or `privacy.max-epsilon`) by at most this, at a delta of at most 1e-5 if the node sets none. With `privacy-unit='record'`: this node stops training once a record has spent this in all runs, whatever the run config says. |
 | `delta` | Limit: the run must set `privacy.delta`, to at most this. |
 

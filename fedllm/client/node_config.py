@@ -13,6 +13,9 @@ _LARGEST_DELTA = 1e-5
 """Largest delta of a run if the node sets a `max-epsilon` and no delta: at a delta near 1
 any epsilon can be reached."""
 
+_LARGEST_EPSILON = 10.0
+"""Largest epsilon if the node demands a unit of privacy and sets no `max-epsilon`."""
+
 LIMITS = ("privacy-unit", "max-epsilon", "delta", "model-name")
 KEYS = ("data-path", "partition-id", "num-partitions", *LIMITS)
 
@@ -76,12 +79,16 @@ def parse_node_config(values: Mapping[str, Any]) -> NodeConfig:
     partition_id, num_partitions = _partition(values)
     path, unit = values.get("data-path"), values.get("privacy-unit")
     model_name = values.get("model-name")
+    max_epsilon = _number(values, "max-epsilon")
+    if max_epsilon is None and unit in ("client", "record"):
+        # A unit of privacy without a bound would take any epsilon.
+        max_epsilon = _LARGEST_EPSILON
     return NodeConfig(
         partition_id=partition_id,
         num_partitions=num_partitions,
         data_path=None if path is None else str(path),
         privacy_unit=None if unit is None else str(unit),
-        max_epsilon=_number(values, "max-epsilon"),
+        max_epsilon=max_epsilon,
         delta=_number(values, "delta"),
         model_name=None if model_name is None else str(model_name),
         is_partition="num-partitions" in values,

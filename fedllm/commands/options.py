@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,9 @@ from fedllm.foreign_text import printable
 # wait for.
 if TYPE_CHECKING:
     from fedllm.config import RunConfig, Scalar
+
+# What Flower's parser takes for a pair; it passes over anything between two.
+_PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")
 
 
 def run_command(
@@ -220,7 +224,7 @@ def read_values(values: Sequence[str]) -> "dict[str, Scalar]":
         if value.endswith(".toml"):
             settings.update(_joined(_read_toml(Path(value).expanduser())))
         elif "=" in value:
-            settings.update(_parse_pairs(value))
+            settings.update(parse_pairs(value, "--run-config"))
         else:
             raise ConfigError(
                 f"--run-config: needs a .toml file or key=value pairs (got {value!r})"
@@ -251,16 +255,31 @@ def _joined(nested: Mapping[str, Any], prefix: str = "") -> "dict[str, Scalar]":
     return settings
 
 
-def _parse_pairs(text: str) -> "dict[str, Scalar]":
-    """Parse key=value pairs by Flower's own parser, which costs a second to import."""
+def parse_pairs(text: str, option: str) -> "dict[str, Scalar]":
+    """Parse key=value pairs by Flower's own parser, which costs a second to import.
+
+    Args:
+        text: What was typed.
+        option: Where, for the error.
+
+    Raises:
+        ConfigError: A part of the text is no pair: Flower's parser passes over it, and a
+            setting or a limit would be lost. Or a value is none of TOML's.
+    """
     from click import ClickException
     from flwr.common.config import parse_config_args
 
+    rest = _PAIR.sub("", text).split()
+    if rest:
+        raise ConfigError(
+            f"{option}: {rest[0]!r} is not part of a key=value pair (got {text!r}): "
+            "no space beside =, and quotes around text"
+        )
     try:
         return dict(parse_config_args([text]))
     except (ClickException, ValueError) as error:
         reason = getattr(error, "message", error)
-        raise ConfigError(f"--run-config: {reason}") from None
+        raise ConfigError(f"{option}: {reason}") from None
 
 
 def positive_int(text: str) -> int:

@@ -15,12 +15,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedllm.commands.options import add_home, new_parser, print_help, run_command
+from fedllm.commands.options import (
+    add_home,
+    new_parser,
+    parse_pairs,
+    print_help,
+    run_command,
+)
 
 _POLL_SECONDS = 0.05
 _ASKS_FLOWER = {"-h", "--help", "-V", "--version"}
 _INSTALLS = "--allow-runtime-dependency-installation"
 _ISOLATION = "--isolation"
+_NODE_CONFIG = "--node-config"
 _KEY = "--auth-supernode-private-key"
 
 
@@ -41,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         os.umask(0o077)
         if args.home:
             make_home(args.home)
+        _require_node_config(arguments)
         _require_guard(arguments, args.any_app)
         _require_private_files(arguments)
         _prepare_guard(args, arguments)
@@ -55,6 +63,18 @@ def _values(arguments: list[str], option: str) -> Iterator[str]:
         if len(name) > 3 and option.startswith(name):
             following = arguments[number + 1 : number + 2]
             yield value if has_value else "".join(following)
+
+
+def _require_node_config(arguments: list[str]) -> None:
+    """Check that every word of the node config is understood before the node starts.
+
+    Raises:
+        ConfigError: A limit would be lost.
+    """
+    from fedllm.client.node_config import parse_node_config
+
+    for text in _values(arguments, _NODE_CONFIG):
+        parse_node_config(parse_pairs(text, _NODE_CONFIG))
 
 
 def _require_guard(arguments: list[str], is_any_app: bool) -> None:

@@ -7,6 +7,7 @@ nor the result depends on how many there are or in which order they come.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from secrets import token_hex
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ from fedllm.strategy.server_optimizer import ServerOptimizer, cosine
 from fedllm.wire.messages import (
     ARRAYS,
     CONFIG,
+    NONCE,
     Reply,
     array_record,
     encoded_record,
@@ -272,9 +274,21 @@ class AdapterFedAvg(FedAvg):
     def _messages(
         self, content: RecordDict, nodes: list[int], kind: str, server_round: int
     ) -> list[Message]:
+        """Make one message a node; all share the arrays.
+
+        A message's id is the hash of what is in it, and whoever knows the id of another node's
+        message can answer or delete it. So each holds something that nobody can guess.
+        """
         return [
             Message(
-                content=content,
+                content=RecordDict(
+                    {
+                        **content,
+                        CONFIG: ConfigRecord(
+                            {**content.config_records[CONFIG], NONCE: token_hex(16)}
+                        ),
+                    }
+                ),
                 dst_node_id=node,
                 message_type=kind,
                 # A message that is too late to count need not be worked on.

@@ -7,7 +7,6 @@ Examples, the answer-only loss, the adapter and the base are those of `sft.py`.
 """
 
 import math
-import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import get_constant_schedule_with_warmup
 
 from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.config import RunConfig, TrainConfig
+from fedllm.errors import ConfigError
 from fedllm.privacy.mechanism import (
     FixedPointSum,
     SecureGenerator,
@@ -31,6 +31,9 @@ from fedllm.training.mapped_weights import release_mapped_pages
 from fedllm.training.per_example_gradients import PerExample
 from fedllm.training.result import Trained, restoring
 from fedllm.training.task import RoundTask
+
+# Dropout of heads that no causal language model has.
+_NOT_WHILE_TRAINING = ("classifier", "summary", "cls")
 
 
 def train_privately(
@@ -52,6 +55,7 @@ def train_privately(
         task: Where to start, the learning rate and the deadline.
 
     Raises:
+        ConfigError: The model draws masks while it trains.
         AdapterError: The task's arrays are not those of this adapter.
         TimeLimitError: The deadline passed before the last step.
 
@@ -60,17 +64,15 @@ def train_privately(
         noise multiplier z over the examples, and of nothing else that depends on them:
         add-or-remove of one example changes each sum by at most max_grad_norm before the
         noise. An example whose gradient is not finite counts as zero; an empty batch is a
-        step of noise. Loss and batch sizes are not returned. Dropout's masks come from the
-        operating system's randomness: masks that the server could compute would change
-        with every other example of a batch.
+        step of noise. Loss and batch sizes are not returned. Nothing but coins and noise is
+        drawn: a model with dropout is an error.
     """
     generator = SecureGenerator()
     model, train = adapted.model, config.train
     norm = config.privacy.max_grad_norm
-    # fork_rng restores torch's own generator, so that no later draw reveals these.
+    require_no_dropout(model)
     sparing = release_mapped_pages(model) if train.gradient_checkpointing else None
-    with restoring(model), sparing or nullcontext(), torch.random.fork_rng():
-        torch.manual_seed(secrets.randbits(63))
+    with restoring(model), sparing or nullcontext():
         if train.gradient_checkpointing:
             model.get_base_model().activation_checkpointing_enable()
         model.train()
@@ -87,6 +89,39 @@ def train_privately(
             update.step(released / plan.expected_batch_size)
         trained = adapted.get()
     return Trained(trained, math.nan, len(examples), plan.steps)
+
+
+def require_no_dropout(model: torch.nn.Module) -> None:
+    """Check that neither the adapter nor the base model has dropout.
+
+    Masks are drawn for a whole batch in turn, so one example more would change those of the
+    examples after it, and the sum by more than one clipped gradient. On a CPU they come from a
+    seed of 32 bits, which can be tried out.
+
+    Raises:
+        ConfigError: Names what has dropout.
+    """
+    found = [
+        f"{name or 'the model'} (p={module.p})"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
+    ]
+    # Some layers call a function with a rate of the configuration in place of a module.
+    settings = getattr(model, "config", None)
+    values = settings.to_dict() if settings is not None else {}
+    found += [
+        f"{key}={value}"
+        for key, value in values.items()
+        if any(part in key for part in ("drop", "jitter"))
+        and not key.startswith(_NOT_WHILE_TRAINING)
+        and isinstance(value, float)
+        and value > 0
+    ]
+    if found:
+        raise ConfigError(
+            f"model.name: privacy.unit='record' takes no model with dropout (got "
+            f"{', '.join(found[:3])}): set it to 0.0 in a copy's config.json"
+        )
 
 
 def clipped_sum(

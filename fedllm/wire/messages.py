@@ -23,6 +23,9 @@ ERROR = "error"
 ADAPTER_KIND = "adapter-kind"
 """Entry of a message's config: the adapter kind that the server chose for `auto`."""
 
+NONCE = "nonce"
+"""Entry of a message's config that makes its id, a hash, one that nobody can find."""
+
 CLIENT_PHASES = ("load", "tokenise", "build", "train", "encode")
 """The phases of a client's seconds, in order; sent without DP only."""
 

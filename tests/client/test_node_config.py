@@ -38,7 +38,8 @@ def test_a_limit_cannot_be_passed_by_way_of_a_large_delta(unit):
 
     with pytest.raises(ConfigError, match="max-epsilon is meant at 1e-05 or less"):
         check_node_limits(node_of(privacy_unit=unit, max_epsilon=8.0), config)
-    check_node_limits(node_of(privacy_unit=unit), config)
+    with pytest.raises(ConfigError, match="max-epsilon is meant at 1e-05 or less"):
+        check_node_limits(node_of(privacy_unit=unit), config)
     limits = node_of(privacy_unit=unit, max_epsilon=8.0, delta=0.95)
     check_node_limits(limits, config)
 
@@ -158,6 +159,12 @@ FIXED_NOISE = {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
     ("node", "run", "refused"),
     [
         ({"privacy-unit": "client"}, {}, None),
+        ({"privacy-unit": "client"}, FIXED_NOISE, "privacy.target-epsilon"),
+        (
+            {"privacy-unit": "client"},
+            {"privacy.target-epsilon": 10.1},
+            "privacy.target-epsilon",
+        ),
         ({"privacy-unit": "client"}, WITHOUT_DP, "privacy.unit"),
         ({"privacy-unit": "record"}, {}, "privacy.unit"),
         ({"max-epsilon": 8.0}, {}, None),

@@ -5,6 +5,7 @@ import argparse
 import pytest
 
 from fedllm.commands import options
+from fedllm.commands.options import parse_pairs
 from fedllm.errors import ConfigError
 from tests.helpers.commands import exit_status
 from tests.helpers.plans import plan_json
@@ -109,3 +110,24 @@ def test_unknown_arguments_are_an_error_unless_they_are_handed_on(capsys):
         ended(lambda a: seen.append(a) or 0, "--theirs", "--ours", hands_on=True) == 0
     )
     assert [(a.ours, a.others) for a in seen] == [(True, ["--theirs"])]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "privacy.target-epsilon = 2.0",
+        "privacy.target-epsilon= 2.0",
+        "num-server-rounds=9, adapter.rank 4",
+        "num-server-rounds=9 rounds",
+    ],
+)
+def test_text_that_flowers_parser_passes_over_is_an_error(text):
+    # Flower takes the first for no setting at all, and the run would spend the default.
+    with pytest.raises(ConfigError, match="--run-config"):
+        parse_pairs(text, "--run-config")
+
+
+def test_pairs_are_understood_whole():
+    text = "a=1 b='x y' c=\"z = 3\"\n d=2.5 "
+
+    assert parse_pairs(text, "--x") == {"a": 1, "b": "x y", "c": "z = 3", "d": 2.5}

@@ -171,3 +171,20 @@ def test_a_home_or_key_that_others_may_write_is_refused(becomes, monkeypatch, tm
     with pytest.raises(SystemExit, match="which a ':' would split"):
         command.main([])
     assert becomes == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('data-path="x" max-epsilon = 1.0', "is not part of a key=value pair"),
+        ('data-path="x" max-eps=1.0', "max-eps: unknown"),
+        ("max-epsilon=1.0", "needs data-path"),
+    ],
+)
+def test_a_node_config_that_was_not_wholly_understood_starts_no_node(
+    becomes, text, words
+):
+    with pytest.raises(SystemExit, match=words):
+        command.main(["--insecure", "--node-config", text])
+
+    assert not becomes

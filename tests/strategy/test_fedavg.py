@@ -4,11 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg
 
 from fedllm.strategy.build import make_strategy
 from fedllm.wire.encoding import PACKED
-from fedllm.wire.messages import ARRAYS, read_global
+from fedllm.wire.messages import ARRAYS, array_record, read_global
 from tests.helpers.strategies import (
     SHAPES,
     START,
@@ -121,3 +122,24 @@ def test_a_message_lives_as_long_as_its_round(tmp_path):
     strategy = make_strategy(public(**keys), START, [1, 2], None)
 
     assert [m.metadata.ttl for m in ask(strategy)] == [42.0, 42.0]
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_no_two_messages_of_a_round_share_their_config(kind):
+    # A message's id is a hash of its content and of what its receiver can guess.
+    strategy = make_strategy(public(), START, [1, 2, 3], None)
+    strategy.fraction_evaluate = 1.0
+    configure = getattr(strategy, f"configure_{kind}")
+    record = array_record(START)
+
+    messages = [
+        message
+        for _ in range(2)
+        for message in configure(1, record, ConfigRecord(), None)
+    ]
+
+    configs = {m.content.config_records["config"].object_id for m in messages}
+    assert len(messages) == 6
+    assert len(configs) == 6
+    arrays = {m.content.array_records["arrays"].object_id for m in messages}
+    assert len(arrays) == 1

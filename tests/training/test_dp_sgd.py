@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+)
 
 from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.adapters.peft_model import attach, initial_arrays
@@ -25,11 +31,16 @@ from fedllm.config import (
     TrainConfig,
 )
 from fedllm.data.tokens import tokenize
+from fedllm.errors import ConfigError
 from fedllm.models.loading import load_base, load_config, load_tokenizer
 from fedllm.privacy.mechanism import SecureGenerator
 from fedllm.privacy.record_ledger import RecordPlan
 from fedllm.training import dp_sgd
-from fedllm.training.dp_sgd import clipped_sum, train_privately
+from fedllm.training.dp_sgd import (
+    clipped_sum,
+    require_no_dropout,
+    train_privately,
+)
 from fedllm.training.per_example_gradients import PerExample
 from fedllm.training.task import RoundTask
 from tests.helpers.tiny_models import SENTENCES
@@ -261,18 +272,41 @@ def test_optimiser_warmup_decay_and_pull_come_after_the_noise():
     torch.testing.assert_close(parameter, twin, atol=1e-6, rtol=1e-4)
 
 
-def test_dropout_masks_do_not_come_from_a_seed_that_the_server_knows(
-    tiny_chat_llama, examples
-):
+def test_an_adapter_with_dropout_is_rejected(tiny_chat_llama, examples):
     client = make_client(tiny_chat_llama, dropout=0.5)
-    torch.manual_seed(0)
-    one = moved(client, examples)
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    two = moved(client, examples)
 
-    assert np.abs(one - two).max() > 1e-4
-    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ConfigError, match=r"no model with dropout .*p=0.5"):
+        moved(client, examples)
+
+
+def test_a_base_with_dropout_of_its_own_is_rejected(tiny_chat_llama, examples):
+    client = make_client(tiny_chat_llama)
+    client.model.config.attention_dropout = 0.1
+
+    with pytest.raises(ConfigError, match=r"attention_dropout=0.1"):
+        moved(client, examples)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (OPTConfig(), "dropout=0.1"),
+        (GPT2Config(), "resid_pdrop=0.1"),
+        (GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0), "attn_pdrop=0.1"),
+        (MixtralConfig(router_jitter_noise=0.1), "router_jitter_noise=0.1"),
+        (GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), None),
+        (LlamaConfig(), None),
+    ],
+)
+def test_a_rate_that_a_layer_reads_from_its_configuration_is_found(settings, name):
+    model = torch.nn.Linear(1, 1)
+    model.config = settings
+
+    if name is None:
+        require_no_dropout(model)
+    else:
+        with pytest.raises(ConfigError, match=name):
+            require_no_dropout(model)
 
 
 def test_the_model_is_left_as_it_was(client, examples):
