@@ -5,8 +5,7 @@
 
 Each line holds the hash of the one before it, so a line that is edited or taken out shows.
 A chain cannot show that its end is missing. Therefore the last hash, the head, is also
-written elsewhere: to the file that FEDLLM_LOG_HEAD names, best on another disk, and into
-the SuperNode's output.
+written elsewhere if FEDLLM_LOG_HEAD names a file, best on another disk.
 """
 
 import hashlib
