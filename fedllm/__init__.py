@@ -8,5 +8,6 @@ import sys
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # For the same CPUs bitsandbytes fetches native code from a hub and runs it, and so would
-# transformers, if a package `kernels` is installed. None makes its import fail.
+# transformers, if a package `kernels` is installed. None makes its import fail, as Python
+# documents; the types know modules only.
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]

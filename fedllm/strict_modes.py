@@ -40,7 +40,7 @@ def _check(path: Path, wanted: Path, seen: set[Path], links_left: int) -> None:
         try:
             status = os.lstat(part)
         except OSError:
-            # Whoever makes it owns it, and its parent was checked.
+            # It is not there yet: check again once it has been made.
             return
         _check_part(part, wanted, status)
         if stat.S_ISLNK(status.st_mode):

@@ -67,9 +67,9 @@ def _print_app_hash(is_json: bool) -> int:
     from flwr.cli.build import build_fab_from_disk
 
     from fedllm.config import fedllm_home
-    from fedllm.deployment.app_folder import app_folder
+    from fedllm.deployment.simulation import find_app
 
-    folder = app_folder(fedllm_home())
+    folder = find_app(None, fedllm_home())
     digest = hashlib.sha256(build_fab_from_disk(folder)).hexdigest()
     if is_json:
         write_json({"app": str(folder), "sha256": digest})

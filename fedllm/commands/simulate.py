@@ -71,8 +71,12 @@ class _Log:
 
 
 def _run_config(values: Sequence[str], home: Path) -> Sequence[str]:
-    """Return values that Flower takes: a file or pairs, and never both."""
-    if len(values) < 2 or not any(value.endswith(".toml") for value in values):
+    """Return one file of all values: Flower takes a file or pairs, and never both.
+
+    Raises:
+        ConfigError: A part of the text is no pair. Flower would pass over it.
+    """
+    if not values:
         return values
     # A JSON scalar is a TOML scalar.
     pairs = read_values(values).items()

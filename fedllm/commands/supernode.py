@@ -3,9 +3,10 @@
     fedllm supernode --superlink HOST:9192 --node-config 'data-path="..."' ...
 
 This is `flower-supernode`: it gets every argument but those below, and its own help follows
-them. The node runs the installed fedllm and no app that differs from it. Beside it waits a process that has imported torch, transformers, PEFT and TRL,
-and forks a client for each message. The SuperNode looks for work 20 times a second, not
-once (FLWR_SUPEREXEC_TASK_POLL_INTERVAL sets it). Linux only: elsewhere, and if that process
+them. The node runs the installed fedllm and no app that differs from it. Beside it waits a
+process that has imported torch, transformers, PEFT and TRL, and forks a client for each
+message. The SuperNode looks for work 20 times a second, not once
+(FLWR_SUPEREXEC_TASK_POLL_INTERVAL sets it). Linux only: elsewhere, and if that process
 cannot be started, each client imports the libraries itself.
 """
 
@@ -115,6 +116,8 @@ def _require_private_files(arguments: list[str]) -> None:
             f"FEDLLM_HOME: {home}: a program in it goes first on PATH, which a "
             f"{os.pathsep!r} would split: name another folder"
         )
+    # Made first: what is made later, another user may make before us.
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
     require_strict_modes(home)
     for key in _values(arguments, _KEY):
         require_strict_modes(Path(key).expanduser())
@@ -127,7 +130,13 @@ def _prepare_guard(args: argparse.Namespace, arguments: list[str]) -> None:
         ConfigError: They cannot be run, or the log's head cannot be written elsewhere.
         NodeError: The pin is no SHA-256.
     """
-    from fedllm.deployment.supernode import PROGRAMS
+    from fedllm.deployment.supernode import (
+        APPROVE,
+        CHOICE,
+        PROGRAMS,
+        PYTHON,
+        SUPERLINK,
+    )
     from fedllm.errors import ConfigError
     from fedllm.node.delivered_app import ANY, INSTALLED, parse_pin
     from fedllm.node.log import LOG_HEAD
@@ -138,10 +147,10 @@ def _prepare_guard(args: argparse.Namespace, arguments: list[str]) -> None:
             f"{PROGRAMS}: its programs cannot be run: chmod +x {PROGRAMS}/*"
         )
     choice = ANY if args.any_app else INSTALLED
-    os.environ["FEDLLM_NODE_APP"] = parse_pin(args.pin_app) if args.pin_app else choice
-    os.environ["FEDLLM_NODE_SUPERLINK"] = next(_values(arguments, "--superlink"), "")
-    os.environ["FEDLLM_NODE_APPROVE"] = args.approve
-    os.environ["FEDLLM_PYTHON"] = sys.executable
+    os.environ[CHOICE] = parse_pin(args.pin_app) if args.pin_app else choice
+    os.environ[SUPERLINK] = next(_values(arguments, "--superlink"), "")
+    os.environ[APPROVE] = args.approve
+    os.environ[PYTHON] = sys.executable
     if args.log_head:
         os.environ[LOG_HEAD] = str(Path(args.log_head).expanduser().absolute())
     os.environ["PATH"] = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"

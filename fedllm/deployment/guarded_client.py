@@ -3,8 +3,8 @@
 `fedllm supernode` puts it in the place of Flower's program: in each forked child, and in
 `programs/flwr-clientapp` if none can be forked. In this process, and on no disk, two
 functions of Flower's module are replaced before its own command runs: those that unpack
-and load an app. They ask for the owner's choice first. The programs of other names in `programs/` come here too, to be refused with
-an answer: a SuperNode waits for one.
+and load an app. They ask for the owner's choice first. The programs of other names in
+`programs/` come here too, to be refused with an answer: a SuperNode waits for one.
 """
 
 import atexit
@@ -24,6 +24,7 @@ from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 from flwr.supernode.runtime import run_clientapp
 
 from fedllm.config import flat, parse_run_config
+from fedllm.deployment.supernode import APPROVE, CHOICE, SUPERLINK
 from fedllm.errors import FedllmError, NodeError
 from fedllm.logs import show_log
 from fedllm.node.approvals import Request, take
@@ -34,12 +35,7 @@ from fedllm.wire.resumed_run import original_context
 
 logger = logging.getLogger("fedllm.deployment.guarded_client")
 
-APPROVE = "FEDLLM_NODE_APPROVE"
-"""Variable that holds which runs are answered: all, or each that was approved."""
-CHOICE = "FEDLLM_NODE_APP"
-"""Variable that holds the owner's choice: installed, any, or a SHA-256."""
-SUPERLINK = "FEDLLM_NODE_SUPERLINK"
-"""Variable that holds who asks, for the log."""
+# Set by the programs of other names in `programs/`.
 _REFUSED_PROGRAM = "FEDLLM_REFUSED"
 
 _Client = Callable[[Message, Context], Message]

@@ -48,12 +48,6 @@ class Simulation:
     client_cpus: int | None
     run_config: Sequence[str]
 
-    def cpus(self) -> int:
-        """Return how many CPUs a client gets."""
-        if self.client_cpus is not None:
-            return self.client_cpus
-        return fitting_cpus(self.app, self.num_clients, self.run_config)
-
 
 def find_app(folder: str | None, home: Path) -> Path:
     """Return the folder of the app to run.
@@ -198,7 +192,8 @@ def _description(simulation: Simulation, app: Path) -> dict[str, object]:
         "clientapp": components["clientapp"],
         "run_config": run_config,
         "num_clients": simulation.num_clients,
-        "client_cpus": simulation.cpus(),
+        "client_cpus": simulation.client_cpus
+        or fitting_cpus(run_config.get("model.name"), simulation.num_clients),
     }
 
 
@@ -233,19 +228,16 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def fitting_cpus(app: Path, num_clients: int, run_config: Sequence[str]) -> int:
+def fitting_cpus(model: object, num_clients: int) -> int:
     """Return how many CPUs a client gets, and so how many train at a time.
 
     Two clients of a thread each do more than one of two. What a client takes is known of
     the built-in model only; with another one the number is Flower's.
-    """
-    from flwr.common.config import get_fused_config_from_dir, parse_config_args
 
-    try:
-        overrides = parse_config_args(list(run_config))
-        model = get_fused_config_from_dir(app, overrides).get("model.name")
-    except Exception:  # noqa: BLE001 - _description reports what is wrong with it
-        return _FLOWER_CPUS
+    Args:
+        model: The run config's `model.name`; None for an app without this key.
+        num_clients: Virtual clients.
+    """
     if model != BUILT_IN_MODEL.name:
         return _FLOWER_CPUS
     cores = os.cpu_count() or 1

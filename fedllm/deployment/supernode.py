@@ -18,6 +18,15 @@ FORK_SERVER_COMMAND = (sys.executable, "-P", "-m", "fedllm.deployment.fork_serve
 
 _NO_CLIENT_TO_FORK = {"--isolation=process", "process", fork_client.INSTALLS}
 
+APPROVE = "FEDLLM_NODE_APPROVE"
+"""Variable that holds which runs are answered: all, or each that was approved."""
+CHOICE = "FEDLLM_NODE_APP"
+"""Variable that holds the owner's choice: installed, any, or a SHA-256."""
+SUPERLINK = "FEDLLM_NODE_SUPERLINK"
+"""Variable that holds who asks, for the log."""
+PYTHON = "FEDLLM_PYTHON"
+"""Variable that holds the interpreter of the programs in PROGRAMS."""
+
 PROGRAMS = Path(__file__).parent / "programs"
 """Stand first on a SuperNode's PATH: a guarded client, and refusals of all else."""
 

@@ -8,6 +8,7 @@ request. A use is counted on disk before the client begins: a crash costs a use 
 grants one.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -157,21 +158,14 @@ def differences(request: Request, other: Request) -> list[str]:
     return lines
 
 
-class _locked:
-    """The node's folder, while no other process changes it."""
-
-    def __init__(self) -> None:
-        self._folder = node_folder()
-        self._lock = FileLock(self._folder / "approvals.lock", mode=0o600)
-
-    def __enter__(self) -> Path:
-        self._lock.acquire()
+@contextlib.contextmanager
+def _locked() -> Iterator[Path]:
+    """Yield the node's folder, which no other process changes meanwhile."""
+    folder = node_folder()
+    with FileLock(folder / "approvals.lock", mode=0o600):
         for name in ("requests", "approvals"):
-            (self._folder / name).mkdir(mode=0o700, exist_ok=True)
-        return self._folder
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+            (folder / name).mkdir(mode=0o700, exist_ok=True)
+        yield folder
 
 
 def _remember(folder: Path, request: Request) -> None:

@@ -54,7 +54,6 @@ def node_folder() -> Path:
         NodeError: It cannot be made.
     """
     folder = fedllm_home() / "node"
-    require_strict_modes(folder)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -62,6 +61,8 @@ def node_folder() -> Path:
             f"{folder}: cannot be made: {error.strerror}: set FEDLLM_HOME to a folder "
             "that can be written"
         ) from None
+    # Afterwards: below /tmp another user may have made it first.
+    require_strict_modes(folder)
     return folder
 
 

@@ -1,7 +1,9 @@
 """The noise of a run, fixed before round 1."""
 
 from fedllm.config import RunConfig
+from fedllm.errors import PrivacyError
 from fedllm.privacy.accounting import calibrate, default_delta
+from fedllm.privacy.discrete_gaussian import integer_sensitivity
 from fedllm.privacy.ledger import PrivacySettings
 
 
@@ -14,6 +16,9 @@ def privacy_settings(
         config: The run config, with `privacy.unit="client"`.
         population_size: Clients in the federation, N.
         num_trainable: Trained values d.
+
+    Raises:
+        PrivacyError: The noise is larger than the grid of the sum can hold.
     """
     privacy, strategy = config.privacy, config.strategy
     delta = privacy.delta or default_delta(population_size)
@@ -24,6 +29,13 @@ def privacy_settings(
         strategy.sampling,
         strategy.fraction_train,
     )
+    try:
+        integer_sensitivity(noise_multiplier)
+    except ValueError as error:
+        raise PrivacyError(
+            f"privacy.target-epsilon, privacy.noise-multiplier: {error}: ask for a larger "
+            "epsilon"
+        ) from None
     return PrivacySettings(
         unit="client",
         sampling=strategy.sampling,

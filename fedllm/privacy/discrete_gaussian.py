@@ -17,11 +17,12 @@ Why that is D(SIGMA), and why the accounting of the continuous Gaussian holds fo
   a factor of 1 +- d * 4e-34 (a tool of lattice cryptography: Peikert 2010, "An Efficient and
   Parallel Gaussian Sampler for Lattices").
 - The table. It ends at 20 BASE, and its probabilities have a relative error below 2^-200. A run
-  of 2^34 values meets what lies beyond with a probability below 2^-250.
+  of 2^34 values meets what lies beyond with a probability below 2^-250, which adds at most
+  (1 + e^epsilon) 2^-250 to delta: below 1e-30 for every epsilon up to 100.
 
 All factors together move the epsilon of a run of 2^34 values by less than 1e-22.
 `integer_sensitivity` gives away one unit, which is more: its noise multiplier is above the one
-asked for by a factor of at least 1 + 2^-40.
+asked for by a factor of at least 1 + 2^-41.
 """
 
 import math
@@ -71,7 +72,8 @@ def integer_sensitivity(noise_multiplier: float) -> int:
     largest = math.floor(math.sqrt(VARIANCE - 4) / noise_multiplier) - 1
     if largest < 1:
         raise ValueError(
-            f"a noise multiplier of {noise_multiplier:g} is above {math.isqrt(VARIANCE) // 2}"
+            f"a noise multiplier of {noise_multiplier:g} is above "
+            f"{math.isqrt(VARIANCE) // 2:,}"
         )
     return min(largest, LARGEST_SENSITIVITY)
 

@@ -17,6 +17,8 @@ _NOT_COVERED = [
     "whether a client is among those of the run at all: their number is published",
     "rows declared public, if a client trains on them: their losses, and the choice of a "
     "round by them, have no noise",
+    "a registered node that speaks Flower's protocol by itself: at the SuperLink it can test "
+    "whether an update that it guesses was sent, and read the run's traffic and seconds",
     "the choice of settings, where it was made on private data",
     "who is connected, when each client answers (timing), and, where cohorts are not "
     "secret, which clients gave no usable update and by which code",

@@ -48,14 +48,9 @@ class SecureGenerator:
 
     Guarantee:
         No configuration, seed or global generator influences a draw. Every call takes a new
-        key from the operating system and keeps none, so no two calls, generators,
-        processes, forks or copies of a machine share a stream, unless a machine is copied
-        within a call.
+        key from the operating system and keeps none, so no two calls share a stream,
+        whatever was copied: the generator, the process, or the machine between two calls.
     """
-
-    def __reduce__(self) -> str:
-        """Raise: whoever copies a generator expects the copy to repeat it."""
-        raise TypeError("a secure generator cannot be copied or pickled")
 
     def discrete_gaussian(self, size: int) -> Integers:
         """Draw (size,) independent integers of the discrete Gaussian D(SIGMA)."""

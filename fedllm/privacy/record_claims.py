@@ -26,6 +26,10 @@ _NOT_COVERED = [
     "sampling probability and its noise",
     "the code that a client runs: Flower ships it from the server, so a node should pin or "
     "sign it",
+    "what a server asks through its own run config: epsilon, codes and stops depend on how "
+    "many rows a chat template or a length limit leaves usable, without noise",
+    "models with experts, in which rows of one pass change one another's last bits, and "
+    "GPUs, on which the bits were not compared",
     "which client gave no usable update and by which code, who is connected, and when each "
     "client answers (timing)",
     "the choice of settings, where it was made on private data",

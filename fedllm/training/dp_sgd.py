@@ -108,20 +108,28 @@ def require_no_dropout(model: torch.nn.Module) -> None:
     ]
     # Some layers call a function with a rate of the configuration in place of a module.
     settings = getattr(model, "config", None)
-    values = settings.to_dict() if settings is not None else {}
-    found += [
-        f"{key}={value}"
-        for key, value in values.items()
-        if any(part in key for part in ("drop", "jitter"))
-        and not key.startswith(_NOT_WHILE_TRAINING)
-        and isinstance(value, float)
-        and value > 0
-    ]
+    found += _rates({} if settings is None else settings.to_dict())
     if found:
         raise ConfigError(
             f"model.name: privacy.unit='record' takes no model with dropout (got "
             f"{', '.join(found[:3])}): set it to 0.0 in a copy's config.json"
         )
+
+
+def _rates(settings: Mapping[Any, Any]) -> list[str]:
+    """Return the rates of dropout above 0 in a configuration and those within it."""
+    found = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found += _rates(value)
+        elif (
+            any(part in str(key) for part in ("drop", "jitter"))
+            and not str(key).startswith(_NOT_WHILE_TRAINING)
+            and type(value) in (int, float)
+            and value > 0
+        ):
+            found.append(f"{key}={value}")
+    return found
 
 
 def clipped_sum(

@@ -86,8 +86,9 @@ class PerExample:
 
         Guarantee:
             A row is the gradient of the mean loss over its example's own answer tokens,
-            whatever the other examples are: on a CPU bit for bit, in any precision, and
-            anywhere but for rounding. NaN in one row stays in that row.
+            whatever the other examples are: on a CPU bit for bit, in any precision, unless
+            the model has experts, and anywhere but for rounding. NaN in one row stays in
+            that row.
         """
         ordered = sorted(examples, key=lambda row: len(row["input_ids"]))
         for _, alike in groupby(ordered, key=_padded_length):

@@ -1,14 +1,31 @@
 """Keys of a deployment: what TLS and Flower make of them, and that none is lost."""
 
+import hashlib
 import json
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from fedllm.commands import superlink
+from fedllm.commands import keys, superlink
+from fedllm.deployment.flower_programs import program_path
 from tests.helpers.key_folders import contents, make
+
+APP = """
+[project]
+name = "small"
+version = "1.0.0"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "us"
+
+[tool.flwr.app.components]
+serverapp = "small.server:app"
+clientapp = "small.client:app"
+"""
 
 
 @pytest.fixture
@@ -77,3 +94,31 @@ def test_json_names_the_files_that_were_written(folder, capsys):
     make(folder, "--add-node", "clinic-d", "--json")
     pair = json.loads(capsys.readouterr().out)["nodes"]["clinic-d"]
     assert Path(pair["private"]).exists() and pair["public"] == pair["private"] + ".pub"
+
+
+# A library of Flower's uses a name that another library will drop.
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_the_apps_hash_is_that_of_the_bundle_that_flower_builds(
+    tmp_path, monkeypatch, capsys
+):
+    here = tmp_path / "small"
+    (here / "small").mkdir(parents=True)
+    (here / "pyproject.toml").write_text(APP)
+    for name in ("server", "client"):
+        (here / "small" / f"{name}.py").write_text("app = 1\n")
+    (here / "LICENSE").write_text("free\n")
+    monkeypatch.chdir(here)
+
+    keys.main(["--app-hash"])
+    digest = capsys.readouterr().out.strip()
+    keys.main(["--app-hash", "--json"])
+    assert json.loads(capsys.readouterr().out) == {
+        "app": str(here),
+        "sha256": digest,
+    }
+    subprocess.run([program_path("flwr"), "build"], check=True, capture_output=True)
+    (bundle,) = here.glob("*.fab")
+    assert hashlib.sha256(bundle.read_bytes()).hexdigest() == digest
+    (here / "small" / "client.py").write_text("app = 2\n")
+    keys.main(["--app-hash"])
+    assert capsys.readouterr().out.strip() != digest

@@ -83,3 +83,11 @@ def test_a_run_that_fails_ends_with_its_status(monkeypatch, capsys):
         "folder": None,
         "result": None,
     }
+
+
+def test_text_that_flower_would_pass_over_starts_no_run(simulated):
+    # Flower takes this for no setting at all, and the run would spend the default.
+    with pytest.raises(SystemExit, match="is not part of a key=value pair"):
+        simulate.main(["--run-config", "privacy.target-epsilon = 2.0"])
+
+    assert simulated == []

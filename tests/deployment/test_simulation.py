@@ -10,16 +10,17 @@ import pytest
 
 from fedllm.deployment import simulation
 from fedllm.errors import ConfigError
+from fedllm.models.known import BUILT_IN_MODEL
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
 
 
-def cpus(monkeypatch, cores, free, clients=20, run_config=(), app=ROOT):
+def cpus(monkeypatch, cores, free, clients=20, model=BUILT_IN_MODEL.name):
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     memory = types.SimpleNamespace(available=int(free * GIB))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    return simulation.fitting_cpus(app, clients, run_config)
+    return simulation.fitting_cpus(model, clients)
 
 
 @pytest.mark.parametrize(
@@ -40,18 +41,9 @@ def test_a_client_gets_few_cpus_where_memory_allows(
     assert cpus(monkeypatch, cores, free, clients) == wanted
 
 
-def test_with_a_model_of_unknown_size_the_number_is_flower_s(monkeypatch, tmp_path):
-    name = 'model.name="openlm-research/open_llama_3b_v2"'
-    assert cpus(monkeypatch, 8, 64, run_config=[name]) == 2
-    preset = tmp_path / "preset.toml"
-    preset.write_text(name)
-    assert cpus(monkeypatch, 8, 64, run_config=[str(preset)]) == 2
-    assert cpus(monkeypatch, 8, 64, run_config=["num-server-rounds=1"]) == 1
-
-
-def test_what_flower_is_to_refuse_is_left_to_it(monkeypatch, tmp_path):
-    assert cpus(monkeypatch, 8, 64, run_config=["a=[b"]) == 2
-    assert cpus(monkeypatch, 8, 64, app=tmp_path) == 2
+@pytest.mark.parametrize("model", ["openlm-research/open_llama_3b_v2", None])
+def test_with_a_model_of_unknown_size_the_number_is_flower_s(monkeypatch, model):
+    assert cpus(monkeypatch, 8, 64, model=model) == 2
 
 
 @pytest.fixture
@@ -122,10 +114,19 @@ def test_a_named_folder_without_an_app_is_an_error(tmp_path):
         simulation.find_app(str(tmp_path), tmp_path)
 
 
-def described(app, run_config=(), clients=3):
+def described(app, run_config=(), clients=3, client_cpus=1):
     return simulation._description(
-        simulation.Simulation(app, clients, 1, run_config), app
+        simulation.Simulation(app, clients, client_cpus, run_config), app
     )
+
+
+def test_how_many_train_at_a_time_depends_on_the_runs_own_model(monkeypatch, tmp_path):
+    cpus(monkeypatch, 8, 64)
+    preset = tmp_path / "preset.toml"
+    preset.write_text('model.name = "openlm-research/open_llama_3b_v2"')
+
+    assert described(ROOT, [str(preset)], 20, None)["client_cpus"] == 2
+    assert described(ROOT, [], 20, None)["client_cpus"] == 1
 
 
 def test_the_simulation_gets_the_fused_run_config():

@@ -3,6 +3,7 @@
 import pytest
 
 from fedllm.config import parse_run_config
+from fedllm.errors import PrivacyError
 from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.accounting import epsilons
 
@@ -41,3 +42,13 @@ def test_a_given_noise_is_taken_and_a_target_is_met_from_below():
     met = planned(20, **{"privacy.target-epsilon": 3.0, "num-server-rounds": 4})
     spent = epsilons(met.noise_multiplier, 4, 1e-5, "all", 1.0).zero_out
     assert 2.999 < spent <= 3.0
+
+
+@pytest.mark.parametrize("key", ["noise-multiplier", "target-epsilon"])
+def test_more_noise_than_the_grid_holds_is_one_clear_error(key):
+    value = {"noise-multiplier": 1e9, "target-epsilon": 1e-9}[key]
+    keys = {"privacy.target-epsilon": 0.0, f"privacy.{key}": value}
+    keys["privacy.delta"] = 1e-12
+
+    with pytest.raises(PrivacyError, match="ask for a larger epsilon"):
+        planned(20, **keys)

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -296,6 +297,7 @@ def test_a_base_with_dropout_of_its_own_is_rejected(tiny_chat_llama, examples):
         (MixtralConfig(router_jitter_noise=0.1), "router_jitter_noise=0.1"),
         (GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), None),
         (LlamaConfig(), None),
+        (Gemma3Config(text_config={"attention_dropout": 0.1}), "attention_dropout=0.1"),
     ],
 )
 def test_a_rate_that_a_layer_reads_from_its_configuration_is_found(settings, name):
