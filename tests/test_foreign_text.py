@@ -1,5 +1,6 @@
 """A stranger's text can be seen, is short, and is never taken for a line of our own."""
 
+import json
 import logging
 
 import pytest
@@ -13,6 +14,7 @@ from fedllm.config import parse_run_config
 from fedllm.errors import DataError
 from fedllm.foreign_text import FOREIGN_TEXT_LIMIT, printable
 from fedllm.logs import _Plain
+from fedllm.runs.checkpoint import State, _read_state
 from fedllm.runs.state import RunState, read_state
 from fedllm.server.round_log import log_failures
 from fedllm.strategy.round_stats import Round
@@ -44,6 +46,14 @@ def test_every_code_point_alone_is_shown_or_escaped(first):
         shown = printable(chr(code))
         assert shown.isprintable() and shown
         assert shown == chr(code) or shown.startswith("\\")
+
+
+@pytest.mark.parametrize(
+    "code", [0x34F, 0x115F, 0x17B4, 0x180B, 0x3164, 0xFE0F, 0xFFA0, 0xE0100, 0xE01EF]
+)
+def test_what_is_printable_and_yet_shows_nothing_is_escaped(code):
+    # Python calls most of them printable; no terminal draws one.
+    assert printable(f"a{chr(code)}b").startswith("a\\")
 
 
 def test_words_of_any_language_stay_as_they_are():
@@ -102,6 +112,8 @@ def test_a_run_folder_from_elsewhere_adds_no_line_of_its_own(
     folder.mkdir(parents=True)
     RunState(folder).fail(FORGED)
 
+    # Written so, since others read state.json too; and read so, whoever wrote it.
+    assert json.loads((folder / "state.json").read_text())["reason"].isprintable()
     assert read_state(folder, finished=False)[1].isprintable()
     for arguments, expected in (([], 2), ([name], 5)):
         runs.main(arguments)
@@ -118,3 +130,11 @@ def test_a_state_that_a_stranger_wrote_is_read_as_printable_text(tmp_path):
     assert (
         read_state(tmp_path, finished=False)[1] == "\\x1b[2K\\x0aprivacy: epsilon 0.01"
     )
+
+
+def test_the_reasons_of_failures_in_a_checkpoint_are_read_as_printable_text():
+    state = dict.fromkeys(State.__dataclass_fields__)
+    state["failures"] = {FORGED: 2}
+
+    (reason,) = _read_state(json.dumps(state)).failures
+    assert reason.isprintable()

@@ -93,6 +93,15 @@ def test_the_integer_sensitivity_keeps_the_noise_multiplier_and_a_margin(z):
     assert math.sqrt(VARIANCE - 4) / a <= z * (1 + 3 / a)
 
 
+@pytest.mark.parametrize("z", [2e-4, 0.3, 0.5, 1.0, 1.3421878, 7.7, 1e4, 1e7])
+def test_one_unit_and_no_more_is_left_between_the_sensitivity_and_its_bound(z):
+    a = integer_sensitivity(z)
+
+    # In fractions, so that no rounding of the test's own hides one of the code's.
+    assert ((a + 1) * Fraction(z)) ** 2 <= VARIANCE - 4
+    assert ((a + 2) * Fraction(z)) ** 2 > VARIANCE - 4
+
+
 def test_a_tiny_noise_multiplier_gets_more_noise_than_it_asks_for():
     assert integer_sensitivity(1e-9) == LARGEST_SENSITIVITY
 
