@@ -5,8 +5,8 @@
     fedllm node revoke DIGEST
     fedllm node log --check --head FILE
 
-`list` shows each run that waits, with what differs from the one approved last. With
-`fedllm supernode --approve each` a run that is not approved gets no update.
+`list` shows each run that waits, with what differs from the one approved last. Over TLS, or
+with `fedllm supernode --approve each`, a run that is not approved gets no update.
 """
 
 import argparse

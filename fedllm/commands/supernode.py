@@ -3,11 +3,11 @@
     fedllm supernode --superlink HOST:9192 --node-config 'data-path="..."' ...
 
 This is `flower-supernode`: it gets every argument but those below, and its own help follows
-them. The node runs the installed fedllm and no app that differs from it. Beside it waits a
-process that has imported torch, transformers, PEFT and TRL, and forks a client for each
-message. The SuperNode looks for work 20 times a second, not once
-(FLWR_SUPEREXEC_TASK_POLL_INTERVAL sets it). Linux only: elsewhere, and if that process
-cannot be started, each client imports the libraries itself.
+them. The node runs the installed fedllm and no app that differs from it, and over TLS only
+runs that its owner has approved (`fedllm node`). Beside it waits a process that has imported
+torch, transformers, PEFT and TRL, and forks a client for each message. The SuperNode looks
+for work 20 times a second, not once (FLWR_SUPEREXEC_TASK_POLL_INTERVAL sets it). Linux only:
+elsewhere, and if that process cannot be started, each client imports the libraries itself.
 """
 
 import argparse
@@ -30,6 +30,13 @@ _INSTALLS = "--allow-runtime-dependency-installation"
 _ISOLATION = "--isolation"
 _NODE_CONFIG = "--node-config"
 _KEY = "--auth-supernode-private-key"
+_INSECURE = "--insecure"
+_ANSWERED = {
+    "all": "all within the limits of the node config are answered",
+    "same-settings": "answered once one with the same app and settings is approved: "
+    "fedllm node list",
+    "each": "none is answered before it is approved: fedllm node list",
+}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -149,11 +156,25 @@ def _prepare_guard(args: argparse.Namespace, arguments: list[str]) -> None:
     choice = ANY if args.any_app else INSTALLED
     os.environ[CHOICE] = parse_pin(args.pin_app) if args.pin_app else choice
     os.environ[SUPERLINK] = next(_values(arguments, "--superlink"), "")
-    os.environ[APPROVE] = args.approve
+    os.environ[APPROVE] = _policy(args.approve, arguments)
     os.environ[PYTHON] = sys.executable
     if args.log_head:
         os.environ[LOG_HEAD] = str(Path(args.log_head).expanduser().absolute())
     os.environ["PATH"] = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"
+
+
+def _policy(chosen: str | None, arguments: list[str]) -> str:
+    """Return which runs are answered, and print it in one line."""
+    from fedllm.node.approvals import ALL, EACH
+
+    is_insecure = any(True for _ in _values(arguments, _INSECURE))
+    policy = chosen or (ALL if is_insecure else EACH)
+    how = f"the default {f'with {_INSECURE}' if is_insecure else 'over TLS'}"
+    print(
+        f"runs: {_ANSWERED[policy]} (--approve {policy}{'' if chosen else f', {how}'})",
+        file=sys.stderr,
+    )
+    return policy
 
 
 def _prepare_forks(arguments: list[str]) -> None:
@@ -189,9 +210,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--approve",
-        choices=("all", "each"),
-        default="all",
-        help="which runs are answered: all, or those of `fedllm node approve`",
+        choices=tuple(_ANSWERED),
+        help="which runs are answered: all; after `fedllm node approve` all with the same "
+        "settings; or each only then (default: each; with --insecure all)",
     )
     parser.add_argument(
         "--log-head",

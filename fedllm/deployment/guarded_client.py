@@ -27,7 +27,7 @@ from fedllm.config import flat, parse_run_config
 from fedllm.deployment.supernode import APPROVE, CHOICE, SUPERLINK
 from fedllm.errors import FedllmError, NodeError
 from fedllm.logs import show_log
-from fedllm.node.approvals import Request, take
+from fedllm.node.approvals import ALL, EACH, Request, take
 from fedllm.node.delivered_app import CLIENT_APP, INSTALLED, require_chosen
 from fedllm.node.log import append
 from fedllm.wire.messages import ERROR, error_content
@@ -130,15 +130,17 @@ class _Guard:
         return logged
 
     def _require_approval(self, message: Message, context: Context) -> None:
-        """Count the message against the owner's approval, if each run needs one."""
-        if self._refusal is not None or os.environ.get(APPROVE, "each") == "all":
+        """Count the message against the owner's approval, if the run needs one."""
+        policy = os.environ.get(APPROVE, EACH)
+        if self._refusal is not None or policy == ALL:
             return
         try:
             # What the client will use: of a resumed run the original settings.
             settings = original_context(message, context).run_config
             if self._choice == INSTALLED:
                 settings = flat(parse_run_config(settings))
-            take(Request(self._app_hash, settings), message.metadata.message_type)
+            request = Request(self._app_hash, settings)
+            take(request, message.metadata.message_type, policy)
         except FedllmError as error:
             show_log()
             logger.warning("not approved: %s", error)

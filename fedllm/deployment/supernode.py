@@ -19,7 +19,7 @@ FORK_SERVER_COMMAND = (sys.executable, "-P", "-m", "fedllm.deployment.fork_serve
 _NO_CLIENT_TO_FORK = {"--isolation=process", "process", fork_client.INSTALLS}
 
 APPROVE = "FEDLLM_NODE_APPROVE"
-"""Variable that holds which runs are answered: all, or each that was approved."""
+"""Variable that holds which runs are answered, one of `fedllm.node.approvals.POLICIES`."""
 CHOICE = "FEDLLM_NODE_APP"
 """Variable that holds the owner's choice: installed, any, or a SHA-256."""
 SUPERLINK = "FEDLLM_NODE_SUPERLINK"

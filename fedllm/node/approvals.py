@@ -6,6 +6,10 @@
 The digest is a SHA-256 over the app's and every setting, so changing one value is another
 request. A use is counted on disk before the client begins: a crash costs a use and never
 grants one.
+
+Under `each` an approval ends after its rounds, over all runs with these settings. Under
+`same-settings` it holds for any number of such runs, whoever starts them, until it expires:
+whatever bounds their sum is the node's budget. Under `all` nothing is asked.
 """
 
 import contextlib
@@ -24,6 +28,12 @@ from fedllm.errors import NodeError
 from fedllm.node.log import node_folder
 
 Settings = Mapping[str, bool | int | float | str]
+
+ALL = "all"
+SAME_SETTINGS = "same-settings"
+EACH = "each"
+POLICIES = (ALL, SAME_SETTINGS, EACH)
+"""Which runs a node answers, the strictest last."""
 
 _MOST_REQUESTS = 100
 _MOST_BYTES = 65_536
@@ -69,8 +79,13 @@ class Approval:
     used: Mapping[str, int] = field(default_factory=dict)
 
 
-def take(request: Request, message_type: str) -> None:
+def take(request: Request, message_type: str, policy: str = EACH) -> None:
     """Count one message against the owner's approval, on disk, before it is answered.
+
+    Args:
+        request: What the message belongs to.
+        message_type: Flower's; what follows a dot in it is left out.
+        policy: SAME_SETTINGS: the approval's rounds do not end it.
 
     Raises:
         NodeError: It is not approved, not any more, or not this often; then the request
@@ -89,7 +104,8 @@ def take(request: Request, message_type: str) -> None:
         used = approval.used.get(kind, 0)
         if approval.request.digest != request.digest:
             raise NodeError(f"{path}: is not the approval of its name: was it edited?")
-        if time.time() >= approval.expires or used >= approval.rounds:
+        is_used = used >= approval.rounds and policy != SAME_SETTINGS
+        if time.time() >= approval.expires or is_used:
             _remember(folder / "requests", request)
             raise NodeError(
                 f"run {request.digest[:16]}: its approval has expired, or its "

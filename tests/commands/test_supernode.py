@@ -155,6 +155,30 @@ def test_the_owners_choice_reaches_the_clients(becomes, monkeypatch, tmp_path):
         command.main(["--pin-app", "abc"])
 
 
+@pytest.mark.parametrize(
+    ("words", "policy", "said"),
+    [
+        ([], "each", "--approve each, the default over TLS"),
+        (["--insecure"], "all", "--approve all, the default with --insecure"),
+        (["--insec"], "all", "--approve all, the default with --insecure"),
+        (["--insecure", "--approve", "each"], "each", "--approve each)"),
+        (["--approve", "all"], "all", "--approve all)"),
+        (["--approve", "same-settings"], "same-settings", "--approve same-settings)"),
+        (["--node-config", 'data-path="--insecure"'], "each", "the default over TLS"),
+    ],
+)
+def test_over_tls_each_run_is_approved_unless_the_owner_says_otherwise(
+    becomes, monkeypatch, capsys, words, policy, said
+):
+    monkeypatch.setattr(supernode, "can_fork", lambda _: False)
+    command.main(words)
+
+    assert os.environ["FEDLLM_NODE_APPROVE"] == policy
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("runs:"))
+    assert said in line
+    assert "--approve" not in becomes[0]
+
+
 def test_a_home_or_key_that_others_may_write_is_refused(becomes, monkeypatch, tmp_path):
     monkeypatch.setattr(supernode, "can_fork", lambda _: False)
     lax, key = tmp_path / "lax", tmp_path / "key"

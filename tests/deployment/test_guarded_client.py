@@ -161,6 +161,10 @@ def test_a_run_that_each_owner_approves_is_answered_after_the_approval_alone(
     approve(pending()[0].digest, None, 30)
     assert "arrays" in ask(seed=1).content.array_records
     assert "error" in ask(seed=2).content.config_records
+    monkeypatch.setenv(guarded_client.APPROVE, "same-settings")
+    for _ in range(9):
+        assert "arrays" in ask(seed=1).content.array_records
+    assert "error" in ask(seed=2).content.config_records
     monkeypatch.delenv(guarded_client.APPROVE)
     assert "error" in ask(seed=3).content.config_records
 

@@ -6,7 +6,16 @@ import pytest
 
 from fedllm.errors import NodeError
 from fedllm.node import approvals
-from fedllm.node.approvals import Request, approve, differences, pending, revoke, take
+from fedllm.node.approvals import (
+    EACH,
+    SAME_SETTINGS,
+    Request,
+    approve,
+    differences,
+    pending,
+    revoke,
+    take,
+)
 
 SETTINGS = {"num-server-rounds": 2, "privacy.target-epsilon": 8.0, "data.name": "a"}
 ASKED = Request("f" * 64, SETTINGS)
@@ -32,6 +41,24 @@ def test_a_run_waits_until_it_is_approved_and_then_has_its_rounds_once():
     with pytest.raises(NodeError, match="2 rounds are used"):
         take(ASKED, "train")
     assert pending() == [ASKED]
+
+
+def test_the_same_settings_again_need_no_second_approval_until_it_expires(monkeypatch):
+    with pytest.raises(NodeError, match="waits for"):
+        take(ASKED, "train", SAME_SETTINGS)
+    approve(ASKED.digest, None, 30)
+    for _ in range(5):
+        take(ASKED, "train", SAME_SETTINGS)
+    with pytest.raises(NodeError, match="2 rounds are used"):
+        take(ASKED, "train", EACH)
+    with pytest.raises(NodeError, match="waits for"):
+        take(Request("e" * 64, SETTINGS), "train", SAME_SETTINGS)
+    with pytest.raises(NodeError, match="waits for"):
+        take(Request(ASKED.app, {**SETTINGS, "seed": 1}), "train", SAME_SETTINGS)
+    later = time.time() + 31 * 86_400
+    monkeypatch.setattr(approvals.time, "time", lambda: later)
+    with pytest.raises(NodeError, match="has expired"):
+        take(ASKED, "train", SAME_SETTINGS)
 
 
 @pytest.mark.parametrize("key", [*SETTINGS, "one.more"])
