@@ -13,7 +13,7 @@ from fedllm.client.log import ClientLog
 from fedllm.client.node_config import NodeConfig
 from fedllm.client.preload import import_libraries
 from fedllm.config import RunConfig, fedllm_home
-from fedllm.errors import DataError
+from fedllm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,26 +22,13 @@ if TYPE_CHECKING:
     from fedllm.data.tokens import Example
 
 
-@dataclass(frozen=True)
-class ClientRows:
-    """The rows of one client.
-
-    Attributes:
-        examples: The tokenised ones that have an answer.
-        digests: `row_digest` of every row, for the ledger of `privacy.unit="record"`;
-            else empty.
-    """
-
-    examples: list["Example"]
-    digests: list[bytes]
-
-
 @dataclass
 class ResidentModel:
     """The base model with one run's adapter, and the rows tokenised for it."""
 
     adapted: "AdaptedModel"
-    rows: dict[Any, ClientRows] = field(default_factory=dict)
+    rows: dict[Any, "list[Example]"] = field(default_factory=dict)
+    records: dict[Any, "list[Example | None]"] = field(default_factory=dict)
 
 
 _resident: dict[Any, ResidentModel] = {}
@@ -79,8 +66,8 @@ def client_rows(
     config: RunConfig,
     log: ClientLog,
     held_out: bool = False,
-) -> ClientRows:
-    """Return this client's rows, tokenised once: those to train on or those held out.
+) -> "list[Example]":
+    """Return this client's examples, tokenised once: those to train on or those held out.
 
     Args:
         resident: Its tokenizer makes the tokens, and it keeps them.
@@ -92,16 +79,13 @@ def client_rows(
     Raises:
         DataError: The client has no usable row.
     """
-    is_record = config.privacy.unit == "record"
-    share = (node.data_path, node.partition_id, node.num_partitions, config.seed)
-    key = (config.data, config.train.max_length, share, is_record, held_out)
+    key = (*_rows_key(node, config), held_out)
     if key not in resident.rows:
         loaded = _load_rows(node, config, held_out)
-        digests = _digests(loaded) if is_record else []
-        examples = _tokenize(loaded, resident.adapted.tokenizer, config, log)
-        resident.rows[key] = ClientRows(examples, digests)
-    rows = resident.rows[key]
-    if not rows.examples:
+        tokenizer = resident.adapted.tokenizer
+        resident.rows[key] = _tokenize(loaded, tokenizer, config, log)
+    examples = resident.rows[key]
+    if not examples:
         raise DataError(
             f"client {node.partition_id}: has no held-out example, so it does not "
             "evaluate"
@@ -109,7 +93,71 @@ def client_rows(
             else f"client {node.partition_id}: has no usable example, so its update is "
             "zero"
         )
-    return rows
+    return examples
+
+
+def client_records(
+    resident: ResidentModel, node: NodeConfig, config: RunConfig, log: ClientLog
+) -> "list[Example | None]":
+    """Return this client's records, tokenised once: all its rows, whatever they hold.
+
+    Args:
+        resident: Its tokenizer makes the tokens, and it keeps them.
+        node: Names the file or the partition.
+        config: The run config, under record level.
+        log: Gets a line of how many records have no example, and why.
+
+    Returns:
+        An entry for each record, None for one that nothing can be learned from.
+
+    Raises:
+        ConfigError: There is no such partition, or it would depend on what rows hold.
+        DataError: There is no such file, it holds no rows, or it is malformed as a whole.
+    """
+    from fedllm.data.records import load_records, own_records, tokenize_records
+
+    key = _rows_key(node, config)
+    if key not in resident.records:
+        rows = load_records(config.data, node.data_path)
+        if node.data_path is None:
+            _require_public_partition(node, config)
+            where = (node.partition_id, node.num_partitions, config.seed)
+            rows = own_records(config.data, rows, *where)
+        if not rows:
+            raise DataError(f"client {node.partition_id}: has no rows")
+        records = tokenize_records(
+            rows, resident.adapted.tokenizer, config.data, config.train.max_length
+        )
+        if records.causes:
+            causes = records.causes.most_common(5)
+            log.write(
+                f"client {log.number}: nothing is learned from {records.causes.total()} "
+                f"of {len(rows)} rows, which count as records all the same: "
+                + "; ".join(f"{count}: {cause}" for cause, count in causes)
+            )
+        resident.records[key] = records.examples
+    return resident.records[key]
+
+
+def _rows_key(node: NodeConfig, config: RunConfig) -> tuple[Any, ...]:
+    """Return all that a client's rows and their tokens depend on, but for the model."""
+    share = (node.data_path, node.partition_id, node.num_partitions, config.seed)
+    return (config.data, config.train.max_length, share)
+
+
+def _require_public_partition(node: NodeConfig, config: RunConfig) -> None:
+    """Check that how many rows a real client has does not depend on what they hold.
+
+    Raises:
+        ConfigError: It does.
+    """
+    kind = config.data.partition
+    if kind in ("dirichlet", "natural") and not node.is_simulated:
+        raise ConfigError(
+            f"data.partition: must be 'iid' or 'size-skew' for a real client under "
+            f"privacy.unit='record' (got {kind!r}): what rows hold would decide how many "
+            "each client has, or name a file of its own by data-path"
+        )
 
 
 def _load_rows(node: NodeConfig, config: RunConfig, held_out: bool) -> "Dataset":
@@ -123,13 +171,6 @@ def _load_rows(node: NodeConfig, config: RunConfig, held_out: bool) -> "Dataset"
             config.data, rows, node.partition_id, node.num_partitions, config.seed
         )
     return own_rows(config.data, rows, config.seed, held_out)
-
-
-def _digests(rows: "Dataset") -> list[bytes]:
-    """Return the name by which the ledger knows each row."""
-    from fedllm.privacy.record_ledger import row_digest
-
-    return [row_digest(row) for row in rows]
 
 
 def _tokenize(

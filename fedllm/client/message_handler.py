@@ -6,7 +6,7 @@ the tokenised rows; the training; the reply.
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 
 from fedllm.adapters.resolve import with_kind
-from fedllm.client.cache import ClientRows, client_rows, resident_model
+from fedllm.client.cache import client_records, client_rows, resident_model
 from fedllm.client.log import ClientLog
 from fedllm.client.node_config import (
     NodeConfig,
@@ -23,7 +23,8 @@ from fedllm.client.node_config import (
     log_number,
     parse_node_config,
 )
-from fedllm.config import RunConfig, parse_run_config
+from fedllm.client.refusals import Refusals
+from fedllm.config import RunConfig, fedllm_home, parse_run_config
 from fedllm.errors import (
     BudgetError,
     ConfigError,
@@ -46,6 +47,7 @@ from fedllm.wire.resumed_run import original_context
 
 if TYPE_CHECKING:
     from fedllm.adapters.adapted_model import AdaptedModel
+    from fedllm.data.tokens import Example
     from fedllm.training.result import Trained
 
 _CODES: tuple[tuple[type[Exception], str], ...] = (
@@ -99,23 +101,49 @@ def reply_to(message: Message, context: Context) -> Message:
         Under `privacy.unit="client"` the reply holds the trained arrays, or one code of
         a closed list, and nothing else; the error's text stays in this client's log.
         Under `record` the arrays are DP-SGD's, paid for on this client's disk before
-        they leave, and the epsilon that its ledger then shows comes with them.
+        they leave, and the epsilon that its ledger then shows comes with them. Which code
+        leaves, and which epsilon, is a function of settings and of the number of rows, but
+        for limits of time and memory; after a few requests without a release it is one
+        code for the rest of the run.
     """
     private = True
+    # What Flower says, not what the server says of a resumed run.
+    run_id = context.run_id
     try:
         context = original_context(message, context)
         config = parse_run_config(context.run_config)
         private = config.privacy.unit != "none"
         node = parse_node_config(context.node_config)
-        check_node_limits(node, config)
         client = _Client(config, node, context.run_id)
-        if message.metadata.message_type.startswith("evaluate"):
-            content = _evaluate(message, client)
+        if config.privacy.unit == "record":
+            content = _counted(message, client, run_id)
         else:
-            content = _train(message, client)
+            content = _answer(message, client)
     except Exception as error:  # noqa: BLE001 - a client's failure becomes a code
         content = _failure(error, context, private)
     return Message(content, reply_to=message)
+
+
+def _counted(message: Message, client: _Client, run_id: int) -> RecordDict:
+    """Answer a request, which counts as refused until its release is paid for.
+
+    Raises:
+        BudgetError: Too many of the run's were refused.
+    """
+    folder = fedllm_home() / "refusals"
+    refusals = Refusals(folder, run_id, client.node.partition_id)
+    refusals.begin()
+    content = _answer(message, client)
+    refusals.release()
+    return content
+
+
+def _answer(message: Message, client: _Client) -> RecordDict:
+    """Check the limits of the node's owner, and train or evaluate."""
+    check_node_limits(client.node, client.config)
+    if message.metadata.message_type.startswith("evaluate"):
+        return _evaluate(message, client)
+    return _train(message, client)
 
 
 def _failure(error: Exception, context: Context, private: bool) -> RecordDict:
@@ -152,7 +180,11 @@ def _train(message: Message, client: _Client) -> RecordDict:
     record = message.content.config_records[CONFIG]
     resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
     loaded = time.monotonic()
-    rows = client_rows(resident, node, config, client.log)
+    examples: Sequence[Example | None]
+    if config.privacy.unit == "record":
+        examples = client_records(resident, node, config, client.log)
+    else:
+        examples = client_rows(resident, node, config, client.log)
     arrays = _received(message, resident.adapted, config)
     # Flower allows lists and bytes here: those raise, and the reply is a code.
     server_round = int(record["server-round"])  # type: ignore[arg-type]
@@ -160,7 +192,7 @@ def _train(message: Message, client: _Client) -> RecordDict:
     seed = training_seed(config.seed, server_round, node.partition_id)
     task = RoundTask(arrays, learning_rate, seed, deadline)
     ready = time.monotonic()
-    trained, metrics = _fit(client, resident.adapted, rows, task)
+    trained, metrics = _fit(client, resident.adapted, examples, task)
     ended = time.monotonic()
     began = ready if trained.began is None else trained.began
     sent = _encoded(trained.arrays, arrays, config, server_round, node.partition_id)
@@ -176,27 +208,34 @@ def _train(message: Message, client: _Client) -> RecordDict:
 
 
 def _fit(
-    client: _Client, adapted: "AdaptedModel", rows: ClientRows, task: RoundTask
+    client: _Client,
+    adapted: "AdaptedModel",
+    examples: "Sequence[Example | None]",
+    task: RoundTask,
 ) -> tuple["Trained", dict[str, Any]]:
     """Train, and return the result with the metrics that may leave beside it."""
     if client.config.privacy.unit == "record":
-        trained, epsilon = _fit_privately(client, adapted, rows, task)
+        trained, epsilon = _fit_privately(client, adapted, examples, task)
         return trained, {"epsilon": epsilon}
     from fedllm.training.sft import train_adapter
 
-    trained = train_adapter(adapted, rows.examples, client.config.train, task)
+    usable = [example for example in examples if example is not None]
+    trained = train_adapter(adapted, usable, client.config.train, task)
     if client.config.privacy.unit != "none":
         return trained, {}
     return trained, {"num-examples": trained.num_examples, "train-loss": trained.loss}
 
 
 def _fit_privately(
-    client: _Client, adapted: "AdaptedModel", rows: ClientRows, task: RoundTask
+    client: _Client,
+    adapted: "AdaptedModel",
+    records: "Sequence[Example | None]",
+    task: RoundTask,
 ) -> tuple["Trained", float]:
     """Train by DP-SGD, and pay on this client's disk before anything leaves.
 
     Returns:
-        The result, and the largest epsilon over the records that this client holds.
+        The result, and the epsilon of all that this client has released.
 
     Raises:
         BudgetError: The round would pass the node's or the run's limit.
@@ -207,11 +246,9 @@ def _fit_privately(
     from fedllm.training.dp_sgd import train_privately
 
     config = client.config
-    budget = open_budget(
-        config, client.node, client.run_id, rows.digests, len(rows.examples)
-    )
+    budget = open_budget(config, client.node, client.run_id, len(records))
     budget.require()
-    trained = train_privately(adapted, rows.examples, config, budget.plan, task)
+    trained = train_privately(adapted, records, config, budget.plan, task)
     return trained, budget.spend()
 
 
@@ -272,6 +309,11 @@ def _log_training(
         f"the message was made, {times.began - times.started:.1f} s after it was taken "
         "up)"
     )
+    if trained.num_unfit:
+        client.log.write(
+            f"client {client.node.partition_id}: round {server_round}: the model could not "
+            f"take {trained.num_unfit} of the examples drawn, which added nothing"
+        )
 
 
 def _evaluate(message: Message, client: _Client) -> RecordDict:
@@ -286,10 +328,10 @@ def _evaluate(message: Message, client: _Client) -> RecordDict:
         )
     record = message.content.config_records[CONFIG]
     resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
-    rows = client_rows(resident, client.node, config, client.log, held_out=True)
+    held = client_rows(resident, client.node, config, client.log, held_out=True)
     adapted = resident.adapted
     adapted.set(_received(message, adapted, config))
-    examples = rows.examples[: config.strategy.evaluate_examples or None]
+    examples = held[: config.strategy.evaluate_examples or None]
     score = held_out(adapted.model, examples, adapted.pad_token_id)
     metrics = MetricRecord({"num-examples": score.num_examples})
     metrics["eval-loss"] = score.loss

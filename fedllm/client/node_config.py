@@ -8,6 +8,7 @@ from typing import Any
 
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
+from fedllm.models.known import BUILT_IN_MODEL
 
 _LARGEST_DELTA = 1e-5
 """Largest delta of a run if the node sets a `max-epsilon` and no delta: at a delta near 1
@@ -33,7 +34,8 @@ class NodeConfig:
         max_epsilon: Largest epsilon that a run may spend; None: no limit.
         delta: Largest `privacy.delta` of a run; None: not set.
         model_name: The `model.name` that a run must have, and so the chat template that
-            the node's rows are put in; None: any.
+            the node's rows are put in; None: any, but under record level with another
+            limit the built-in one.
         is_partition: Whether the config names a number of partitions, as every node of a
             simulation does. What such a client prints may reach the server's log.
     """
@@ -54,14 +56,13 @@ class NodeConfig:
         A simulated client starts a new ledger in every run, which would be wrong for a
         real one: the owner of a SuperNode without a file of its own sets a limit.
         """
-        own = (
-            self.data_path,
-            self.privacy_unit,
-            self.max_epsilon,
-            self.delta,
-            self.model_name,
-        )
-        return all(value is None for value in own)
+        return self.data_path is None and not self.has_limits
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether the node's owner limits what a run may be."""
+        limits = (self.privacy_unit, self.max_epsilon, self.delta, self.model_name)
+        return any(value is not None for value in limits)
 
 
 def parse_node_config(values: Mapping[str, Any]) -> NodeConfig:
@@ -140,6 +141,22 @@ def _check_unit(node: NodeConfig, config: RunConfig) -> None:
         )
 
 
+def _check_model(node: NodeConfig, config: RunConfig) -> None:
+    """Check the base model.
+
+    Its chat template is a program that runs on each row. Under record level a server could
+    name one that takes long, or much memory, at a row of its choice.
+    """
+    wanted = node.model_name
+    if wanted is None and node.has_limits and config.privacy.unit == "record":
+        wanted = BUILT_IN_MODEL.name
+    if wanted is not None and config.model.name != wanted:
+        raise ConfigError(
+            f"model.name: this node demands {wanted!r} (got {config.model.name!r})"
+            + ("; its model-name is not set" if node.model_name is None else "")
+        )
+
+
 def _check_epsilon(node: NodeConfig, config: RunConfig) -> None:
     """Check the epsilon that the run promises, and the delta that it is meant at."""
     privacy, limit = config.privacy, node.max_epsilon
@@ -158,15 +175,6 @@ def _check_epsilon(node: NodeConfig, config: RunConfig) -> None:
         raise ConfigError(
             f"privacy.target-epsilon: this node demands at most {limit} "
             f"(got {min(promised) if promised else 'no bound'})"
-        )
-
-
-def _check_model(node: NodeConfig, config: RunConfig) -> None:
-    """Check the base model, whose chat template is a program that reads the node's rows."""
-    if node.model_name not in (None, config.model.name):
-        raise ConfigError(
-            f"model.name: this node demands {node.model_name!r} "
-            f"(got {config.model.name!r})"
         )
 
 

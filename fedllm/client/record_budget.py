@@ -6,7 +6,6 @@ costs nothing and no adapter leaves unpaid.
 
 import hashlib
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from fedllm.client.node_config import NodeConfig
@@ -33,8 +32,8 @@ def ledger_folder(home: Path, run_id: int, simulated_partition: int | None) -> P
         home: fedllm's folder on the client's disk.
         run_id: Flower's id of the run.
         simulated_partition: Which virtual client this is; None for a real one. Real
-            clients of one machine share a ledger, which knows each row by its hash
-            wherever the file lies; virtual ones start a new ledger in every run.
+            clients with one home share a ledger, since their files may hold the same
+            rows; virtual ones start a new ledger in every run.
     """
     ledgers = home / "ledgers"
     if simulated_partition is None:
@@ -43,20 +42,20 @@ def ledger_folder(home: Path, run_id: int, simulated_partition: int | None) -> P
 
 
 class RecordBudget:
-    """The budget of the records that a client holds.
+    """The budget of a client's records.
 
     Guarantee:
         The limit is the smallest of the node's own `max-epsilon` and the run's
         `privacy.max-epsilon`, else `privacy.target-epsilon`; the noise is calibrated to
         no more than that. A run's plan is fixed in its first round, kept on disk, and
-        does not change if rows come or go.
+        does not change if rows come or go. Plan, epsilon and what is refused are functions
+        of settings, of the number of records and of earlier plans: of no row.
 
     Args:
         ledger: The client's ledger.
         config: The run config.
         run_id: Flower's id of the run.
-        digests: `row_digest` of every row that the client holds.
-        num_records: Rows that can be trained on.
+        num_records: n, all rows of the client.
         node_limit: The node's own `max-epsilon`; None: not set.
 
     Raises:
@@ -69,7 +68,6 @@ class RecordBudget:
         ledger: RecordLedger,
         config: RunConfig,
         run_id: int,
-        digests: Sequence[bytes],
         num_records: int,
         node_limit: float | None,
     ) -> None:
@@ -77,7 +75,6 @@ class RecordBudget:
         run_limit = privacy.max_epsilon or privacy.target_epsilon or math.inf
         self._limit = min(run_limit, math.inf if node_limit is None else node_limit)
         self._ledger = ledger
-        self._digests = digests
         target = privacy.target_epsilon
         if target > 0:
             target = min(target, self._limit)
@@ -93,7 +90,7 @@ class RecordBudget:
             BudgetError: It would.
         """
         plan = self.plan
-        self._ledger.require(self._digests, plan.event, plan.delta, self._limit)
+        self._ledger.require(plan.event, plan.delta, self._limit)
 
     def spend(self) -> float:
         """Pay for a round, on disk, before its adapter leaves; return the epsilon.
@@ -103,7 +100,7 @@ class RecordBudget:
             PrivacyError: The ledger cannot be written.
         """
         plan = self.plan
-        return self._ledger.spend(self._digests, plan.event, plan.delta, self._limit)
+        return self._ledger.spend(plan.event, plan.delta, self._limit)
 
 
 def _run_name(config: RunConfig, run_id: int, target_epsilon: float) -> str:
@@ -117,7 +114,6 @@ def open_budget(
     config: RunConfig,
     node: NodeConfig,
     run_id: int,
-    digests: Sequence[bytes],
     num_records: int,
 ) -> RecordBudget:
     """Return the budget of a client, with its ledger on this machine.
@@ -126,8 +122,7 @@ def open_budget(
         config: The run config.
         node: The client's node config.
         run_id: Flower's id of the run.
-        digests: `row_digest` of every row that the client holds.
-        num_records: Rows that can be trained on.
+        num_records: n, all rows of the client.
 
     Raises:
         ConfigError: There are fewer records than one expected batch.
@@ -135,4 +130,4 @@ def open_budget(
     """
     simulated = node.partition_id if node.is_simulated else None
     ledger = RecordLedger(ledger_folder(fedllm_home(), run_id, simulated))
-    return RecordBudget(ledger, config, run_id, digests, num_records, node.max_epsilon)
+    return RecordBudget(ledger, config, run_id, num_records, node.max_epsilon)

@@ -3,16 +3,20 @@
 Nothing is cached on disk. An error names the line that is malformed.
 """
 
+import codecs
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedllm.errors import DataError
 
 Row = dict[str, Any]
 """One row of a data set: column -> cell."""
+_R = TypeVar("_R", bound=Row | None)
+Readers = Mapping[str, Callable[[Path], Iterator[_R]]]
+"""A reader for each ending of a file's name."""
 
 
 def looks_local(name: str) -> bool:
@@ -32,13 +36,32 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DataError: Missing, empty, malformed (the line is named), or of an unknown kind.
     """
+    return _read_rows(path, _READERS)
+
+
+def read_records(path: Path) -> list[Row | None]:
+    """Read as `read_rows`, but count a malformed row as one, so that none hides the others.
+
+    Returns:
+        The rows; None for one that cannot be read: a line of .jsonl that holds no object,
+        an element of .json that is none, a line of .csv with too few or too many fields.
+
+    Raises:
+        DataError: Missing, empty, of an unknown kind, or malformed as a whole: .json that
+            is no list, .csv with a quote that is never closed, .parquet that is none.
+    """
+    return _read_rows(path, _RECORD_READERS)
+
+
+def _read_rows(path: Path, readers: "Readers[_R]") -> list[_R]:
+    """Read a file, or the files of a folder, by the readers of their endings."""
     files = [path]
     try:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
         if path.is_dir():
             files = sorted(f for f in path.iterdir() if f.suffix.lower() in _READERS)
-        rows = [row for file in files for row in _read_file(file)]
+        rows = [row for file in files for row in _read_file(file, readers)]
     except OSError as error:
         source, cause = error.filename or path, error.strerror or one_line(error)
         raise DataError(f"{source}: cannot be read: {cause}") from None
@@ -59,13 +82,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _read_file(path: Path) -> Iterator[Row]:
+def _read_file(path: Path, readers: "Readers[_R]") -> Iterator[_R]:
     """Yield the rows of a file.
 
     Raises:
         DataError: It cannot be read, or is malformed (the line is named).
     """
-    reader = _READERS.get(path.suffix.lower())
+    reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: must end in {comma_list(_READERS)}")
     try:
@@ -83,28 +106,63 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    values = _parse(path.read_text(encoding="utf-8-sig"), str(path))
-    if not isinstance(values, list):
-        raise DataError(
-            f"{path}: must be a list of objects (one object a line goes into .jsonl)"
-        )
+    values = _read_list(path.read_text(encoding="utf-8-sig"), path)
     for number, value in enumerate(values, start=1):
         yield _read_object(value, f"{path}: row {number}")
 
 
+def _read_jsonl_records(path: Path) -> Iterator[Row | None]:
+    # In bytes: a line that is not UTF-8 is one broken row.
+    for line in path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines():
+        if line.strip():
+            try:
+                value = json.loads(line.decode())
+            except (ValueError, RecursionError):
+                value = None
+            yield value if isinstance(value, dict) else None
+
+
+def _read_json_records(path: Path) -> Iterator[Row | None]:
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    for value in _read_list(text, path):
+        yield value if isinstance(value, dict) else None
+
+
+def _read_list(text: str, path: Path) -> list[Any]:
+    values = _parse(text, str(path))
+    if not isinstance(values, list):
+        raise DataError(
+            f"{path}: must be a list of objects (one object a line goes into .jsonl)"
+        )
+    return values
+
+
 def _read_csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    for number, names, cells in _csv_lines(path, "strict"):
+        if len(cells) != len(names):
+            raise DataError(
+                f"{path}:{number}: has {len(cells)} fields, the first line has {len(names)}"
+            )
+        yield dict(zip(names, cells, strict=True))
+
+
+def _read_csv_records(path: Path) -> Iterator[Row | None]:
+    for _, names, cells in _csv_lines(path, "surrogateescape"):
+        fits = len(cells) == len(names)
+        yield dict(zip(names, cells, strict=True)) if fits else None
+
+
+def _csv_lines(path: Path, errors: str) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Yield each row's last line number, the names of the columns, and its cells."""
+    # By default the module rejects a file for one cell of more than 131,072 characters.
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             names = next(reader, [])
             for cells in reader:
-                if len(cells) not in (0, len(names)):
-                    raise DataError(
-                        f"{path}:{reader.line_num}: has {len(cells)} fields, the first "
-                        f"line has {len(names)}"
-                    )
                 if cells:
-                    yield dict(zip(names, cells, strict=True))
+                    yield reader.line_num, names, cells
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: {error}") from None
 
@@ -118,10 +176,16 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: is not Parquet: {one_line(error)}") from None
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: Readers[Row] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+_RECORD_READERS: Readers[Row | None] = {
+    ".jsonl": _read_jsonl_records,
+    ".json": _read_json_records,
+    ".csv": _read_csv_records,
     ".parquet": _read_parquet,
 }
 
@@ -132,6 +196,8 @@ def _parse(text: str, where: str) -> object:
     except json.JSONDecodeError as error:
         at = f"{where}:{error.lineno}" if "\n" in text.strip() else where
         raise DataError(f"{at}: is not JSON: {error.msg}") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise DataError(f"{where}: cannot be read: {one_line(error)}") from None
     except RecursionError:
         raise DataError(f"{where}: is nested too deeply") from None
 

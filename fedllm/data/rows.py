@@ -7,18 +7,18 @@ imported in the functions that use them.
 
 import contextlib
 import hashlib
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedllm.config import DataConfig, fedllm_home
 from fedllm.data.embedded import BUILT_IN_DATA, EMBEDDED
 from fedllm.data.prompts import MESSAGES, to_prompt_completion
 from fedllm.data.readers import Row, comma_list, looks_local, one_line, read_rows
 from fedllm.errors import DataError
-from fedllm.privacy.record_ledger import row_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,10 +86,33 @@ def own_rows(
     key = str(seed).encode()
     chosen = []
     for index, row in enumerate(rows):
-        digest = hashlib.sha256(key + row_digest(row)).digest()
+        digest = hashlib.sha256(key + _row_digest(row)).digest()
         if (int.from_bytes(digest[:8], "big") < limit) == held_out:
             chosen.append(index)
     return rows.select(chosen)
+
+
+def _row_digest(row: Mapping[str, Any]) -> bytes:
+    """Return the digest of a row: a hash of all its columns, in any order.
+
+    A missing value equals None, and 1 equals 1.0: reading a table fills and converts, so
+    one row would change the digests of all others.
+    """
+    normalized = _without_the_table(row)
+    text = json.dumps(normalized, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode("ascii")).digest()
+
+
+def _without_the_table(value: Any) -> Any:
+    """Return a value without what it has only because of other rows."""
+    if isinstance(value, Mapping):
+        items = {key: _without_the_table(item) for key, item in value.items()}
+        return {key: item for key, item in items.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_the_table(item) for item in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
 
 
 def _load_embedded(config: DataConfig, split: str) -> "Dataset":

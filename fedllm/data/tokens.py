@@ -1,6 +1,6 @@
 """Rows to token ids, with labels on the answer alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,26 +61,47 @@ def tokenize(
     """
     examples: list[Example] = []
     num_truncated = num_without_answer = 0
-    texts: list[str] = []
+    texts: list[tuple[str, str]] = []
     for number, row in enumerate(_each(rows), start=1):
         try:
             conversation = to_prompt_completion(config, row)
             if conversation is None:
                 num_without_answer += 1
                 continue
-            texts += training_texts(tokenizer, *conversation)
+            texts.append(training_texts(tokenizer, *conversation))
         except DataError as error:
             raise DataError(f"row {number}: {error}") from None
-    encoded = iter(encode(tokenizer, texts))
-    for prompt_ids, ids in zip(encoded, encoded, strict=True):
-        start = common_prefix_length(prompt_ids, ids)
-        if start >= min(len(ids), max_length):
+    for prompt_ids, ids in encoded_pairs(tokenizer, texts):
+        example = labelled(prompt_ids, ids, max_length)
+        if example is None:
             num_without_answer += 1
             continue
         num_truncated += len(ids) > max_length
-        ids = ids[:max_length]
-        examples.append({"input_ids": ids, "labels": [-100] * start + ids[start:]})
+        examples.append(example)
     return Tokenized(examples, num_truncated, num_without_answer)
+
+
+def encoded_pairs(
+    tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str, str]]
+) -> list[tuple[list[int], list[int]]]:
+    """Return the tokens of questions and whole conversations, all at once."""
+    encoded = iter(encode(tokenizer, [text for pair in pairs for text in pair]))
+    return list(zip(encoded, encoded, strict=True))
+
+
+def labelled(prompt_ids: list[int], ids: list[int], max_length: int) -> Example | None:
+    """Return an example with labels on its answer; None if no token of it is left.
+
+    Args:
+        prompt_ids: Tokens of the conversation up to the answer.
+        ids: Tokens of all of it.
+        max_length: What is longer loses its end.
+    """
+    start = common_prefix_length(prompt_ids, ids)
+    if start >= min(len(ids), max_length):
+        return None
+    ids = ids[:max_length]
+    return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
 
 
 def _each(rows: "Dataset") -> Iterator[Row]:

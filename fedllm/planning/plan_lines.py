@@ -127,7 +127,8 @@ def record_plan_lines(config: RunConfig, plan: dict[str, Any]) -> list[str]:
         f"secret coins, {plan['steps_per_round']} steps in each of "
         f"{plan['num_rounds']} rounds",
         f"noise multiplier {z:.4g} <-> epsilon {plain(plan['epsilon'])} for adding or "
-        f"removing one record, at delta {plan['delta']:.3g} (pld): protection is "
+        f"removing one record, at delta {plan['delta']:.3g} ({plan['accountant']}): "
+        "protection is "
         f"{strength(plan['epsilon'], plan['delta'], plan['num_records'])}",
         f"a step's mean gradient has noise of {z / batch:.3g} times "
         f"privacy.max-grad-norm {config.privacy.max_grad_norm:g} in each trained value",

@@ -5,7 +5,7 @@ from typing import Any
 
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
-from fedllm.privacy.accounting import record_epsilon
+from fedllm.privacy.accounting import record_accountant, record_epsilon
 from fedllm.privacy.record_claims import RecordSettings
 from fedllm.privacy.record_ledger import RecordPlan, make_plan
 
@@ -50,6 +50,7 @@ def record_plan(config: RunConfig, num_records: int) -> dict[str, Any]:
         "num_rounds": config.num_server_rounds,
         "noise_multiplier": z,
         "epsilon": record_epsilon([(z, q, releases)], plan.delta),
+        "accountant": record_accountant([(z, q, releases)], plan.delta),
         "delta": plan.delta,
     }
 

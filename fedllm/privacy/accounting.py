@@ -37,6 +37,10 @@ _MOST_PLD_POINTS = 5e7
 _INTERVAL = 1e-4
 """dp-accounting's own grid of privacy losses."""
 
+_EXACT = "exact Gaussian"
+_PLD = "PLD (dp-accounting)"
+_RDP = "RDP (dp-accounting)"
+
 
 @dataclass(frozen=True)
 class Epsilons:
@@ -105,7 +109,7 @@ def epsilons(
     plain_replaced = gaussian_epsilon(noise_multiplier / 2, num_releases, delta)
     if sampling != "poisson" or sampling_probability >= 1 or num_releases == 0:
         joined = plain if sampling == "poisson" else None
-        return Epsilons(plain, plain_replaced, joined, "exact Gaussian")
+        return Epsilons(plain, plain_replaced, joined, _EXACT)
     sampled = _poisson(noise_multiplier, sampling_probability, num_releases, delta)
     # Sampling never costs privacy, so the unsampled value is a bound too, and at tiny z
     # it is below the one that RDP gives.
@@ -184,26 +188,43 @@ def record_epsilon(events: Sequence[Event], delta: float) -> float:
         An upper bound on the true epsilon of all events together, which does not depend
         on how they are grouped.
     """
+    return _record_account(_merged(events), delta)[0]
+
+
+def record_accountant(events: Sequence[Event], delta: float) -> str:
+    """Return how `record_epsilon` came by its value; arguments as there."""
+    return _record_account(_merged(events), delta)[1]
+
+
+def _merged(events: Sequence[Event]) -> tuple[Event, ...]:
+    """Return events in order, equal ones together."""
     counts: Counter[tuple[float, float]] = Counter()
     for z, q, count in events:
         counts[z, min(q, 1.0)] += count
-    merged = tuple((z, q, n) for (z, q), n in sorted(counts.items()) if n > 0)
-    return _record_epsilon(merged, delta)
+    return tuple((z, q, n) for (z, q), n in sorted(counts.items()) if n > 0)
 
 
 @lru_cache(maxsize=256)
-def _record_epsilon(events: tuple[Event, ...], delta: float) -> float:
+def _record_account(events: tuple[Event, ...], delta: float) -> tuple[float, str]:
+    """Return epsilon and the accountant whose it is."""
     if not events:
-        return 0.0
+        return 0.0, _EXACT
     # Sampling never costs privacy: T Gaussians of z are one of z / sqrt(T).
     bound = gaussian_epsilon(sum(n / z**2 for z, _, n in events) ** -0.5, 1, delta)
     if all(q >= 1 for _, q, _ in events):
-        return bound
+        return bound, _EXACT
+    spent, accountant = _sampled_account(events, delta)
+    return (bound, _EXACT) if bound < spent else (spent, accountant)
+
+
+def _sampled_account(events: tuple[Event, ...], delta: float) -> tuple[float, str]:
+    """Return the epsilon of sampled releases, and PLD or RDP."""
     if len(events) == 1:
         z, q, count = events[0]
         if _pld_returns(z, count, delta, _INTERVAL):
-            return min(bound, _pld(z, q, count, delta, "ADD_OR_REMOVE_ONE"))
-        return epsilons(z, count, delta, "poisson", q).add_or_remove or 0.0
+            return _pld(z, q, count, delta, "ADD_OR_REMOVE_ONE"), _PLD
+        spent = epsilons(z, count, delta, "poisson", q)
+        return spent.add_or_remove or 0.0, spent.accountant
     import dp_accounting
     from dp_accounting import pld, rdp
 
@@ -212,14 +233,16 @@ def _record_epsilon(events: tuple[Event, ...], delta: float) -> float:
     smallest = min(z for z, _, _ in events)
     relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
     accountant: Any
+    name = _PLD
     if smallest >= _SMALLEST_PLD_NOISE and spans <= _MOST_PLD_POINTS * _INTERVAL:
         accountant = pld.PLDAccountant(relation, _INTERVAL)
     else:
         logging.getLogger("absl").setLevel(logging.ERROR)
         accountant = rdp.RdpAccountant(neighboring_relation=relation)
+        name = _RDP
     for event in events:
         accountant.compose(_event(*event))
-    return min(bound, float(accountant.get_epsilon(delta)))
+    return float(accountant.get_epsilon(delta)), name
 
 
 def _log_delta(epsilon: float, mu: float) -> float:
@@ -247,7 +270,7 @@ def _poisson(z: float, q: float, releases: int, delta: float) -> Epsilons:
             _pld(z, q, releases, delta, relation)
             for relation in ("REPLACE_SPECIAL", "REPLACE_ONE", "ADD_OR_REMOVE_ONE")
         ]
-        return Epsilons(values[0], values[1], values[2], "PLD (dp-accounting)")
+        return Epsilons(values[0], values[1], values[2], _PLD)
     import dp_accounting
     from dp_accounting import rdp
 
@@ -258,7 +281,7 @@ def _poisson(z: float, q: float, releases: int, delta: float) -> Epsilons:
     accountant.compose(_event(z, q, releases))
     spent = float(accountant.get_epsilon(delta))
     # RDP has no replace-one under Poisson sampling, so the caller's own bound holds.
-    return Epsilons(spent, math.inf, spent, "RDP (dp-accounting)")
+    return Epsilons(spent, math.inf, spent, _RDP)
 
 
 @lru_cache(maxsize=256)

@@ -15,26 +15,29 @@ from fedllm.privacy.wording import delta_caution, plain, strength
 
 _NOT_COVERED = [
     "each client's word: epsilon is what the clients report, and the server cannot check",
-    "the epsilon that a client reports, and that it stops at its limit: both follow the "
-    "record that has spent most in earlier runs, so they can tell that it is still there",
-    "an update that came too late: its client has paid for it, and says so only with its "
-    "next update",
+    "an update that came too late, or that the server could not read: its client has paid "
+    "for it, and says so only with its next update",
     "a person with several rows: the bound is for one row",
     "rows declared public, if a client trains on them: their losses, and the choice of a "
     "round by them, have no noise",
-    "the number of records of each client, which is public by assumption, and with it the "
-    "sampling probability and its noise",
+    "the number of records of each client, usable or not, which is public by assumption, and "
+    "with it the sampling probability, its noise and the epsilon that it reports",
+    "time and memory: how long a client takes, and whether it passes the run's time limit or "
+    "its own memory (codes time-limit, out-of-memory, failed, or no answer), depends on how "
+    "long its rows are; after three requests without an update a client answers nothing more "
+    "in that run",
+    "a file that is read as a whole (.json, .csv, .parquet) and is malformed as a whole: the "
+    "code is no-data, also where one row is the cause; a broken line of .jsonl is a record",
+    "the kernels of a GPU: that a record's gradient is the same in any company was tested on "
+    "CPUs, and is tried by each client on its own device, on public tokens only",
     "the code that a client runs: Flower ships it from the server, so a node should pin or "
     "sign it",
-    "what a server asks through its own run config: epsilon, codes and stops depend on how "
-    "many rows a chat template or a length limit leaves usable, without noise",
-    "models with experts, in which rows of one pass change one another's last bits, and "
-    "GPUs, on which the bits were not compared",
-    "which client gave no usable update and by which code, who is connected, and when each "
-    "client answers (timing)",
+    "who is connected, which client gave no update and by which code, and when each client "
+    "answers (timing)",
     "the choice of settings, where it was made on private data",
-    "edits of a row: a changed row is a new record with a budget of its own",
-    "in a simulation, earlier and later runs: virtual clients begin anew in each",
+    "the same row in the ledger of another client, or under another FEDLLM_HOME",
+    "in a simulation, earlier and later runs: virtual clients begin anew in each; and that "
+    "partitions by label ('dirichlet', 'natural') have sizes that depend on rows",
 ]
 
 
@@ -191,7 +194,8 @@ class RecordClaims:
             "releases": self._releases,
             "noise_to_signal": None,
             "noise_probe": None,
-            "accountant": "each client's own: PLD (dp-accounting)",
+            "accountant": "each client's own: exact Gaussian without sampling, else PLD, or "
+            "RDP where PLD does not return (dp-accounting)",
             "not_covered": list(_NOT_COVERED),
             "strength": self.strength(math.inf if worst is None else worst),
             "statement": self.statement,

@@ -1,16 +1,16 @@
-"""The record ledger of a client: what each record has spent in all runs, on its own disk.
+"""The record ledger of a client: what it has released in all runs, on its own disk.
 
-A record is a row of the client's data with all its columns. The ledger names it by a keyed
-hash (HMAC-SHA256 under a random key that never leaves the folder), so the ledger alone reveals
-nothing about a row. Every release enters the history of each record that the client held; the
-client's epsilon is the largest over the records it holds now.
+Every release counts against every record, whether the client held it at the time or not. So
+what is spent, and when the client stops, is a function of the plans of its runs and of nothing
+that a row holds: neither tells whether a certain row was there, and no edit, copy or new export
+of the rows begins a budget anew. A row that came later is counted with what was spent before it.
 """
 
 import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +25,8 @@ from fedllm.privacy.wording import plain
 
 _KEY_FILE = "key"
 _LEDGER_FILE = "ledger.json"
-_FORMAT = 1
+_FORMAT = 2
 _OWNER_ONLY = 0o600
-
-Histories = dict[str, tuple[Event, ...]]
 
 
 @dataclass(frozen=True)
@@ -85,30 +83,6 @@ def make_plan(
     return RecordPlan(noise_multiplier, probability, steps, expected_batch_size, delta)
 
 
-def row_digest(row: Mapping[str, Any]) -> bytes:
-    """Return the digest of a row: a hash of all its columns, in any order.
-
-    All columns, not only those that a run trains on: the server names those, and could name
-    others to get a fresh budget. A missing value equals None, and 1 equals 1.0: reading a
-    table fills and converts, so one row would change the digests of all others.
-    """
-    normalized = _without_the_table(row)
-    text = json.dumps(normalized, sort_keys=True, ensure_ascii=True, default=str)
-    return hashlib.sha256(text.encode("ascii")).digest()
-
-
-def _without_the_table(value: Any) -> Any:
-    """Return a value without what it has only because of other rows."""
-    if isinstance(value, Mapping):
-        items = {key: _without_the_table(item) for key, item in value.items()}
-        return {key: item for key, item in items.items() if item is not None}
-    if isinstance(value, list | tuple):
-        return [_without_the_table(item) for item in value]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value
-
-
 class RecordLedger:
     """The ledger of one client, in a folder of its own.
 
@@ -161,42 +135,34 @@ class RecordLedger:
             self._write(content)
         return plan
 
-    def epsilon(
-        self, digests: Sequence[bytes], delta: float, event: Event | None = None
-    ) -> float:
-        """Return the largest epsilon over some records, add-or-remove of one.
+    def epsilon(self, delta: float, event: Event | None = None) -> float:
+        """Return the epsilon of all releases together, add-or-remove of one record.
 
         Args:
-            digests: `row_digest` of each record that the client holds now.
             delta: In (0, 1).
-            event: One more release that all of them take part in.
+            event: One more release.
         """
         with self._locked() as content:
-            return self._worst(self._histories(content, digests, event), delta)
+            return record_epsilon(_releases(content, event), delta)
 
-    def require(
-        self, digests: Sequence[bytes], event: Event, delta: float, limit: float
-    ) -> None:
+    def require(self, event: Event, delta: float, limit: float) -> None:
         """Raise if a release would pass a limit, before anything is computed.
 
         Raises:
             BudgetError: The release would pass the limit.
         """
-        _require_at_most(self.epsilon(digests, delta, event), limit)
+        _require_at_most(self.epsilon(delta, event), limit)
 
-    def spend(
-        self, digests: Sequence[bytes], event: Event, delta: float, limit: float
-    ) -> float:
-        """Enter a release in the history of each record.
+    def spend(self, event: Event, delta: float, limit: float) -> float:
+        """Enter a release.
 
         Args:
-            digests: `row_digest` of each record that the client holds now.
             event: The release.
             delta: In (0, 1).
             limit: Largest epsilon that may be spent.
 
         Returns:
-            The epsilon of the record that has spent most, this release included.
+            The epsilon of all releases, this one included.
 
         Raises:
             BudgetError: The release would pass the limit; nothing was entered.
@@ -204,49 +170,11 @@ class RecordLedger:
                 released.
         """
         with self._locked() as content:
-            histories = self._histories(content, digests, event)
-            spent = self._worst(histories, delta)
+            content["releases"] = _releases(content, event)
+            spent = record_epsilon(content["releases"], delta)
             _require_at_most(spent, limit)
-            self._enter(content, histories)
             self._write(content)
         return spent
-
-    def _name(self, digest: bytes) -> str:
-        """Return a record's keyed hash."""
-        return hmac.new(self._key, b"record" + digest, hashlib.sha256).hexdigest()[:40]
-
-    def _histories(
-        self, content: Mapping[str, Any], digests: Sequence[bytes], event: Event | None
-    ) -> Histories:
-        """Return each record's history by its keyed hash, with one event added."""
-        out: Histories = {}
-        for digest in digests:
-            name = self._name(digest)
-            index = content["records"].get(name)
-            known = () if index is None else content["histories"][index]
-            history = {(float(z), float(q)): int(n) for z, q, n in known}
-            if event is not None:
-                z, q, count = event
-                history[z, q] = history.get((z, q), 0) + count
-            out[name] = tuple((z, q, n) for (z, q), n in sorted(history.items()))
-        return out
-
-    @staticmethod
-    def _worst(histories: Histories, delta: float) -> float:
-        """Return the largest epsilon; few histories are different."""
-        different = set(histories.values())
-        return max((record_epsilon(h, delta) for h in different), default=0.0)
-
-    @staticmethod
-    def _enter(content: dict[str, Any], histories: Histories) -> None:
-        """Enter new histories into the ledger's content, each different one once."""
-        table = [tuple(tuple(e) for e in history) for history in content["histories"]]
-        every = {name: table[index] for name, index in content["records"].items()}
-        every |= histories
-        kept = sorted(set(every.values()))
-        place = {history: index for index, history in enumerate(kept)}
-        content["histories"] = kept
-        content["records"] = {name: place[h] for name, h in every.items()}
 
     @contextmanager
     def _locked(self) -> Iterator[dict[str, Any]]:
@@ -260,7 +188,7 @@ class RecordLedger:
         fresh.mkdir(mode=0o700)
         self._key = secrets.token_bytes(32)
         write_synced(fresh / _KEY_FILE, self._key, _OWNER_ONLY)
-        empty = {"format": _FORMAT, "plans": {}, "histories": [], "records": {}}
+        empty = {"format": _FORMAT, "plans": {}, "releases": []}
         write_synced(fresh / _LEDGER_FILE, self._sealed(empty), _OWNER_ONLY)
         fresh.rename(self._folder)
         sync_folder(self._folder.parent)
@@ -321,6 +249,15 @@ class RecordLedger:
         )
 
 
+def _releases(content: Mapping[str, Any], event: Event | None) -> list[Event]:
+    """Return all releases, equal ones together, with one more added."""
+    counts = {(float(z), float(q)): int(n) for z, q, n in content["releases"]}
+    if event is not None:
+        z, q, count = event
+        counts[z, q] = counts.get((z, q), 0) + count
+    return [(z, q, n) for (z, q), n in sorted(counts.items())]
+
+
 def _require_at_most(spent: float, limit: float) -> None:
     """Raise if an epsilon passes a limit.
 
@@ -329,6 +266,6 @@ def _require_at_most(spent: float, limit: float) -> None:
     """
     if spent > limit:
         raise BudgetError(
-            f"privacy.max-epsilon: one more round would bring a record to epsilon "
-            f"{plain(spent)}, above the {limit:g} that may be spent on it in all runs"
+            f"privacy.max-epsilon: one more round would bring this client's records to epsilon "
+            f"{plain(spent)}, above the {limit:g} that may be spent on them in all runs"
         )

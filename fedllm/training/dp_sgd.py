@@ -17,7 +17,7 @@ from transformers import get_constant_schedule_with_warmup
 
 from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.config import RunConfig, TrainConfig
-from fedllm.errors import ConfigError
+from fedllm.models.randomness import require_no_randomness
 from fedllm.privacy.mechanism import (
     FixedPointSum,
     SecureGenerator,
@@ -32,45 +32,43 @@ from fedllm.training.per_example_gradients import PerExample
 from fedllm.training.result import Trained, restoring
 from fedllm.training.task import RoundTask
 
-# Dropout of heads that no causal language model has.
-_NOT_WHILE_TRAINING = ("classifier", "summary", "cls")
-
 
 def train_privately(
     adapted: AdaptedModel,
-    examples: Sequence[Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any] | None],
     config: RunConfig,
     plan: RecordPlan,
     task: RoundTask,
 ) -> Trained:
-    """Fine-tune the adapter from given values by DP-SGD on one client's examples.
+    """Fine-tune the adapter from given values by DP-SGD on one client's records.
 
     Args:
         adapted: The resident model; its trained values are overwritten, everything else
             is left as it was.
-        examples: Rows with `input_ids` and `labels`; at least one.
+        records: Examples with `input_ids` and `labels`, or None for a record that
+            nothing can be learned from.
         config: Gives `train`, of which a micro-batch has `batch_size` examples, and
             `privacy.max_grad_norm`, the largest L2 norm of one example's gradient.
         plan: Noise multiplier, sampling probability, steps, expected batch size.
         task: Where to start, the learning rate and the deadline.
 
     Raises:
-        ConfigError: The model draws masks while it trains.
         AdapterError: The task's arrays are not those of this adapter.
+        ConfigError: The base model has dropout, or remembers other rows.
         TimeLimitError: The deadline passed before the last step.
 
     Guarantee:
         The result is a function of `plan.steps` Poisson-subsampled Gaussian mechanisms of
-        noise multiplier z over the examples, and of nothing else that depends on them:
-        add-or-remove of one example changes each sum by at most max_grad_norm before the
-        noise. An example whose gradient is not finite counts as zero; an empty batch is a
-        step of noise. Loss and batch sizes are not returned. Nothing but coins and noise is
-        drawn: a model with dropout is an error.
+        noise multiplier z over the records, and of nothing else that depends on them:
+        add-or-remove of one record changes each sum by at most max_grad_norm before the
+        noise. A record without an example, without a gradient, or with one that is not
+        finite takes its coin and counts as zero; an empty batch is a step of noise. Loss
+        and batch sizes are not returned. Nothing is drawn at random but coins and noise.
     """
     generator = SecureGenerator()
     model, train = adapted.model, config.train
     norm = config.privacy.max_grad_norm
-    require_no_dropout(model)
+    require_no_randomness(model)
     sparing = release_mapped_pages(model) if train.gradient_checkpointing else None
     with restoring(model), sparing or nullcontext():
         if train.gradient_checkpointing:
@@ -81,55 +79,19 @@ def train_privately(
         update = _Update(per_example.trained, train, task.learning_rate)
         for step in range(plan.steps):
             task.check_deadline(step)
-            coins = generator.bernoulli(plan.sampling_probability, len(examples))
-            batch = [row for row, coin in zip(examples, coins, strict=True) if coin]
+            coins = generator.bernoulli(plan.sampling_probability, len(records))
+            batch = [
+                record
+                for record, coin in zip(records, coins, strict=True)
+                if coin and record is not None
+            ]
             z = plan.noise_multiplier
             total = clipped_sum(per_example, batch, train.batch_size, norm, z)
             released = noised_sum(total, z, generator)
             update.step(released / plan.expected_batch_size)
         trained = adapted.get()
-    return Trained(trained, math.nan, len(examples), plan.steps)
-
-
-def require_no_dropout(model: torch.nn.Module) -> None:
-    """Check that neither the adapter nor the base model has dropout.
-
-    Masks are drawn for a whole batch in turn, so one example more would change those of the
-    examples after it, and the sum by more than one clipped gradient. On a CPU they come from a
-    seed of 32 bits, which can be tried out.
-
-    Raises:
-        ConfigError: Names what has dropout.
-    """
-    found = [
-        f"{name or 'the model'} (p={module.p})"
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
-    ]
-    # Some layers call a function with a rate of the configuration in place of a module.
-    settings = getattr(model, "config", None)
-    found += _rates({} if settings is None else settings.to_dict())
-    if found:
-        raise ConfigError(
-            f"model.name: privacy.unit='record' takes no model with dropout (got "
-            f"{', '.join(found[:3])}): set it to 0.0 in a copy's config.json"
-        )
-
-
-def _rates(settings: Mapping[Any, Any]) -> list[str]:
-    """Return the rates of dropout above 0 in a configuration and those within it."""
-    found = []
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            found += _rates(value)
-        elif (
-            any(part in str(key) for part in ("drop", "jitter"))
-            and not str(key).startswith(_NOT_WHILE_TRAINING)
-            and type(value) in (int, float)
-            and value > 0
-        ):
-            found.append(f"{key}={value}")
-    return found
+    unfit = per_example.num_unfit
+    return Trained(trained, math.nan, len(records), plan.steps, num_unfit=unfit)
 
 
 def clipped_sum(

@@ -10,8 +10,15 @@ A gradient has to depend on its example alone, to the last bit. In bfloat16 the 
 batch, that is the other examples, changed it by 6 %, and such changes in all rows of a batch
 are part of its sensitivity. So a micro-batch is always full, its length is a function of
 each of its examples, nothing is masked, and the head runs on one example.
+
+That was seen to hold bit for bit on a CPU, for the models of `MODEL_TYPES`. On the device in
+use it is tried before the first step, on public tokens. All other models, and those that fail
+the trial, get one example a pass. A mixture of experts, for instance, multiplies the tokens
+that chose an expert together, whosesoever they are, and no short trial would show it.
 """
 
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import groupby
@@ -24,6 +31,12 @@ from fedllm.models.answer_loss import collate
 if TYPE_CHECKING:
     from peft import PeftModel
 
+
+logger = logging.getLogger(__name__)
+
+# Each computes a token of an example from that example's tokens alone;
+# tests/training/test_per_example_gradients.py tries each.
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 _LENGTH_STEP = 16
 """Examples are padded to the next multiple of this many tokens."""
@@ -57,6 +70,7 @@ class PerExample:
 
     Attributes:
         trained: The parameters that require a gradient, in the model's order.
+        num_unfit: Examples so far, counted at each draw, that the model could not take.
 
     Args:
         model: The base model with the adapter on it, in the mode of the training.
@@ -69,7 +83,11 @@ class PerExample:
         self._pad_token_id = pad_token_id
         self._device = next(model.parameters()).device
         self._layers = _linear_layers(model, self.trained)
-        self._together = len(self._layers) == len(self.trained)
+        self._together = getattr(
+            model.config, "model_type", None
+        ) in MODEL_TYPES and len(self._layers) == len(self.trained)
+        self._tried_sizes: set[int] = set()
+        self.num_unfit = 0
 
     def gradients(
         self, examples: Sequence[Mapping[str, Any]], micro_batch_size: int
@@ -86,11 +104,15 @@ class PerExample:
 
         Guarantee:
             A row is the gradient of the mean loss over its example's own answer tokens,
-            whatever the other examples are: on a CPU bit for bit, in any precision, unless
-            the model has experts, and anywhere but for rounding. NaN in one row stays in
-            that row.
+            whatever the other examples are, bit for bit: one pass serves several examples
+            only of models that were seen to keep them apart, and after a trial on this
+            device. NaN in one row stays in that row. An example that the model cannot
+            take has no row, and `num_unfit` counts it.
         """
-        ordered = sorted(examples, key=lambda row: len(row["input_ids"]))
+        self._try_together(micro_batch_size)
+        fit = [example for example in examples if self._fits(example)]
+        self.num_unfit += len(examples) - len(fit)
+        ordered = sorted(fit, key=lambda row: len(row["input_ids"]))
         for _, alike in groupby(ordered, key=_padded_length):
             for batch in _chunks(list(alike), micro_batch_size):
                 if self._together:
@@ -100,8 +122,68 @@ class PerExample:
                         continue
                     except _NotByExampleError:
                         self._together = False
+                    except _UNFIT as error:
+                        _raise_if_of_memory(error)
                 for example in batch:
-                    yield self._one(example)
+                    yield from self._alone(example, micro_batch_size)
+
+    def _try_together(self, size: int) -> None:
+        """Compare public examples alone and in company, and part them if a bit differs.
+
+        Every length class has kernels of its own, so a short and a longer one are tried, and
+        every example at two places of a batch.
+        """
+        if not self._together or size == 1 or size in self._tried_sizes:
+            return
+        self._tried_sizes.add(size)
+        vocabulary = int(self._model.get_base_model().config.vocab_size)
+        for steps in (1, 4):
+            batch = [_public_example(i, steps, vocabulary) for i in range(size)]
+            try:
+                among = self._pass(batch)
+                turned = self._pass(batch[::-1]).flip(0)
+                alone = self._pass(batch[:1] * size)
+                same = torch.equal(among, turned) and torch.equal(
+                    alone, among[:1].expand_as(alone)
+                )
+            except _NotByExampleError:
+                same = False
+            if not same:
+                logger.info(
+                    "gradients of examples differ with their company on this device, so "
+                    "each gets a pass of its own: slower, and as private"
+                )
+                self._together = False
+                return
+
+    def _fits(self, example: Mapping[str, Any]) -> bool:
+        """Return whether the model has an example's tokens and, if bounded, positions.
+
+        On an accelerator a token that it lacks would end the process.
+        """
+        config = self._model.get_base_model().config
+        most = getattr(config, "max_position_embeddings", None)
+        if config.model_type in MODEL_TYPES or not isinstance(most, int):
+            most = math.inf
+        return max(example["input_ids"]) < config.vocab_size and (
+            _padded_length(example) <= most
+        )
+
+    def _alone(self, example: Mapping[str, Any], size: int) -> Iterator[torch.Tensor]:
+        """Yield one example's gradient, or nothing if the model cannot take it.
+
+        Where one pass serves several, a batch of copies gives the bits that any company
+        would have given.
+        """
+        try:
+            if self._together:
+                yield self._pass([example] * size)[:1]
+            else:
+                yield self._one(example)
+        except _UNFIT as error:
+            _raise_if_of_memory(error)
+            self._model.zero_grad(set_to_none=True)
+            self.num_unfit += 1
 
     def _one(self, example: Mapping[str, Any]) -> torch.Tensor:
         """Return one example's gradient, (1, d), from autograd alone."""
@@ -154,6 +236,27 @@ class PerExample:
             (back,) = torch.autograd.grad(loss, states)
             gradient[row, :-1][chosen] = back
         hidden.backward(gradient)
+
+
+# A token or a position that the model does not have, among others.
+_UNFIT = (IndexError, ValueError, RuntimeError)
+
+
+def _raise_if_of_memory(error: Exception) -> None:
+    """Raise an error again that is about this machine, and not about an example."""
+    is_cpu = "DefaultCPUAllocator" in str(error)
+    if is_cpu or isinstance(error, torch.OutOfMemoryError):
+        raise error
+
+
+def _public_example(index: int, steps: int, vocabulary: int) -> dict[str, list[int]]:
+    """Return tokens that depend on no data, of a length that is padded to `steps`."""
+    size = _LENGTH_STEP * steps - index % (_LENGTH_STEP - 4)
+    tokens = [
+        (7 + 31 * index + 17 * place * place) % vocabulary for place in range(size)
+    ]
+    start = 1 + index % 3
+    return {"input_ids": tokens, "labels": [-100] * start + tokens[start:]}
 
 
 def _padded_length(example: Mapping[str, Any]) -> int:

@@ -22,6 +22,8 @@ class Trained:
         num_examples: Examples that the client holds.
         num_steps: Optimiser steps taken.
         began: `time.monotonic()` when the first step began; None if not recorded.
+        num_unfit: Under `privacy.unit="record"`, examples that the model could not take,
+            counted at each draw; for the client's own log.
     """
 
     arrays: Arrays
@@ -29,6 +31,7 @@ class Trained:
     num_examples: int
     num_steps: int
     began: float | None = None
+    num_unfit: int = 0
 
 
 @contextlib.contextmanager

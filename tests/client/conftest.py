@@ -12,7 +12,7 @@ from fedllm.adapters.resolve import adapter_spec
 from fedllm.client.message_handler import reply_to
 from fedllm.config import parse_run_config
 from fedllm.models.loading import load_config
-from tests.helpers.client_replies import NODE, Answer
+from tests.helpers.client_replies import LIMITS, NODE, Answer
 from tests.helpers.flower_messages import context, train_instruction
 from tests.helpers.tiny_models import SENTENCES
 
@@ -47,6 +47,12 @@ def arrays(tiny_llama: Path, run_config: dict[str, Any]) -> dict[str, Any]:
     config = parse_run_config(run_config)
     spec = adapter_spec(config.adapter, load_config(str(tiny_llama)), config.seed)
     return initial_arrays(spec)
+
+
+@pytest.fixture
+def limits(run_config: dict[str, Any]) -> dict[str, Any]:
+    """A node's limits, which name the model of the tests."""
+    return {**LIMITS, "model-name": run_config["model.name"]}
 
 
 @pytest.fixture

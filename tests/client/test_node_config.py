@@ -12,7 +12,7 @@ from fedllm.client.node_config import (
 from fedllm.config import RunConfig, parse_run_config
 from fedllm.errors import ConfigError
 from fedllm.wire.messages import ARRAYS
-from tests.helpers.client_replies import NODE, WITHOUT_DP, code_of
+from tests.helpers.client_replies import NODE, RECORD, WITHOUT_DP, code_of
 
 
 def node_of(**limits: object) -> NodeConfig:
@@ -183,6 +183,16 @@ FIXED_NOISE = {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
         ({"delta": 1e-5}, {}, "privacy.delta"),
         ({"delta": 1e-5}, {**WITHOUT_DP, "privacy.delta": 1e-6}, "privacy"),
         ({}, WITHOUT_DP, None),
+        ({"model-name": "m"}, {"model.name": "m"}, None),
+        ({"model-name": "m"}, {}, "model.name"),
+        ({"privacy-unit": "client"}, {"model.name": "m"}, None),
+        ({"privacy-unit": "record"}, RECORD, None),
+        ({"privacy-unit": "record"}, {**RECORD, "model.name": "m"}, "model.name"),
+        (
+            {"privacy-unit": "record", "model-name": "m"},
+            {**RECORD, "model.name": "m"},
+            None,
+        ),
     ],
 )
 def test_no_run_can_loosen_a_nodes_limits(node, run, refused):

@@ -1,10 +1,11 @@
 """A client spends no more than its records' budget."""
 
+import json
 from typing import Any
 
+from fedllm.client import cache
 from fedllm.client.message_handler import reply_to
 from tests.helpers.client_replies import (
-    LIMITS,
     NODE,
     RECORD,
     code_of,
@@ -38,8 +39,8 @@ def test_a_simulation_begins_anew_in_another_run_and_a_real_node_does_not(
     assert [p.name for p in (home / "ledgers").glob("*/key")] == ["key"]
 
 
-def test_a_nodes_limit_makes_more_noise_and_no_run_config_passes_it(answer):
-    first = [epsilon_of(answer(RECORD, {**NODE, **LIMITS})) for _ in range(5)]
+def test_a_nodes_limit_makes_more_noise_and_no_run_config_passes_it(answer, limits):
+    first = [epsilon_of(answer(RECORD, {**NODE, **limits})) for _ in range(5)]
 
     assert 3.9 < first[-1] <= 4.0
     for promise in (
@@ -48,16 +49,16 @@ def test_a_nodes_limit_makes_more_noise_and_no_run_config_passes_it(answer):
         {"privacy.max-epsilon": 1000.0},
         {"num-server-rounds": 1},
     ):
-        reply = answer({**RECORD, **promise}, {**NODE, **LIMITS})
+        reply = answer({**RECORD, **promise}, {**NODE, **limits})
         assert code_of(reply) == "budget-spent"
         assert text_of(reply) == ""
 
 
-def test_nothing_is_trained_once_the_budget_is_spent(answer, monkeypatch):
+def test_nothing_is_trained_once_the_budget_is_spent(answer, limits, monkeypatch):
     from fedllm.training import dp_sgd
 
     spend = {**RECORD, "privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 0.5}
-    node = {**NODE, **LIMITS, "max-epsilon": 0.1}
+    node = {**NODE, **limits, "max-epsilon": 0.1}
 
     def train(*args: Any) -> None:
         raise AssertionError("trained")
@@ -99,3 +100,23 @@ def test_fewer_records_than_a_batch_are_refused(answer, home):
     assert code_of(reply) == "bad-config"
     log = (home / "logs/client-0.log").read_text()
     assert "draws batches of 6 records" in log and "client has 5" in log
+
+
+def test_new_rows_begin_no_new_budget_and_rows_that_return_cost_the_same(
+    answer, tmp_path
+):
+    """Else the epsilon, or the refusal, would tell which rows were there before."""
+    path = tmp_path / "own.jsonl"
+    noise = {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 2.0}
+
+    def ask(word: str) -> float:
+        rows = [{"instruction": f"{word} {i}", "response": "a"} for i in range(4)]
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+        cache._resident.clear()
+        return epsilon_of(answer({**RECORD, **noise}, {"data-path": str(path)}))
+
+    spent = [ask(word) for word in ("old", "new", "old")]
+    (tmp_path / "home/ledgers/own").rename(tmp_path / "away")
+
+    assert [ask("other") for _ in range(3)] == spent
+    assert spent == sorted(spent) and spent[0] < spent[2]

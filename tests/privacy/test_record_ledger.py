@@ -1,4 +1,4 @@
-"""A client's own account of what each of its records has spent."""
+"""A client's own account of what it has released."""
 
 import json
 import os
@@ -11,18 +11,15 @@ import pytest
 from dp_accounting import pld
 
 from fedllm.errors import BudgetError, PrivacyError
-from fedllm.privacy.accounting import gaussian_epsilon, record_epsilon
-from fedllm.privacy.record_ledger import RecordLedger, RecordPlan, make_plan, row_digest
+from fedllm.privacy.accounting import (
+    gaussian_epsilon,
+    record_accountant,
+    record_epsilon,
+)
+from fedllm.privacy.record_ledger import RecordLedger, RecordPlan, make_plan
 
 DELTA = 1e-5
 EVENT = (2.0, 0.1, 5)
-
-
-def rows(start: int, count: int) -> list[bytes]:
-    return [
-        row_digest({"instruction": f"q{i}", "response": "a"})
-        for i in range(start, start + count)
-    ]
 
 
 def by_dp_accounting(*events: tuple[float, float, int]) -> float:
@@ -46,9 +43,9 @@ def content_of(folder: Path) -> dict:
 def test_what_is_spent_is_that_of_dp_accounting_alone(folder):
     ledger = RecordLedger(folder)
 
-    first = ledger.spend(rows(0, 20), EVENT, DELTA, 100.0)
-    second = ledger.spend(rows(0, 20), EVENT, DELTA, 100.0)
-    other = ledger.spend(rows(0, 20), (2.6, 0.2, 3), DELTA, 100.0)
+    first = ledger.spend(EVENT, DELTA, 100.0)
+    second = ledger.spend(EVENT, DELTA, 100.0)
+    other = ledger.spend((2.6, 0.2, 3), DELTA, 100.0)
 
     assert first == pytest.approx(by_dp_accounting(EVENT), rel=1e-9)
     assert second == pytest.approx(by_dp_accounting((2.0, 0.1, 10)), rel=1e-9)
@@ -57,78 +54,29 @@ def test_what_is_spent_is_that_of_dp_accounting_alone(folder):
     )
 
 
-def test_an_added_row_neither_resets_the_account_nor_locks_the_client_out(folder):
-    ledger = RecordLedger(folder)
-    before = ledger.spend(rows(0, 20), EVENT, DELTA, 100.0)
+def test_the_account_survives_a_restart(folder):
+    RecordLedger(folder).spend(EVENT, DELTA, 100.0)
 
-    assert ledger.epsilon(rows(0, 21), DELTA) == before
-    assert ledger.epsilon(rows(20, 1), DELTA) == 0.0
-    after = ledger.spend(rows(0, 21), EVENT, DELTA, 100.0)
-
-    assert after == pytest.approx(by_dp_accounting((2.0, 0.1, 10)), rel=1e-9)
-    assert ledger.epsilon(rows(20, 1), DELTA) == pytest.approx(before, rel=1e-9)
-
-
-def test_the_account_survives_a_restart_and_another_run_over_some_of_the_rows(folder):
-    RecordLedger(folder).spend(rows(0, 20), EVENT, DELTA, 100.0)
-
-    again = RecordLedger(folder).spend(rows(15, 20), EVENT, DELTA, 100.0)
+    again = RecordLedger(folder).spend(EVENT, DELTA, 100.0)
 
     assert again == pytest.approx(by_dp_accounting((2.0, 0.1, 10)), rel=1e-9)
-    assert RecordLedger(folder).epsilon(rows(20, 15), DELTA) < again
-
-
-def test_a_row_that_was_taken_out_and_put_back_has_what_it_had_spent(folder):
-    ledger = RecordLedger(folder)
-    spent = ledger.spend(rows(0, 20), EVENT, DELTA, 100.0)
-
-    ledger.spend(rows(10, 20), EVENT, DELTA, 100.0)
-
-    assert ledger.epsilon(rows(0, 5), DELTA) == spent
-    assert ledger.epsilon(rows(0, 11), DELTA) > spent
-
-
-def test_rows_are_known_by_all_their_columns_in_any_order():
-    row = {"instruction": "q", "response": "a", "site": "x"}
-
-    assert row_digest(dict(reversed(row.items()))) == row_digest(row)
-    for key in row:
-        assert row_digest({**row, key: "other"}) != row_digest(row)
-
-
-def test_a_row_of_another_kind_changes_no_other_row(tmp_path):
-    from fedllm.config import DataConfig
-    from fedllm.data.rows import load_rows
-
-    def digests(*rows: dict) -> list[bytes]:
-        path = tmp_path / "rows.jsonl"
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-        return [row_digest(row) for row in load_rows(DataConfig(), str(path))]
-
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    old = {"messages": turns, "year": 1998, "tags": {"site": "x"}}
-    named = [{**turn, "name": "n"} for turn in turns]
-    new = {"messages": named, "year": 1998.5, "tags": {"ward": "y"}, "note": "n"}
-
-    assert digests(old, new)[0] == digests(old)[0] == row_digest(old)
-    assert len(set(digests(old, new))) == 2
+    assert RecordLedger(folder).epsilon(DELTA) == again
 
 
 def test_a_release_that_would_pass_the_limit_is_rejected_and_not_entered(folder):
     ledger = RecordLedger(folder)
     limit = by_dp_accounting((2.0, 0.1, 10)) + 1e-6
     for _ in range(2):
-        ledger.require(rows(0, 5), EVENT, DELTA, limit)
-        ledger.spend(rows(0, 5), EVENT, DELTA, limit)
+        ledger.require(EVENT, DELTA, limit)
+        ledger.spend(EVENT, DELTA, limit)
     spent = (folder / "ledger.json").read_bytes()
 
     with pytest.raises(BudgetError, match="privacy.max-epsilon"):
-        ledger.require(rows(0, 5), EVENT, DELTA, limit)
+        ledger.require(EVENT, DELTA, limit)
     with pytest.raises(BudgetError, match="in all runs"):
-        ledger.spend(rows(0, 5), EVENT, DELTA, limit)
+        ledger.spend(EVENT, DELTA, limit)
 
     assert (folder / "ledger.json").read_bytes() == spent
-    assert ledger.spend(rows(9, 5), EVENT, DELTA, limit) < limit
 
 
 def test_the_ledger_is_synced_before_spend_returns(folder, monkeypatch):
@@ -140,7 +88,7 @@ def test_the_ledger_is_synced_before_spend_returns(folder, monkeypatch):
         lambda d: synced.append(os.readlink(f"/proc/self/fd/{d}")),
     )
 
-    ledger.spend(rows(0, 3), EVENT, DELTA, 100.0)
+    ledger.spend(EVENT, DELTA, 100.0)
 
     assert synced == [str(folder / "ledger.tmp"), str(folder)]
 
@@ -154,12 +102,12 @@ def test_a_ledger_that_cannot_be_written_releases_nothing(folder, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
 
     with pytest.raises(PrivacyError, match="No space left"):
-        ledger.spend(rows(0, 3), EVENT, DELTA, 100.0)
+        ledger.spend(EVENT, DELTA, 100.0)
 
 
 def edit(folder: Path) -> None:
     content = content_of(folder)
-    content["content"]["histories"][0][0][2] = 1
+    content["content"]["releases"][0][2] = 1
     (folder / "ledger.json").write_text(json.dumps(content))
 
 
@@ -178,48 +126,45 @@ def lose_key(folder: Path) -> None:
 
 def swap(folder: Path) -> None:
     other = RecordLedger(folder.with_name("another"))
-    other.spend(rows(50, 3), EVENT, DELTA, 100.0)
+    other.spend(EVENT, DELTA, 100.0)
     (folder / "ledger.json").write_bytes(
         (folder.with_name("another") / "ledger.json").read_bytes()
     )
 
 
 def seal_as_number(folder: Path) -> None:
-    (folder / "ledger.json").write_text('{"seal": 1, "content": {"format": 1}}')
+    (folder / "ledger.json").write_text('{"seal": 1, "content": {"format": 2}}')
 
 
 @pytest.mark.parametrize("harm", [edit, truncate, lose, lose_key, swap, seal_as_number])
 def test_a_ledger_that_cannot_be_trusted_is_rejected(folder, harm):
-    RecordLedger(folder).spend(rows(0, 3), EVENT, DELTA, 100.0)
+    RecordLedger(folder).spend(EVENT, DELTA, 100.0)
     harm(folder)
 
     with pytest.raises(PrivacyError, match="cannot be trusted"):
-        RecordLedger(folder).spend(rows(0, 3), EVENT, DELTA, 100.0)
+        RecordLedger(folder).spend(EVENT, DELTA, 100.0)
 
 
-def test_only_the_owner_can_read_it_and_it_names_no_row(folder):
-    digests = rows(0, 3)
-    RecordLedger(folder).spend(digests, EVENT, DELTA, 100.0)
+def test_only_the_owner_can_read_it_and_it_has_releases_and_no_row(folder):
+    RecordLedger(folder).spend(EVENT, DELTA, 100.0)
 
-    text = (folder / "ledger.json").read_text()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()} == {0o600}
-    assert not any(d.hex()[:16] in text for d in digests)
-    # The same row has another name under another key.
-    other = folder.with_name("another")
-    RecordLedger(other).spend(digests, EVENT, DELTA, 100.0)
-    names = [set(content_of(f)["content"]["records"]) for f in (folder, other)]
-    assert len(names[0]) == 3 and not names[0] & names[1]
+    assert content_of(folder)["content"] == {
+        "format": 2,
+        "plans": {},
+        "releases": [[2.0, 0.1, 5]],
+    }
 
 
 def test_no_release_is_forgotten_where_several_spend_at_a_time(folder):
     def spend(index: int) -> None:
-        RecordLedger(folder).spend(rows(0, 4), (5.0, 0.1, 1), DELTA, 100.0)
+        RecordLedger(folder).spend((5.0, 0.1, 1), DELTA, 100.0)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(spend, range(12)))
 
-    assert content_of(folder)["content"]["histories"] == [[[5.0, 0.1, 12]]]
+    assert content_of(folder)["content"]["releases"] == [[5.0, 0.1, 12]]
 
 
 def test_a_plan_keeps_the_target_for_all_rounds_together():
@@ -258,6 +203,13 @@ def test_without_sampling_epsilon_is_that_of_the_gaussian_exactly():
     assert record_epsilon([(2.0, 1.0, 3)], DELTA) == pytest.approx(
         gaussian_epsilon(2.0, 3, DELTA), rel=1e-9
     )
+
+
+def test_an_epsilon_names_the_accountant_whose_it_is():
+    assert record_accountant([(2.0, 1.0, 3)], DELTA) == "exact Gaussian"
+    assert record_accountant([(2.0, 0.1, 3)], DELTA) == "PLD (dp-accounting)"
+    assert record_accountant([(2.0, 0.1, 3), (3.0, 0.1, 1)], DELTA).startswith("PLD")
+    assert record_accountant([(0.2, 1e-4, 3)], DELTA) == "RDP (dp-accounting)"
 
 
 def test_noise_too_small_for_pld_is_still_bounded():

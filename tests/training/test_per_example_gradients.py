@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedllm.adapters.peft_model import attach, initial_arrays, set_trained
 from fedllm.adapters.resolve import adapter_spec
@@ -17,7 +17,7 @@ from fedllm.data.tokens import tokenize
 from fedllm.models import loading
 from fedllm.models.answer_loss import answer_losses, collate
 from fedllm.models.loading import load_base, load_config, load_tokenizer
-from fedllm.training.per_example_gradients import PerExample
+from fedllm.training.per_example_gradients import MODEL_TYPES, PerExample
 from tests.helpers.tiny_models import SENTENCES
 
 KINDS = ["ffa-lora", "lora-core", "lora"]
@@ -214,9 +214,10 @@ def test_a_gradient_is_the_same_to_the_last_bit_with_any_other_examples_in_the_b
 
 
 def test_a_pass_has_the_same_shape_and_no_mask_with_any_examples_in_the_batch(
-    make_model, examples
+    make_model, examples, monkeypatch
 ):
     """In bfloat16 a larger model rounds by the shape of a batch."""
+    monkeypatch.setattr(PerExample, "_try_together", lambda *_: None)
     model = make_model("lora")
     seen: list[Any] = []
 
@@ -258,3 +259,137 @@ def test_opacus_makes_the_same_gradients(make_model, examples, kind):
 
     assert ours.abs().max() > 1e-3
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+TINY = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+def tiny_model(model_type: str, dtype: Any = torch.float32, **more: Any) -> Any:
+    """Return a random model of a type, with an adapter on q_proj and v_proj."""
+    config = AutoConfig.for_model(model_type, **TINY, **more)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    base.requires_grad_(False)
+    spec = adapter_spec(AdapterConfig(rank=4), base.config, 5)
+    model = attach(base, spec)
+    draw = np.random.default_rng(0)
+    arrays = initial_arrays(spec)
+    set_trained(
+        model, spec, {n: v + draw.normal(0, 0.1, v.shape) for n, v in arrays.items()}
+    )
+    return model.train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_model_of_the_list_keeps_examples_apart(examples, model_type, dtype):
+    model = tiny_model(model_type, dtype)
+    per_example = PerExample(model, PAD)
+    ordered = sorted_by_length(examples)
+
+    among = torch.cat(list(per_example.gradients(ordered, 4)))
+
+    assert per_example._together
+    for index in range(len(ordered)):
+        fewer = ordered[:index] + ordered[index + 1 :]
+        without = torch.cat(list(per_example.gradients(fewer, 4)))
+        assert torch.equal(without, among[[i for i in range(10) if i != index]])
+    assert relative_error(among.float(), alone(model, examples).float()) < (
+        1e-5 if dtype == torch.float32 else 0.2
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more"),
+    [
+        ("mixtral", {"num_local_experts": 4}),
+        ("gemma", {}),
+        ("phi3", {"pad_token_id": 0}),
+    ],
+)
+def test_a_model_that_is_not_on_the_list_gets_one_example_a_pass(
+    examples, monkeypatch, model_type, more
+):
+    if model_type == "phi3":
+        more = {**more, "rope_scaling": None}
+    config = AutoConfig.for_model(model_type, **TINY, **more)
+    model = AutoModelForCausalLM.from_config(config).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("o_proj" in name)
+    model.get_base_model = lambda: model
+    monkeypatch.setattr(PerExample, "_pass", None)
+
+    rows = list(PerExample(model, PAD).gradients(examples[:3], 4))
+
+    assert [len(row) for row in rows] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("where", ["place", "company"])
+def test_a_device_whose_bits_depend_on_the_batch_gets_one_example_a_pass(
+    make_model, examples, monkeypatch, where
+):
+    model = make_model("ffa-lora")
+    honest = PerExample._pass
+
+    def sick(self: Any, batch: Any) -> torch.Tensor:
+        rows = honest(self, batch)
+        if where == "place":
+            rows[1, 0] += 1e-6
+        elif batch[0] is not batch[1]:
+            rows += 1e-6
+        return rows
+
+    wanted = torch.cat([PerExample(model, PAD)._one(e) for e in examples[:4]])
+    monkeypatch.setattr(PerExample, "_pass", sick)
+    per_example = PerExample(model, PAD)
+
+    got = torch.cat(list(per_example.gradients(examples[:4], 4)))
+
+    assert not per_example._together
+    order = [examples[:4].index(e) for e in sorted_by_length(examples[:4])]
+    assert torch.equal(got, wanted[order])
+
+
+def test_an_example_that_fails_leaves_the_bits_of_the_others(
+    make_model, examples, monkeypatch
+):
+    model = make_model("ffa-lora")
+    among = together(model, examples, 4)
+    ordered = sorted_by_length(examples)
+    honest = PerExample._backward
+
+    def fail(self: Any, batch: Any) -> None:
+        if ordered[2] in batch:
+            raise RuntimeError("index out of range")
+        honest(self, batch)
+
+    monkeypatch.setattr(PerExample, "_backward", fail)
+    per_example = PerExample(model, PAD)
+
+    got = torch.cat(list(per_example.gradients(examples, 4)))
+
+    assert torch.equal(got, among[[i for i in range(10) if i != 2]])
+    assert per_example.num_unfit == 1
+
+
+def test_running_out_of_memory_is_about_the_machine_and_is_raised(
+    make_model, examples, monkeypatch
+):
+    def full(self: Any, batch: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    per_example = PerExample(make_model("ffa-lora"), PAD)
+    monkeypatch.setattr(PerExample, "_try_together", lambda *_: None)
+    monkeypatch.setattr(PerExample, "_backward", full)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        list(per_example.gradients(examples, 4))

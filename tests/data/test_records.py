@@ -1,0 +1,124 @@
+"""Every row of a client's file is a record, whatever it holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedllm.config import DataConfig
+from fedllm.data.records import load_records, own_records, tokenize_records
+from fedllm.errors import DataError
+from fedllm.models.loading import load_tokenizer
+
+GOOD = {"instruction": "What is a vaccine?", "response": "A preparation."}
+BROKEN = [
+    b"{",
+    b"[1]",
+    b"7",
+    b"null",
+    b'{"instruction": "\xff", "response": "a"}',
+    b'{"n": ' + b"9" * 5000 + b"}",
+    b"[" * 100_000,
+]
+
+
+def write(path: Path, *lines: bytes) -> str:
+    path.write_bytes(b"\n".join(lines))
+    return str(path)
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_a_line_that_is_no_object_is_one_broken_record(tmp_path, line):
+    good = json.dumps(GOOD).encode()
+    path = write(tmp_path / "rows.jsonl", good, line, b"  ", good)
+
+    assert load_records(DataConfig(), path) == [GOOD, None, GOOD]
+
+
+def test_an_element_and_a_line_that_do_not_fit_are_broken_records(tmp_path):
+    whole = write(tmp_path / "rows.json", json.dumps([GOOD, 7, GOOD]).encode())
+    table = write(
+        tmp_path / "rows.csv",
+        b"instruction,response",
+        b"q,a",
+        b"q",
+        b"\xff,a",
+        b"q,a,b",
+        b"q," + b"a" * 200_000,
+    )
+
+    assert load_records(DataConfig(), whole) == [GOOD, None, GOOD]
+    rows = load_records(DataConfig(), table)
+    assert [row is not None for row in rows] == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", b" \n"), ("a.json", b"{}"), ("a.csv", b'q,a\n"q'), ("a.txt", b"x")],
+)
+def test_a_file_that_is_malformed_as_a_whole_is_an_error(tmp_path, name, content):
+    with pytest.raises(DataError):
+        load_records(DataConfig(), write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize("kind", ["iid", "size-skew", "dirichlet"])
+def test_partitions_hold_every_record_once(kind):
+    rows: list[Any] = [{"site": i % 2, "i": i} for i in range(20)] + [None, {"i": 21}]
+    config = DataConfig(partition=kind)
+
+    shares = [own_records(config, rows, part, 3, 5) for part in range(3)]
+
+    together = [row for share in shares for row in share]
+    assert sorted(map(str, together)) == sorted(map(str, rows))
+
+
+TEXTS = st.text(st.characters(), max_size=30)  # half characters (surrogates), too
+CELLS = st.recursive(
+    TEXTS | st.none() | st.booleans() | st.integers() | st.floats(),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(["instruction", "response", "messages", "site"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(row=st.dictionaries(NAMES | TEXTS, CELLS, max_size=4) | st.none())
+def test_no_row_raises_or_changes_another(tiny_chat_llama, row):
+    tokenizer = load_tokenizer(str(tiny_chat_llama))
+    alone = tokenize_records([GOOD], tokenizer, DataConfig(), 64).examples
+
+    found = tokenize_records([GOOD, row, GOOD], tokenizer, DataConfig(), 64)
+
+    assert alone[0] is not None
+    assert len(found.examples) == 3
+    assert [found.examples[0], found.examples[2]] == alone * 2
+    assert (found.examples[1] is None) == (found.causes.total() == 1)
+
+
+def test_a_template_that_fails_in_any_way_makes_a_record_without_an_example(
+    tiny_chat_llama,
+):
+    tokenizer = load_tokenizer(str(tiny_chat_llama))
+    tokenizer.chat_template = (
+        "{% if 'HIV' in messages[0]['content'] %}{{ 1 // 0 }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    rows: list[Any] = [GOOD, {**GOOD, "instruction": "HIV?"}]
+
+    found = tokenize_records(rows, tokenizer, DataConfig(), 64)
+
+    assert [e is None for e in found.examples] == [False, True]
+    assert any("ZeroDivisionError" in cause for cause in found.causes)
+
+
+def test_an_answer_that_the_length_limit_cuts_leaves_a_record(tiny_chat_llama):
+    tokenizer = load_tokenizer(str(tiny_chat_llama))
+
+    found = tokenize_records([GOOD], tokenizer, DataConfig(), 8)
+
+    assert found.examples == [None]
+    assert found.causes == {"no answer within train.max-length": 1}
