@@ -110,8 +110,13 @@ def _record_level(args: argparse.Namespace, folder: Path | None) -> RunConfig | 
 def _audit_records(
     args: argparse.Namespace, config: RunConfig, folder: Path | None, show: Print
 ) -> tuple[bool, dict[str, Any]]:
-    """Plant canaries in one client's records and guess which; return as for clients."""
+    """Ask a client about its rows, and guess which canaries are planted among them.
+
+    The result is as for clients.
+    """
     from fedllm.auditing.canary_records import audit_first_client
+    from fedllm.auditing.row_questions import ask_about_rows
+    from fedllm.client.message_handler import reply_to
 
     num_canaries = 200 if args.canaries is None else args.canaries
     if num_canaries < 1:
@@ -123,6 +128,11 @@ def _audit_records(
         f"examples, each planted in the first of {num_clients} clients by a fair coin; "
         f"{config.num_server_rounds} rounds of training on {config.model.name}"
     )
+    answers = list(ask_about_rows(reply_to))
+    for answer in answers:
+        show(
+            f"{'PASS' if answer.passed else 'FAIL'}  rows, {answer.question}: {answer.text}"
+        )
     findings = audit_first_client(config, num_clients, num_canaries)
     certified = findings.certified
     show(
@@ -139,7 +149,9 @@ def _audit_records(
         f"{num_canaries} canaries can certify at most {findings.most:.2f})"
     )
     show(MEANING)
-    return findings.passed, findings.as_dict()
+    passed = findings.passed and all(answer.passed for answer in answers)
+    content = {**findings.as_dict(), "passed": passed}
+    return passed, content | {"rows": [asdict(answer) for answer in answers]}
 
 
 def _run_folder(name: str) -> Path:

@@ -72,10 +72,10 @@ def own_records(
 
     columns: dict[str, list[Any]] = {"row": list(range(len(rows)))}
     column = config.partition_column
-    if config.partition in ("dirichlet", "natural"):
-        if any(row is not None and column in row for row in rows):
-            # As text: a row without a value, or with another kind, is of a group of its own.
-            columns[column] = [str((row or {}).get(column, "")) for row in rows]
+    is_by_label = config.partition in ("dirichlet", "natural")
+    if is_by_label and any(row is not None and column in row for row in rows):
+        # As text: a row without a value, or with another kind, is of a group of its own.
+        columns[column] = [str((row or {}).get(column, "")) for row in rows]
     shares = Dataset.from_dict(columns)
     chosen = partition(config, shares, partition_id, num_partitions, seed)
     return [rows[index] for index in chosen["row"][:]]
@@ -129,9 +129,7 @@ def _texts(
             causes["no question or no answer"] += 1
             return None
         return training_texts(tokenizer, *conversation)
-    except (
-        Exception
-    ) as error:  # noqa: BLE001 - a template is a program, and may fail anyhow
+    except Exception as error:  # noqa: BLE001 - a template is a program
         causes[f"{type(error).__name__}: {error}"[:200]] += 1
         return None
 

@@ -301,7 +301,7 @@ class RecordAccount(PrivacyAccount):
             lines.append(
                 (
                     logging.INFO,
-                    "a client stops before a record has spent epsilon "
+                    "a client stops before its releases have spent epsilon "
                     f"{plain(settings.max_epsilon)} in all runs together",
                 )
             )

@@ -35,7 +35,7 @@ from fedllm.training.task import RoundTask
 
 def train_privately(
     adapted: AdaptedModel,
-    records: Sequence[Mapping[str, Any] | None],
+    examples: Sequence[Mapping[str, Any] | None],
     config: RunConfig,
     plan: RecordPlan,
     task: RoundTask,
@@ -45,7 +45,7 @@ def train_privately(
     Args:
         adapted: The resident model; its trained values are overwritten, everything else
             is left as it was.
-        records: Examples with `input_ids` and `labels`, or None for a record that
+        examples: One a record, with `input_ids` and `labels`; None for a record that
             nothing can be learned from.
         config: Gives `train`, of which a micro-batch has `batch_size` examples, and
             `privacy.max_grad_norm`, the largest L2 norm of one example's gradient.
@@ -79,11 +79,11 @@ def train_privately(
         update = _Update(per_example.trained, train, task.learning_rate)
         for step in range(plan.steps):
             task.check_deadline(step)
-            coins = generator.bernoulli(plan.sampling_probability, len(records))
+            coins = generator.bernoulli(plan.sampling_probability, len(examples))
             batch = [
-                record
-                for record, coin in zip(records, coins, strict=True)
-                if coin and record is not None
+                row
+                for row, coin in zip(examples, coins, strict=True)
+                if coin and row is not None
             ]
             z = plan.noise_multiplier
             total = clipped_sum(per_example, batch, train.batch_size, norm, z)
@@ -91,7 +91,7 @@ def train_privately(
             update.step(released / plan.expected_batch_size)
         trained = adapted.get()
     unfit = per_example.num_unfit
-    return Trained(trained, math.nan, len(records), plan.steps, num_unfit=unfit)
+    return Trained(trained, math.nan, len(examples), plan.steps, num_unfit=unfit)
 
 
 def clipped_sum(

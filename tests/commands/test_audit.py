@@ -5,6 +5,7 @@ import pytest
 
 from fedllm.commands.audit import main
 from tests.helpers.audits import SMALL, audit
+from tests.helpers.commands import exit_status
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +123,7 @@ def test_impossible_sizes_are_one_clear_error(arguments, words):
 def test_a_run_of_record_level_is_audited_by_canary_examples(
     monkeypatch, capsys, tmp_path
 ):
-    from fedllm.auditing import canary_records
+    from fedllm.auditing import canary_records, row_questions
     from fedllm.privacy.lower_bounds import CertifiedBound
 
     asked = []
@@ -134,7 +135,11 @@ def test_a_run_of_record_level_is_audited_by_canary_examples(
         asked.append((config.privacy.unit, num_clients, num_canaries))
         return found
 
+    same = row_questions.RowFindings("which epsilon", {"arrays []": ["any"]}, True)
+    other = row_questions.RowFindings("a word", {"x": ["one"], "y": ["two"]}, False)
+    replies = [[same], [same, other]]
     monkeypatch.setattr(canary_records, "audit_first_client", audit_first_client)
+    monkeypatch.setattr(row_questions, "ask_about_rows", lambda _: replies.pop(0))
     (tmp_path / "config.json").write_text(
         json.dumps(
             {"run_config": {"privacy.unit": "record", "strategy.num-clients": 7}}
@@ -149,3 +154,11 @@ def test_a_run_of_record_level_is_audited_by_canary_examples(
     assert "accounted epsilon:     7.90" in told and "1.50 (confidence" in told
     written = json.loads((tmp_path / "audit.json").read_text())
     assert written["passed"] is True and written["certified"]["epsilon"] == 1.5
+    assert "PASS  rows, which epsilon: 1 kinds of row, one reply" in told
+
+    assert exit_status(main, ["--run", str(tmp_path), "--canaries", "50"]) == 1
+
+    told = capsys.readouterr().out
+    assert "FAIL  rows, a word: x for one; y for two" in told
+    assert told.endswith("FAIL\n")
+    assert json.loads((tmp_path / "audit.json").read_text())["passed"] is False
