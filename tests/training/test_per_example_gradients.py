@@ -373,6 +373,8 @@ def test_an_example_that_fails_leaves_the_bits_of_the_others(
         honest(self, batch)
 
     monkeypatch.setattr(PerExample, "_backward", fail)
+    # A pass of another shape could round in another way.
+    monkeypatch.setattr(PerExample, "_one", None)
     per_example = PerExample(model, PAD)
 
     got = torch.cat(list(per_example.gradients(examples, 4)))
@@ -381,13 +383,15 @@ def test_an_example_that_fails_leaves_the_bits_of_the_others(
     assert per_example.num_unfit == 1
 
 
+@pytest.mark.parametrize("together", [True, False])
 def test_running_out_of_memory_is_about_the_machine_and_is_raised(
-    make_model, examples, monkeypatch
+    make_model, examples, monkeypatch, together
 ):
     def full(self: Any, batch: Any) -> None:
         raise torch.OutOfMemoryError("full")
 
     per_example = PerExample(make_model("ffa-lora"), PAD)
+    per_example._together = together
     monkeypatch.setattr(PerExample, "_try_together", lambda *_: None)
     monkeypatch.setattr(PerExample, "_backward", full)
 
