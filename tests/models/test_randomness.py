@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import (
+    Gemma3Config,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -65,6 +66,14 @@ def test_what_is_random_or_remembers_is_named(make, settings, named):
 )
 def test_models_without_dropout_pass(make, settings):
     require_no_randomness(make(**settings))
+
+
+def test_a_configuration_within_a_configuration_is_looked_into():
+    model = torch.nn.Linear(1, 1)
+    model.config = Gemma3Config(text_config={"attention_dropout": 0.1})
+
+    with pytest.raises(ConfigError, match="attention_dropout=0.1"):
+        require_no_randomness(model)
 
 
 def test_dropout_that_only_a_module_has_is_found():
