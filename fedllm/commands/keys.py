@@ -2,11 +2,13 @@
 
     fedllm keys --out ~/federation/keys --server-name fl.example.org --nodes 3
     fedllm keys --out ~/federation/keys --add-node clinic-d
+    fedllm keys --out ~/federation/keys --add-reviewer alice
     fedllm keys --app-hash
 
 The first makes a private certificate authority, the server's certificate and the keys of
 node-1, node-2 and node-3. The second makes one more node's key: run it on that node's own
-machine, so that the private key never travels. The third prints the SHA-256 of the app
+machine, so that the private key never travels. The third makes the key of a reviewer, who
+approves runs for many nodes (`fedllm node sign`). The fourth prints the SHA-256 of the app
 that lies here, for `fedllm supernode --pin-app`. docs/deployment.md has the rest.
 """
 
@@ -27,6 +29,7 @@ from fedllm.deployment.keys import (
     SUPERLINK_NAME,
     VALID_DAYS,
     add_node_key,
+    add_reviewer_key,
     make_key_folder,
 )
 
@@ -45,6 +48,10 @@ def run(args: argparse.Namespace) -> int:
         text = _node_text(folder, args.add_node)
         nodes = {args.add_node: _pair(path)}
         report: dict[str, Any] = {"nodes": nodes}
+    elif args.add_reviewer is not None:
+        path = add_reviewer_key(folder, args.add_reviewer)
+        text = _reviewer_text(path)
+        report = {"reviewers": {args.add_reviewer: _pair(path)}}
     else:
         names = [f"node-{number}" for number in range(1, args.nodes + 1)]
         server_names = [args.server_name, *args.server_ip]
@@ -118,6 +125,16 @@ next, on the server's machine:
 """
 
 
+def _reviewer_text(path: Path) -> str:
+    """Return where a reviewer's key belongs, and what to type next."""
+    return f"""\
+private key, for that reviewer alone: {path}
+public key, for each node whose owner trusts the reviewer: {path}.pub
+next, on each such node's machine:
+  fedllm node trust {shlex.quote(path.name + ".pub")}
+"""
+
+
 def _register(folder: Path, node: str) -> str:
     public = shlex.quote(str(folder / "nodes" / f"{node}.pub"))
     return f"  flwr supernode register --name {node} {public} {SUPERLINK_NAME}"
@@ -133,6 +150,9 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--add-node", metavar="NAME", help="make one more node's key only"
+    )
+    what.add_argument(
+        "--add-reviewer", metavar="NAME", help="make a reviewer's key only"
     )
     what.add_argument(
         "--app-hash", action="store_true", help="print the SHA-256 of the app, no more"

@@ -2,14 +2,21 @@
 
     fedllm node list
     fedllm node approve DIGEST
+    fedllm node approve --signature FILE
     fedllm node revoke DIGEST
+    fedllm node trust KEY.pub
+    fedllm node distrust NAME
+    fedllm node sign FILE --key KEY
     fedllm node log --check --head FILE
 
 `list` shows each run that waits, with what differs from the one approved last. Over TLS, or
-with `fedllm supernode --approve each`, a run that is not approved gets no update.
+with `fedllm supernode --approve each`, a run that is not approved gets no update. A reviewer
+whose key the owner trusts approves by a signature. `sign` makes it, on the reviewer's own
+machine, of a request: a file of the node's folder `requests`.
 """
 
 import argparse
+import json
 import sys
 import time
 from dataclasses import asdict
@@ -32,8 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.home:
         make_home(args.home)
-    lines = {"list": _list, "approve": _approve, "revoke": _revoke, "log": _log}
-    said = lines[args.what](args)
+    said = _WHAT[args.what](args)
     if args.json:
         write_json(_report(args) or {"lines": said})
     else:
@@ -57,6 +63,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 def _list(args: argparse.Namespace) -> list[str]:
     """Return what waits and what is approved."""
     from fedllm.node.approvals import Request, approvals, differences, pending
+    from fedllm.node.reviews import fingerprint, reviewers
 
     approved = approvals()
     last = approved[-1].request if approved else Request("", {})
@@ -67,24 +74,67 @@ def _list(args: argparse.Namespace) -> list[str]:
     for approval in approved:
         until = time.strftime("%Y-%m-%d", time.gmtime(approval.expires))
         used = max(approval.used.values(), default=0)
+        by = f", signed by {approval.reviewer}" if approval.signature else ""
         lines.append(
             f"approved: {approval.request.digest[:16]} until {until}, "
-            f"{used} of {approval.rounds} rounds used"
+            f"{used} of {approval.rounds} rounds used{by}"
         )
+    for name, key in reviewers().items():
+        lines.append(f"trusted: {name} {fingerprint(key)}")
     return lines or ["nothing waits, nothing is approved"]
 
 
 def _approve(args: argparse.Namespace) -> list[str]:
-    from fedllm.node.approvals import approve
+    from fedllm.node.approvals import approve, approve_signed
 
-    approval = approve(args.digest, args.rounds, args.days)
-    return [f"approved: {approval.request.digest} for {approval.rounds} rounds"]
+    if args.signature:
+        approval = approve_signed(Path(args.signature))
+        by = f", signed by {approval.reviewer}"
+    else:
+        approval, by = approve(args.of, args.rounds, args.days), ""
+    return [f"approved: {approval.request.digest} for {approval.rounds} rounds{by}"]
 
 
 def _revoke(args: argparse.Namespace) -> list[str]:
     from fedllm.node.approvals import revoke
 
-    return [f"revoked: {revoke(args.digest)}"]
+    return [f"revoked: {revoke(args.of)}"]
+
+
+def _trust(args: argparse.Namespace) -> list[str]:
+    from fedllm.node.reviews import fingerprint, reviewers, trust
+
+    name = trust(Path(args.of))
+    return [f"trusted: {name} {fingerprint(reviewers()[name])}"]
+
+
+def _distrust(args: argparse.Namespace) -> list[str]:
+    from fedllm.node.reviews import distrust
+
+    distrust(args.of)
+    return [f"not trusted any more: {args.of}, nor what it has signed"]
+
+
+def _sign(args: argparse.Namespace) -> list[str]:
+    """Write a signed approval beside a request, and return all that it says."""
+    from fedllm.errors import NodeError
+    from fedllm.node.approvals import Request, differences, sign_request
+
+    if not args.key:
+        raise NodeError("--key: needs the file of the reviewer's private key")
+    request = Path(args.of)
+    approval = sign_request(request, args.rounds, args.days, Path(args.key))
+    path = request.with_suffix(".signed")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            json.dump(asdict(approval), file, indent=2)
+    except OSError as error:
+        raise NodeError(f"{path}: cannot be written: {error.strerror}") from None
+    until = time.strftime("%Y-%m-%d", time.gmtime(approval.expires))
+    return [
+        f"signed: {path} for {approval.rounds} rounds until {until}",
+        *differences(approval.request, Request("", {})),
+    ]
 
 
 def _log(args: argparse.Namespace) -> list[str]:
@@ -105,13 +155,32 @@ def _log(args: argparse.Namespace) -> list[str]:
     return [f"whole: {head}{remark}"]
 
 
+_WHAT = {
+    "list": _list,
+    "approve": _approve,
+    "revoke": _revoke,
+    "trust": _trust,
+    "distrust": _distrust,
+    "sign": _sign,
+    "log": _log,
+}
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = new_parser("node", __doc__)
+    parser.add_argument("what", choices=tuple(_WHAT), help="what to do")
     parser.add_argument(
-        "what", choices=("list", "approve", "revoke", "log"), help="what to do"
+        "of",
+        nargs="?",
+        default="",
+        metavar="OF",
+        help="first digits of a run's digest, or the file or name that the above names",
     )
-    parser.add_argument("digest", nargs="?", default="", help="of a run: first digits")
+    parser.add_argument(
+        "--signature", metavar="FILE", help="approve what a trusted reviewer signed"
+    )
+    parser.add_argument("--key", metavar="FILE", help="a reviewer's private key")
     parser.add_argument(
         "--rounds", type=positive_int, metavar="N", help="default: the run's own number"
     )

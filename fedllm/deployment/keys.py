@@ -4,6 +4,7 @@
     DIR/ca.key       no machine: only a further certificate needs it; keep it offline
     DIR/server.crt   the server, with server.key
     DIR/nodes/NAME   that node alone; NAME.pub is registered with the server
+    DIR/reviewers/NAME   that reviewer alone; nodes' owners trust NAME.pub
     DIR/config.toml  an entry for Flower's config, on the machine where runs are started
 
 Folders are 0700 and files 0600. No existing file is ever overwritten.
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -35,6 +36,7 @@ from fedllm.errors import KeyFolderError
 
 VALID_DAYS = 5 * 365
 SUPERLINK_NAME = "private"
+_PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 _CURVE = ec.SECP384R1()
 # Clocks differ: a certificate of this minute would not be valid yet on another machine.
 _BACKDATED = timedelta(days=1)
@@ -75,7 +77,7 @@ def make_key_folder(
         try:
             _write_certificates(fresh, server_names[0], list(dict.fromkeys(names)))
             for node in nodes:
-                _write_node_key(fresh, node)
+                _write_key(fresh / "nodes" / node, ec.generate_private_key(_CURVE))
             # A JSON string is a TOML string, whatever the path holds.
             entry = (
                 f"[superlink.{SUPERLINK_NAME}]\naddress = {json.dumps(control_address)}\n"
@@ -100,14 +102,33 @@ def add_node_key(folder: Path, node: str) -> Path:
         KeyFolderError: That node has a key, the name is not valid, or the key cannot be
             written.
     """
-    _check_names([node])
+    return _add_key(folder, "nodes", node, ec.generate_private_key(_CURVE))
+
+
+def add_reviewer_key(folder: Path, reviewer: str) -> Path:
+    """Make the key of a reviewer, who signs approvals of runs (`fedllm node sign`).
+
+    Returns:
+        Path of the private key; the public one lies beside it and ends in .pub.
+
+    Raises:
+        KeyFolderError: That reviewer has a key, the name is not valid, or the key cannot
+            be written.
+    """
+    key = ed25519.Ed25519PrivateKey.generate()
+    return _add_key(folder, "reviewers", reviewer, key)
+
+
+def _add_key(folder: Path, kind: str, name: str, key: _PrivateKey) -> Path:
+    """Make the folder if need be, and write one more key."""
+    _check_names([name])
+    path = folder / kind / name
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return _write_node_key(folder, node)
+        return _write_key(path, key)
     except FileExistsError:
         raise KeyFolderError(
-            f"{folder / 'nodes' / node}: exists, and keys are never written over: "
-            "choose another name"
+            f"{path}: exists, and keys are never written over: choose another name"
         ) from None
     except OSError as error:
         raise _unwritable(folder, error) from None
@@ -198,15 +219,14 @@ def _subject(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
 
 
-def _write_node_key(folder: Path, node: str) -> Path:
-    """Write one node's key pair in OpenSSH's format, which Flower's SuperNodes read."""
-    key = ec.generate_private_key(_CURVE)
-    path = folder / "nodes" / node
+def _write_key(path: Path, key: _PrivateKey) -> Path:
+    """Write a key pair in OpenSSH's format, which Flower's SuperNodes read."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     _write_new(path, private)
-    _write_new(path.with_name(f"{node}.pub"), public + f" {node}\n".encode())
+    public += f" {path.name}\n".encode()
+    _write_new(path.with_name(f"{path.name}.pub"), public)
     return path
 
 
@@ -232,11 +252,11 @@ def _alternative_name(name: str) -> x509.GeneralName:
 
 
 def _check_names(nodes: Sequence[str]) -> None:
-    """Raise if a node's name is no plain file name."""
+    """Raise if a name is no plain file name."""
     for node in nodes:
         if not _NAME.fullmatch(node) or node.endswith(".pub"):
             raise KeyFolderError(
-                "node name: letters, digits, dots, dashes and underscores, with a "
+                "name: letters, digits, dots, dashes and underscores, with a "
                 f"letter or digit at both ends, and not .pub (got {node!r})"
             )
 

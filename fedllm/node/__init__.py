@@ -1,4 +1,4 @@
-"""What a node's owner decides and can look up: apps, approvals of runs, the node's log.
+"""What a node's owner decides and can look up: apps, approvals of runs, reviewers, the log.
 
     >>> from fedllm.node.log import append
     >>> append("spent", run_id=7, epsilon=0.5)

@@ -9,7 +9,8 @@ grants one.
 
 Under `each` an approval ends after its rounds, over all runs with these settings. Under
 `same-settings` it holds for any number of such runs, whoever starts them, until it expires:
-whatever bounds their sum is the node's budget. Under `all` nothing is asked.
+what bounds their sum is the node's budget. Under `all` nothing is asked. What a reviewer
+signed (`reviews.py`) is never stretched: its rounds hold under `same-settings` too.
 """
 
 import contextlib
@@ -17,15 +18,17 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
+from pydantic import TypeAdapter
 
 from fedllm.atomic_files import write_atomic
 from fedllm.errors import NodeError
 from fedllm.node.log import node_folder
+from fedllm.node.reviews import sign, signer
 
 Settings = Mapping[str, bool | int | float | str]
 
@@ -38,6 +41,7 @@ POLICIES = (ALL, SAME_SETTINGS, EACH)
 _MOST_REQUESTS = 100
 _MOST_BYTES = 65_536
 _SECONDS_A_DAY = 86_400
+_Kept = TypeVar("_Kept")
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,20 @@ class Approval:
         expires: Until when, in seconds since 1970.
         approved: When it was approved.
         used: Message type -> messages so far.
+        signature: A reviewer's, of all but the last two; empty: the owner's own.
     """
 
     request: Request
     rounds: int
-    expires: float
+    expires: int
     approved: float
     used: Mapping[str, int] = field(default_factory=dict)
+    signature: str = ""
+
+    @property
+    def reviewer(self) -> str | None:
+        """The trusted reviewer who signed it; None if none did."""
+        return signer(self.request.digest, self.rounds, self.expires, self.signature)
 
 
 def take(request: Request, message_type: str, policy: str = EACH) -> None:
@@ -100,11 +111,18 @@ def take(request: Request, message_type: str, policy: str = EACH) -> None:
                 f"run {request.digest[:16]}: waits for: fedllm node approve "
                 f"{request.digest[:16]}"
             )
-        approval = _read_approval(path)
+        approval = _read(path, Approval)
         used = approval.used.get(kind, 0)
         if approval.request.digest != request.digest:
             raise NodeError(f"{path}: is not the approval of its name: was it edited?")
-        is_used = used >= approval.rounds and policy != SAME_SETTINGS
+        if approval.signature and approval.reviewer is None:
+            _remember(folder / "requests", request)
+            raise NodeError(
+                f"run {request.digest[:16]}: no reviewer whom this node trusts has signed "
+                f"its approval: fedllm node approve {request.digest[:16]}"
+            )
+        is_limited = policy != SAME_SETTINGS or approval.signature != ""
+        is_used = is_limited and used >= approval.rounds
         if time.time() >= approval.expires or is_used:
             _remember(folder / "requests", request)
             raise NodeError(
@@ -127,15 +145,74 @@ def approve(prefix: str, rounds: int | None, days: float) -> Approval:
         NodeError: No request, or more than one, begins so, or its rounds are unknown.
     """
     with _locked() as folder:
-        request = _read_request(_only(folder / "requests", prefix))
-        number = rounds or request.settings.get("num-server-rounds")
-        if not isinstance(number, int) or number < 1:
-            raise NodeError("--rounds: the run does not name its rounds: give a number")
-        now = time.time()
-        approval = Approval(request, number, now + days * _SECONDS_A_DAY, now)
-        _write(folder / "approvals" / f"{request.digest}.json", asdict(approval))
-        (folder / "requests" / f"{request.digest}.json").unlink()
+        request = _read(_only(folder / "requests", prefix), Request)
+        approval = _approval(request, rounds, days)
+        _keep(folder, approval)
     return approval
+
+
+def sign_request(path: Path, rounds: int | None, days: float, key: Path) -> Approval:
+    """Sign a request as a reviewer, wherever the reviewer is.
+
+    Args:
+        path: The request, a file of a node's folder `requests`.
+        rounds: How many; None: the run's `num-server-rounds`.
+        days: After how many days the approval expires.
+        key: File of the reviewer's private key.
+
+    Raises:
+        ConfigError: Others may write the key.
+        NodeError: The request or the key cannot be read, or its rounds are unknown.
+    """
+    approval = _approval(_read(path, Request), rounds, days)
+    digest = approval.request.digest
+    signature = sign(digest, approval.rounds, approval.expires, key)
+    return replace(approval, signature=signature)
+
+
+def approve_signed(path: Path) -> Approval:
+    """Approve what a trusted reviewer has signed, before it is asked for or after.
+
+    What was used of the same request before counts: a signature's rounds are all that it
+    allows, however often its file is brought here.
+
+    Raises:
+        NodeError: No trusted reviewer has signed it, it has expired, or it cannot be read.
+    """
+    approval = _read(path, Approval)
+    if approval.reviewer is None:
+        raise NodeError(
+            f"{path}: no reviewer whom this node trusts has signed it as it stands: "
+            "fedllm node trust KEY.pub"
+        )
+    if time.time() >= approval.expires:
+        raise NodeError(f"{path}: has expired: ask the reviewer for a new one")
+    with _locked() as folder:
+        before = folder / "approvals" / f"{approval.request.digest}.json"
+        used = _read(before, Approval).used if before.exists() else {}
+        approval = replace(approval, approved=time.time(), used=used)
+        _keep(folder, approval)
+    return approval
+
+
+def _approval(request: Request, rounds: int | None, days: float) -> Approval:
+    """Return an approval that begins now.
+
+    Raises:
+        NodeError: Neither the run nor the caller names its rounds.
+    """
+    number = rounds or request.settings.get("num-server-rounds")
+    if type(number) is not int or number < 1:
+        raise NodeError("--rounds: the run does not name its rounds: give a number")
+    now = time.time()
+    return Approval(request, number, int(now + days * _SECONDS_A_DAY), now)
+
+
+def _keep(folder: Path, approval: Approval) -> None:
+    """Write an approval; its request waits no longer."""
+    name = f"{approval.request.digest}.json"
+    _write(folder / "approvals" / name, asdict(approval))
+    (folder / "requests" / name).unlink(missing_ok=True)
 
 
 def revoke(prefix: str) -> str:
@@ -152,13 +229,15 @@ def revoke(prefix: str) -> str:
 
 def pending() -> list[Request]:
     """Return the requests that wait, the oldest first."""
-    return [_read_request(path) for path in _oldest_first(node_folder() / "requests")]
+    paths = _oldest_first(node_folder() / "requests")
+    return [_read(path, Request) for path in paths]
 
 
 def approvals() -> list[Approval]:
     """Return what is approved, the last approved last."""
     paths = (node_folder() / "approvals").glob("*.json")
-    return sorted(map(_read_approval, paths), key=lambda approval: approval.approved)
+    found = [_read(path, Approval) for path in paths]
+    return sorted(found, key=lambda approval: approval.approved)
 
 
 def differences(request: Request, other: Request) -> list[str]:
@@ -213,23 +292,19 @@ def _write(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content).encode(), 0o600)
 
 
-def _read_request(path: Path) -> Request:
-    content = _read(path)
-    return Request(content["app"], content["settings"])
-
-
-def _read_approval(path: Path) -> Approval:
-    content = _read(path)
-    return Approval(**{**content, "request": Request(**content["request"])})
-
-
-def _read(path: Path) -> Any:
+def _read(path: Path, kind: type[_Kept]) -> _Kept:
     """Read one file.
 
     Raises:
-        NodeError: It cannot be read.
+        NodeError: It cannot be read, or holds something else.
     """
     try:
-        return json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES * 2)
+        # Strict: a 3 that is text, or a 3.5 that becomes 3, was written by nobody here.
+        return TypeAdapter(kind).validate_json(content, strict=True)
     except (OSError, ValueError) as error:
-        raise NodeError(f"{path}: cannot be read: {error}: delete it") from None
+        reason = str(error).splitlines()[0]
+        raise NodeError(
+            f"{path}: cannot be read as {kind.__name__}: {reason}"
+        ) from None

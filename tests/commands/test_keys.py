@@ -11,6 +11,7 @@ import pytest
 
 from fedllm.commands import keys, superlink
 from fedllm.deployment.flower_programs import program_path
+from fedllm.node.reviews import trust
 from tests.helpers.key_folders import contents, make
 
 APP = """
@@ -42,6 +43,18 @@ def test_a_nodes_owner_can_make_the_key_alone(folder, capsys):
     assert str(folder / "nodes" / "clinic-d.pub") in shlex.split(line)
 
 
+def test_a_reviewers_key_is_one_that_nodes_can_trust(folder, capsys, monkeypatch):
+    monkeypatch.setenv("FEDLLM_HOME", str(folder.parent / "home"))
+    make(folder, "--add-reviewer", "alice")
+
+    assert {p.name for p in contents(folder)} == {"alice", "alice.pub"}
+    assert "fedllm node trust alice.pub" in capsys.readouterr().out
+    public = folder / "reviewers" / "alice.pub"
+    assert trust(public) == "alice" and public.stat().st_mode & 0o077 == 0
+    with pytest.raises(SystemExit, match="keys are never written over"):
+        make(folder, "--add-reviewer", "alice")
+
+
 def test_the_entry_for_flowers_config_is_toml_with_absolute_paths(folder):
     make(folder, "--control-address", "127.0.0.1:7")
 
@@ -55,8 +68,9 @@ def test_the_entry_for_flowers_config_is_toml_with_absolute_paths(folder):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--add-node", "../escape"], "node name: .*got '../escape'"),
-        (["--add-node", "x.pub"], "node name"),
+        (["--add-node", "../escape"], "name: .*got '../escape'"),
+        (["--add-reviewer", "../escape"], "name: .*got '../escape'"),
+        (["--add-node", "x.pub"], "name: letters"),
         (["--server-name", "two words"], "must be a DNS name or an IP address"),
         (["--server-ip", "10.0.0.0/8"], "must be a DNS name or an IP address"),
     ],

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from fedllm.commands import node
+from fedllm.deployment.keys import add_reviewer_key
 from fedllm.errors import NodeError
-from fedllm.node.approvals import Request, take
+from fedllm.node.approvals import Request, pending, take
 from fedllm.node.log import append, log_path
 
 
@@ -47,3 +48,36 @@ def test_the_log_is_printed_and_checked_against_a_head(capsys, tmp_path):
     log_path().write_text(log_path().read_text().splitlines(True)[0])
     with pytest.raises(SystemExit, match="were taken out"):
         node.main(["log", "--check", "--head", head.hash])
+
+
+def test_a_reviewer_signs_a_request_and_the_owner_brings_it(
+    capsys, tmp_path, monkeypatch
+):
+    key = add_reviewer_key(tmp_path / "keys", "alice")
+    asked = Request("f" * 64, {"num-server-rounds": 3, "x\x1b": "\x1b[2K"})
+    with pytest.raises(NodeError):
+        take(asked, "train")
+    waits = log_path().parent / "requests" / f"{asked.digest}.json"
+    with pytest.raises(SystemExit, match="--key: needs"):
+        node.main(["sign", str(waits)])
+    node.main(["sign", str(waits), "--key", str(key), "--days", "2"])
+    said = capsys.readouterr().out
+    assert "for 3 rounds until" in said and "num-server-rounds: null -> 3" in said
+    assert "\x1b" not in said
+    with pytest.raises(SystemExit, match="cannot be written: File exists"):
+        node.main(["sign", str(waits), "--key", str(key)])
+    # What a reviewer left in the folder of requests waits for nobody.
+    assert [r.digest for r in pending()] == [asked.digest]
+    bring = ["approve", "--signature", str(waits.with_suffix(".signed"))]
+    with pytest.raises(SystemExit, match="fedllm node trust KEY.pub"):
+        node.main(bring)
+    node.main(["trust", f"{key}.pub"])
+    node.main(bring)
+    node.main(["list"])
+    said = capsys.readouterr().out
+    assert "0 of 3 rounds used, signed by alice" in said
+    assert "trusted: alice SHA256:" in said and "waits" not in said
+    take(asked, "train")
+    node.main(["distrust", "alice"])
+    with pytest.raises(NodeError):
+        take(asked, "train")

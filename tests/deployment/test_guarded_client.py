@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,13 @@ from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedllm.deployment import guarded_client
 from fedllm.deployment.guarded_client import _Guard
+from fedllm.errors import NodeError
+from fedllm.node import approvals
+from fedllm.node.approvals import approve, approve_signed, pending, revoke
 from fedllm.node.log import log_path, read_lines
+from fedllm.node.reviews import distrust, trust
 from tests.helpers.flower_messages import context, instruction
+from tests.helpers.reviewers import public_key, signed
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -140,10 +146,9 @@ def test_the_programs_start_flowers_command_behind_the_guard(program):
     assert "usage: flwr-clientapp" in done.stdout
 
 
-def test_a_run_that_each_owner_approves_is_answered_after_the_approval_alone(
-    flower, monkeypatch
-):
-    from fedllm.node.approvals import approve, pending
+@pytest.fixture
+def ask(flower, monkeypatch):
+    """Ask a node that runs the installed app, with these settings."""
 
     def ask(**settings: object) -> Message:
         guard = _Guard("installed", "")
@@ -155,6 +160,46 @@ def test_a_run_that_each_owner_approves_is_answered_after_the_approval_alone(
         load = here.get_load_client_app_fn()
         return load("id", "1", "hash")(instruction(), context(settings))
 
+    return ask
+
+
+def code(reply: Message) -> object:
+    error = reply.content.config_records.get("error")
+    return None if error is None else dict(error)["code"]
+
+
+def test_a_run_is_answered_by_a_reviewers_signature_and_refused_by_anything_else(
+    ask, monkeypatch, tmp_path
+):
+    monkeypatch.setenv(guarded_client.APPROVE, "each")
+    assert code(ask(seed=1, **{"num-server-rounds": 2})) == "not-approved"
+    (request,) = pending()
+    path = signed(tmp_path, request)
+    with pytest.raises(NodeError, match="no reviewer"):
+        approve_signed(signed(tmp_path, request, "mallory"))
+    trust(public_key(tmp_path))
+    approve_signed(path)
+
+    assert code(ask(seed=1, **{"num-server-rounds": 2})) is None
+    assert code(ask(seed=2, **{"num-server-rounds": 2})) == "not-approved"
+    assert code(ask(seed=1, **{"num-server-rounds": 3})) == "not-approved"
+    assert code(ask(seed=1, **{"num-server-rounds": 2})) is None
+    # Two rounds were signed.
+    assert code(ask(seed=1, **{"num-server-rounds": 2})) == "not-approved"
+    later = time.time() + 31 * 86_400
+    revoke(request.digest)
+    approve_signed(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(approvals.time, "time", lambda: later)
+        assert code(ask(seed=1, **{"num-server-rounds": 2})) == "not-approved"
+    distrust("alice")
+    trust(public_key(tmp_path, "mallory"))
+    assert code(ask(seed=1, **{"num-server-rounds": 2})) == "not-approved"
+
+
+def test_a_run_that_each_owner_approves_is_answered_after_the_approval_alone(
+    ask, monkeypatch
+):
     monkeypatch.setenv(guarded_client.APPROVE, "each")
     error = ask(seed=1).content.config_records["error"]
     assert dict(error)["code"] == "not-approved"

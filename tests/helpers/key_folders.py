@@ -4,7 +4,8 @@ from fedllm.commands import keys
 
 
 def make(folder, *more: str) -> None:
-    name = [] if "--add-node" in more else ["--server-name", "fl.example.org"]
+    others = {"--add-node", "--add-reviewer"}
+    name = [] if others & {*more} else ["--server-name", "fl.example.org"]
     keys.main(["--out", str(folder), *name, *more])
 
 

@@ -11,11 +11,14 @@ from fedllm.node.approvals import (
     SAME_SETTINGS,
     Request,
     approve,
+    approve_signed,
     differences,
     pending,
     revoke,
     take,
 )
+from fedllm.node.reviews import distrust, trust
+from tests.helpers.reviewers import public_key, signed
 
 SETTINGS = {"num-server-rounds": 2, "privacy.target-epsilon": 8.0, "data.name": "a"}
 ASKED = Request("f" * 64, SETTINGS)
@@ -123,3 +126,88 @@ def test_an_approval_that_was_edited_or_moved_allows_nothing():
         take(ASKED, "train")
     with pytest.raises(NodeError, match="0 requests begin so"):
         approve("", None, 30)
+
+
+def test_what_a_trusted_reviewer_signed_is_answered_as_often_as_it_says(tmp_path):
+    path = signed(tmp_path, ASKED)
+    with pytest.raises(NodeError, match="no reviewer whom this node trusts"):
+        approve_signed(path)
+    trust(public_key(tmp_path))
+    approve_signed(path)
+    take(ASKED, "train")
+    # Brought again, it allows no more; and no policy stretches it.
+    approve_signed(path)
+    take(ASKED, "train", SAME_SETTINGS)
+    for policy in (EACH, SAME_SETTINGS):
+        with pytest.raises(NodeError, match="2 rounds are used"):
+            take(ASKED, "train", policy)
+    assert approvals.approvals()[0].reviewer == "alice"
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        {"rounds": 3},
+        {"rounds": "2"},
+        {"expires": 2**40},
+        {
+            "request": {
+                "app": "f" * 64,
+                "settings": {**SETTINGS, "num-server-rounds": 3},
+            }
+        },
+        {"request": {"app": "e" * 64, "settings": SETTINGS}},
+        {"signature": "00" * 64},
+        {"signature": ""},
+    ],
+)
+def test_what_was_edited_after_the_signature_approves_nothing(tmp_path, edited):
+    signed(tmp_path, ASKED)
+    trust(public_key(tmp_path))
+    with pytest.raises(NodeError, match="no reviewer whom|cannot be read as"):
+        approve_signed(signed(tmp_path, ASKED, **edited))
+    assert approvals.approvals() == []
+
+
+def test_an_edit_on_the_nodes_own_disk_or_a_lost_trust_ends_a_signed_approval(tmp_path):
+    path = signed(tmp_path, ASKED)
+    trust(public_key(tmp_path))
+    approve_signed(path)
+    (kept,) = (approvals.node_folder() / "approvals").glob("*.json")
+    whole = kept.read_text()
+    kept.write_text(whole.replace('"rounds": 2', '"rounds": 200'))
+    with pytest.raises(NodeError, match="no reviewer whom this node trusts"):
+        take(ASKED, "train")
+    kept.write_text(whole)
+    take(ASKED, "train")
+    distrust("alice")
+    with pytest.raises(NodeError, match="no reviewer whom this node trusts"):
+        take(ASKED, "train")
+    # It waits for the owner, who may approve it without the reviewer.
+    approve(ASKED.digest[:8], None, 30)
+    take(ASKED, "train")
+
+
+def test_a_signature_expires(tmp_path, monkeypatch):
+    path = signed(tmp_path, ASKED)
+    trust(public_key(tmp_path))
+    approve_signed(path)
+    later = time.time() + 31 * 86_400
+    monkeypatch.setattr(approvals.time, "time", lambda: later)
+    with pytest.raises(NodeError, match="has expired"):
+        take(ASKED, "train")
+    with pytest.raises(NodeError, match="has expired: ask the reviewer"):
+        approve_signed(path)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"rounds": "2"}', '{"request": 5}', "\xff", "NaN"]
+)
+def test_a_file_that_is_no_approval_is_one_line(tmp_path, content):
+    path = tmp_path / "file"
+    path.write_text(content)
+    with pytest.raises(NodeError, match="cannot be read as Approval") as caught:
+        approve_signed(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(NodeError, match="cannot be read as Request"):
+        approvals.sign_request(path, None, 30, tmp_path / "key")
