@@ -10,6 +10,7 @@ from typing import Any
 from fedllm.atomic_files import write_atomic
 from fedllm.errors import PrivacyError
 from fedllm.privacy.accounting import Epsilons, Sampling, epsilons, noise_to_signal
+from fedllm.privacy.released_rounds import ReleasedRounds
 from fedllm.privacy.wording import delta_caution, plain, strength
 
 _NOT_COVERED = [
@@ -75,7 +76,8 @@ class Ledger:
     Guarantee:
         A release is on disk, file and folder synced, before `spend` returns; a crash
         afterwards loses the round, never its cost. With `target_epsilon` no more
-        releases are admitted than it was calibrated for.
+        releases are admitted than it was calibrated for. After `follow` no copy of the
+        run folder releases a round that another copy has released.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Ledger:
         self._path = path
         self._releases = releases
         self._noise_probe = noise_probe
+        self._released: ReleasedRounds | None = None
 
     @classmethod
     def create(cls, path: Path, settings: PrivacySettings, run: str = "") -> "Ledger":
@@ -149,23 +152,46 @@ class Ledger:
         if changed:
             raise PrivacyError("privacy settings have changed: " + "; ".join(changed))
 
+    def follow(self, released: ReleasedRounds) -> list[int]:
+        """Enter what other copies of the run folder released, and each release there too.
+
+        Args:
+            released: The file that all copies of the run folder share.
+
+        Returns:
+            The rounds that were not in this ledger: they count as spent.
+
+        Raises:
+            PrivacyError: The file is missing or damaged, or this one cannot be written.
+        """
+        missing = sorted(set(released.read()) - set(self._releases))
+        if missing:
+            self._releases = sorted([*self._releases, *missing])
+            self._write()
+        self._released = released
+        return missing
+
     def spend(self, server_round: int) -> None:
         """Enter a round's release.
 
         Raises:
-            PrivacyError: The round was released before, the budget is spent, or it
-                cannot be written; then nothing may be released.
+            PrivacyError: The round was released before, here or by another copy of the
+                run folder, the budget is spent, or it cannot be written; then nothing
+                may be released.
         """
         if server_round in self._releases:
             raise PrivacyError(f"round {server_round} was released already")
         if not self.may_spend(self.settings.max_epsilon):
             raise PrivacyError("one more release would pass the budget")
+        known = self.releases
         self._releases.append(server_round)
         try:
             self._write()
         except BaseException:
             self._releases.pop()
             raise
+        if self._released is not None:
+            self._released.add(server_round, known)
 
     def may_spend(self, max_epsilon: float) -> bool:
         """Return whether one more release keeps max_epsilon (0.0: not set) and the target."""

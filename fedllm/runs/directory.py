@@ -49,8 +49,9 @@ class RunDirectory:
         with _disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             count = 1
-            # Each run has a folder of its own, even if two start in the same second.
-            while path.exists():
+            # Each run has a name of its own, even if two start in the same second, and
+            # if the folder of one is gone, whose released rounds are still known.
+            while path.exists() or (home / "released" / f"{path.name}.json").exists():
                 count += 1
                 path = path.with_name(f"{stamp}_{run_id}-{count}")
             # The ledger shows which clients were asked, and the adapter is not published yet.

@@ -18,6 +18,7 @@ from fedllm.planning.record_noise import record_settings
 from fedllm.privacy.accounting import noise_to_signal
 from fedllm.privacy.ledger import Ledger, no_privacy
 from fedllm.privacy.record_claims import RecordClaims
+from fedllm.privacy.released_rounds import ReleasedRounds
 from fedllm.privacy.wording import BANDS, delta_caution, plain
 from fedllm.runs.checkpoint import require_unchanged
 from fedllm.runs.directory import PRIVACY_FILE, RunDirectory, read_json
@@ -43,6 +44,8 @@ class AccountTerms:
         num_clients: Population size N.
         num_trainable: Trained values d.
         resumed: Whether the run was begun before.
+        home: fedllm's folder, where the released rounds are kept too; None: they are
+            not, and the run cannot be resumed.
     """
 
     config: RunConfig
@@ -50,6 +53,7 @@ class AccountTerms:
     num_clients: int
     num_trainable: int
     resumed: bool
+    home: Path | None
 
     @property
     def path(self) -> Path:
@@ -143,6 +147,11 @@ class ClientAccount(PrivacyAccount):
             ledger.check_same(settings)
         else:
             ledger = Ledger.create(terms.path, settings, terms.directory.path.name)
+        if terms.home is not None:
+            released = ReleasedRounds(terms.home, ledger.run)
+            if not terms.resumed:
+                released.begin()
+            _log_released_elsewhere(ledger.follow(released))
         return cls(ledger, terms.config.privacy.max_epsilon)
 
     @property
@@ -396,6 +405,16 @@ def open_account(terms: AccountTerms) -> PrivacyAccount:
         PrivacyError: The account cannot be trusted, or has other settings.
     """
     return _ACCOUNTS[terms.config.privacy.unit].open(terms)
+
+
+def _log_released_elsewhere(rounds: Sequence[int]) -> None:
+    """Log which rounds a copied or put back run folder does not know of."""
+    if rounds:
+        logger.warning(
+            "this run folder was copied, or put back from a backup: round %s was "
+            "released since then, and counts as spent here too",
+            ", ".join(map(str, rounds)),
+        )
 
 
 def _not_private(epsilon: float) -> str:

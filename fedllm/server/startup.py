@@ -103,8 +103,15 @@ def _assemble(
     identity = RunIdentity(run_id, base_name, fingerprint(base_name))
     if resumed is not None:
         resumed.checkpoint.state.check_model(identity.fingerprint, spec)
+    # Whoever names the folder of a new run, as a comparison does, resumes none.
+    is_kept = resumed is not None or directory.path.parent == home / "runs"
     terms = AccountTerms(
-        config, directory, len(population), spec.num_trainable, resumed is not None
+        config,
+        directory,
+        len(population),
+        spec.num_trainable,
+        resumed is not None,
+        home if is_kept else None,
     )
     account = open_account(terms)
     progress = _progress_of(resumed, account, config) if resumed else None

@@ -1,13 +1,17 @@
 """Which runs can be resumed, and with which settings."""
 
+import shutil
+
 import pytest
 
-from fedllm.errors import ConfigError, FederationError
+from fedllm.errors import ConfigError, FederationError, PrivacyError
+from fedllm.privacy.accounting import gaussian_epsilon
 from tests.helpers.federations import (
     NO_PRIVACY,
     cut_in_round,
     edit,
     federation,
+    read,
     resumed,
 )
 
@@ -71,3 +75,60 @@ def test_latest_follows_the_run_that_goes_on(quick, tmp_path):
     resumed(str(cut.directory.path)).run()
 
     assert (tmp_path / "home/runs/latest").resolve() == cut.directory.path.resolve()
+
+
+def assert_three_rounds_spent(told):
+    """Epsilon is that of the planned rounds, each of which was released once."""
+    spent = gaussian_epsilon(told["noise_multiplier"], 3, told["delta"])
+    assert told["releases"] == [1, 2, 3]
+    assert told["epsilon"] == pytest.approx(spent)
+
+
+def test_a_copied_run_folder_counts_the_rounds_of_its_original(quick, tmp_path, caplog):
+    cut = cut_in_round(quick, 2)
+    copied = shutil.copytree(cut.directory.path, tmp_path / "copied")
+    original = resumed(str(cut.directory.path))
+    original.run()
+    copy = resumed(str(copied))
+
+    assert "released since then, and counts as spent here too" in caplog.text
+    copy.run()
+    assert copy.grid.sent == []
+    for run in (original, copy):
+        assert_three_rounds_spent(read(run, "privacy.json"))
+
+
+def test_a_run_folder_that_is_put_back_releases_no_round_again(quick, tmp_path):
+    cut = cut_in_round(quick, 3)
+    place = cut.directory.path
+    shutil.copytree(place, tmp_path / "backup")
+    resumed(str(place)).run()
+    shutil.rmtree(place)
+    shutil.copytree(tmp_path / "backup", place)
+    again = resumed(str(place))
+    again.run()
+
+    assert again.grid.sent == []
+    assert_three_rounds_spent(read(again, "privacy.json"))
+
+
+def test_of_two_copies_at_work_at_once_one_releases_and_the_other_stops(
+    quick, tmp_path
+):
+    cut = cut_in_round(quick, 2)
+    copied = shutil.copytree(cut.directory.path, tmp_path / "copied")
+    first, second = resumed(str(cut.directory.path)), resumed(str(copied))
+    second.run()
+
+    with pytest.raises(PrivacyError, match="another copy of this run's folder"):
+        first.run()
+    resumed(str(cut.directory.path)).run()
+    assert_three_rounds_spent(read(first, "privacy.json"))
+
+
+def test_a_run_whose_released_rounds_are_not_known_here_is_not_resumed(quick, tmp_path):
+    cut = cut_in_round(quick, 2)
+    shutil.rmtree(tmp_path / "home" / "released")
+
+    with pytest.raises(PrivacyError, match="is missing, which says how many rounds"):
+        resumed(str(cut.directory.path))

@@ -12,6 +12,7 @@ from flwr.app import Message, RecordDict
 from fedllm.client import cache, message_handler
 from fedllm.errors import AdapterError, PrivacyError
 from fedllm.planning.adapter_choice import Choice
+from fedllm.privacy.released_rounds import ReleasedRounds
 from fedllm.wire.messages import ARRAYS
 from tests.helpers.federations import (
     EVALUATE,
@@ -56,16 +57,19 @@ def test_the_learning_rates_and_moments_of_a_resumed_run_are_those_of_its_round(
     assert lines_of(cut)[3]["learning_rate"] == pytest.approx(0.5)
 
 
-def test_noise_after_a_crash_is_fresh(quick):
+def test_noise_after_a_crash_is_fresh(quick, tmp_path):
     def zeros(message: Message, context: Any) -> Message:
         arrays = message.content.array_records[ARRAYS]
         return Message(RecordDict({ARRAYS: arrays}), reply_to=message)
 
     cut = cut_in_round({**quick, "strategy.server-optimizer": "none"}, 2, answer=zeros)
     folder, copies = cut.directory.path, []
+    released = tmp_path / "home" / "released" / f"{folder.name}.json"
     for name in ("one", "two"):
         copy = folder.with_name(name)
         shutil.copytree(folder, copy)
+        # As if all of FEDLLM_HOME were put back: no copy knows of another.
+        released.write_text('{"rounds": [1]}')
         run = resumed(str(copy), answer=zeros)
         run.run()
         copies.append(run.progress.arrays)
@@ -85,8 +89,9 @@ def test_noise_after_a_crash_is_fresh(quick):
         ),
     ],
 )
-def test_a_ledger_that_was_tampered_with_stops_the_run(quick, change, said):
+def test_a_ledger_that_was_tampered_with_stops_the_run(quick, change, said, tmp_path):
     cut = cut_in_round(quick, 3)
+    ReleasedRounds(tmp_path / "home", "of-another-run").begin()
     edit(cut, "privacy.json", lambda content: content.update(change))
 
     with pytest.raises(PrivacyError, match=said):
