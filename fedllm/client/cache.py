@@ -16,9 +16,12 @@ from fedllm.config import RunConfig, fedllm_home
 from fedllm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from datasets import Dataset
 
     from fedllm.adapters.adapted_model import AdaptedModel
+    from fedllm.data.readers import Row
     from fedllm.data.tokens import Example
 
 
@@ -81,7 +84,7 @@ def client_rows(
     """
     key = (*_rows_key(node, config), held_out)
     if key not in resident.rows:
-        loaded = _load_rows(node, config, held_out)
+        loaded = _load_rows(node, config, log, held_out)
         tokenizer = resident.adapted.tokenizer
         resident.rows[key] = _tokenize(loaded, tokenizer, config, log)
     examples = resident.rows[key]
@@ -119,10 +122,13 @@ def client_records(
     key = _rows_key(node, config)
     if key not in resident.records:
         rows = load_records(config.data, node.data_path)
+        public: set[int] = set()
         if node.data_path is None:
             _require_public_partition(node, config)
             where = (node.partition_id, node.num_partitions, config.seed)
             rows = own_records(config.data, rows, *where)
+        else:
+            public = _public_places(config, rows, log)
         if not rows:
             raise DataError(f"client {node.partition_id}: has no rows")
         records = tokenize_records(
@@ -135,7 +141,10 @@ def client_records(
                 f"of {len(rows)} rows, which count as records all the same: "
                 + "; ".join(f"{count}: {cause}" for cause, count in causes)
             )
-        resident.records[key] = records.examples
+        resident.records[key] = [
+            None if place in public else example
+            for place, example in enumerate(records.examples)
+        ]
     return resident.records[key]
 
 
@@ -160,8 +169,10 @@ def _require_public_partition(node: NodeConfig, config: RunConfig) -> None:
         )
 
 
-def _load_rows(node: NodeConfig, config: RunConfig, held_out: bool) -> "Dataset":
-    """Read the client's own file, or its partition of `data.name`."""
+def _load_rows(
+    node: NodeConfig, config: RunConfig, log: ClientLog, held_out: bool
+) -> "Dataset":
+    """Read the client's own file without public rows, or its partition of `data.name`."""
     from fedllm.data.partitions import partition
     from fedllm.data.rows import load_rows, own_rows
 
@@ -170,7 +181,24 @@ def _load_rows(node: NodeConfig, config: RunConfig, held_out: bool) -> "Dataset"
         rows = partition(
             config.data, rows, node.partition_id, node.num_partitions, config.seed
         )
+    elif public := _public_places(config, rows, log):
+        rows = rows.select([i for i in range(len(rows)) if i not in public])
     return own_rows(config.data, rows, config.seed, held_out)
+
+
+def _public_places(
+    config: RunConfig, rows: "Iterable[Row | None]", log: ClientLog
+) -> set[int]:
+    """Return the places of a node's own rows that are public, and log how many."""
+    from fedllm.data.overlap import public_rows_among
+
+    public = public_rows_among(config.data, rows)
+    if public:
+        log.write(
+            f"client {log.number}: {len(public)} of its rows are public rows of "
+            f"{config.data.name}, whose losses are published: it does not train on them"
+        )
+    return public
 
 
 def _tokenize(

@@ -11,6 +11,7 @@ from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.adapters.spec import AdapterSpec
 from fedllm.config import RunConfig, fedllm_home, flat
+from fedllm.data.overlap import require_no_public_row_trains
 from fedllm.evaluation.public_rows import PublicRows
 from fedllm.planning.adapter_choice import choose_adapter, with_choice
 from fedllm.reporting.monitor import RunMonitor
@@ -49,7 +50,7 @@ def set_up(
 
     Raises:
         ConfigError: A setting does not fit the model, the run that is resumed, or the
-            installed packages.
+            installed packages; or a row that is declared public also trains.
         FederationError: Too few clients connected in time, or the run to be resumed
             cannot be.
         ModelError: The base model cannot be had.
@@ -96,6 +97,7 @@ def _assemble(
     if config.adapter.kind != "auto":
         # An adapter that does not fit fails before anybody is waited for.
         adapter_spec(config.adapter, model_config, config.seed)
+    require_no_public_row_trains(config)
     known = resumed.checkpoint.state.population if resumed else []
     population = wait_for_clients(grid, config, known, least_clients)
     config = _with_adapter_kind(config, len(population))

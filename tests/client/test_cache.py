@@ -94,5 +94,29 @@ def test_what_the_length_limit_cuts_is_logged_once(answer, home):
     for _ in range(2):
         answer({"train.max-length": 120})
 
-    log = (home / "logs" / "client-0.log").read_text()
+    (log,) = [path.read_text() for path in (home / "logs").glob("client-*.log")]
     assert log.count("train.max-length 120 cut") == 1
+
+
+@pytest.mark.parametrize("unit", ["client", "record"])
+def test_a_node_does_not_train_on_a_public_row_of_the_package(
+    answer, home, tmp_path, unit
+):
+    from fedllm.config import DataConfig
+    from fedllm.data.rows import load_public
+
+    public = load_public(DataConfig(), "test")[0]
+    rows = [{"instruction": f"Number {i}?", "response": f"{i}."} for i in range(4)]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in [*rows, public]))
+    node = {"data-path": str(path)}
+    changes = {"data.name": "wordnet-medical", "privacy.unit": unit}
+
+    answer(changes, node=node)
+
+    (resident,) = cache._resident.values()
+    kept = [*resident.rows.values(), *resident.records.values()][-1]
+    assert sum(example is not None for example in kept) == 4
+    assert len(kept) == (5 if unit == "record" else 4)
+    (log,) = [path.read_text() for path in (home / "logs").glob("client-*.log")]
+    assert "1 of its rows are public rows of wordnet-medical" in log

@@ -10,7 +10,7 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from fedllm.client import cache, message_handler
-from fedllm.errors import AdapterError, PrivacyError
+from fedllm.errors import AdapterError, ConfigError, PrivacyError
 from fedllm.planning.adapter_choice import Choice
 from fedllm.privacy.released_rounds import ReleasedRounds
 from fedllm.wire.messages import ARRAYS
@@ -140,3 +140,14 @@ def test_a_wrong_adapter_is_refused_before_anybody_is_waited_for(settings, monke
     monkeypatch.setattr("fedllm.server.startup.wait_for_clients", wait)
     with pytest.raises(AdapterError, match="adapter.target-modules"):
         start({**settings, "adapter.target-modules": "nonsense"})
+
+
+def test_a_public_row_that_trains_is_an_error_before_anybody_is_waited_for(
+    quick, monkeypatch
+):
+    monkeypatch.setattr("fedllm.server.startup.wait_for_clients", None)
+
+    with pytest.raises(
+        ConfigError, match="data.public-test: 24 of its rows also train"
+    ):
+        federation({**quick, "data.public-test": quick["data.name"]})

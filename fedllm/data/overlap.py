@@ -1,0 +1,103 @@
+"""Rows that train and rows that are declared public: no row may be both.
+
+The loss on a public row is printed, and chooses a round, without noise. That of a row which
+trains would be a release that nothing pays for. A row is known by the text of its
+conversation: another column, or a blank at an end, makes no other row of it.
+"""
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from fedllm.config import DataConfig, RunConfig
+from fedllm.data.embedded import EMBEDDED
+from fedllm.data.prompts import to_prompt_completion
+from fedllm.data.readers import Row, looks_local
+from fedllm.data.records import load_records
+from fedllm.data.rows import load_public
+from fedllm.errors import ConfigError, DataError
+
+_Split = Literal["validation", "test"]
+_SPLITS: dict[_Split, str] = {
+    "validation": "data.public-validation",
+    "test": "data.public-test",
+}
+
+
+def require_no_public_row_trains(config: RunConfig) -> None:
+    """Check that no training row that is known here is declared public too.
+
+    Rows of a hub, and of a file that is not on this machine, are not looked at: those are
+    the clients' own.
+
+    Raises:
+        ConfigError: A row is in both.
+        DataError: Public rows, or training rows that are here, cannot be read.
+    """
+    if config.privacy.unit == "none" or not _is_here(config.data):
+        return
+    public = {split: load_public(config.data, split) for split in _SPLITS}
+    if not any(public.values()):
+        return
+    training = _digests(config.data, load_records(config.data))
+    for split, key in _SPLITS.items():
+        rows = public[split]
+        both = 0 if rows is None else len(_digests(config.data, rows) & training)
+        if both:
+            raise ConfigError(
+                f"{key}: {both} of its rows also train (data.name is "
+                f"{config.data.name}): their losses would leave without noise under "
+                f"privacy.unit={config.privacy.unit!r}; take them out of one of the two"
+            )
+
+
+def public_rows_among(config: DataConfig, rows: Iterable[Row | None]) -> set[int]:
+    """Return the places of a node's own rows that come with this package as public ones.
+
+    A node trains on none of them. Which rows the server's own files declare public it
+    does not know, and it opens no path that a run config names.
+
+    Args:
+        config: Names the data set, and the files that take the place of its public rows.
+        rows: The node's rows; None for one that cannot be read.
+    """
+    if config.name not in EMBEDDED:
+        return set()
+    named = {"validation": config.public_validation, "test": config.public_test}
+    public: set[bytes] = set()
+    for split in _SPLITS:
+        if not named[split]:
+            public |= _digests(config, load_public(config, split) or ())
+    return {i for i, row in enumerate(rows) if _digest(config, row) in public}
+
+
+def _is_here(config: DataConfig) -> bool:
+    """Return whether this machine has the training rows that `data.name` names."""
+    if config.name in EMBEDDED:
+        return True
+    return looks_local(config.name) and Path(config.name).expanduser().exists()
+
+
+def _digests(config: DataConfig, rows: Iterable[Row | None]) -> set[bytes]:
+    found = {_digest(config, row) for row in rows}
+    return {digest for digest in found if digest is not None}
+
+
+def _digest(config: DataConfig, row: Row | None) -> bytes | None:
+    """Return the digest of a row's conversation; None if it has none."""
+    try:
+        conversation = None if row is None else to_prompt_completion(config, row)
+    except DataError:
+        return None
+    if conversation is None:
+        return None
+    turns = [
+        (turn["role"], unicodedata.normalize("NFC", turn["content"]).strip())
+        for part in conversation
+        for turn in part
+    ]
+    # Text may hold half a character, which no encoding takes: JSON escapes it.
+    return hashlib.sha256(json.dumps(turns).encode("ascii")).digest()
