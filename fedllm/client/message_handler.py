@@ -66,6 +66,8 @@ class _Client:
     config: RunConfig
     node: NodeConfig
     run_id: int
+    attempt: int
+    """Flower's id of the run that asks: another than `run_id` once a run was resumed."""
 
     @property
     def log(self) -> ClientLog:
@@ -108,15 +110,15 @@ def reply_to(message: Message, context: Context) -> Message:
     """
     private = True
     # What Flower says, not what the server says of a resumed run.
-    run_id = context.run_id
+    attempt = context.run_id
     try:
         context = original_context(message, context)
         config = parse_run_config(context.run_config)
         private = config.privacy.unit != "none"
         node = parse_node_config(context.node_config)
-        client = _Client(config, node, context.run_id)
+        client = _Client(config, node, context.run_id, attempt)
         if config.privacy.unit == "record":
-            content = _counted(message, client, run_id)
+            content = _counted(message, client)
         else:
             content = _answer(message, client)
     except Exception as error:  # noqa: BLE001 - a client's failure becomes a code
@@ -124,14 +126,14 @@ def reply_to(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-def _counted(message: Message, client: _Client, run_id: int) -> RecordDict:
+def _counted(message: Message, client: _Client) -> RecordDict:
     """Answer a request, which counts as refused until its release is paid for.
 
     Raises:
         BudgetError: Too many of the run's were refused.
     """
     folder = fedllm_home() / "refusals"
-    refusals = Refusals(folder, run_id, client.node.partition_id)
+    refusals = Refusals(folder, client.attempt, client.node.partition_id)
     refusals.begin()
     content = _answer(message, client)
     refusals.release()
@@ -178,6 +180,10 @@ def _train(message: Message, client: _Client) -> RecordDict:
     # The message's own clock is the server's, which may be wrong here by any amount.
     deadline = started + config.strategy.round_timeout
     record = message.content.config_records[CONFIG]
+    # Flower allows lists and bytes here: those raise, and the reply is a code.
+    server_round = int(record["server-round"])  # type: ignore[arg-type]
+    learning_rate = float(record["learning-rate"])  # type: ignore[arg-type]
+    _charge(client, server_round)
     resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
     loaded = time.monotonic()
     examples: Sequence[Example | None]
@@ -186,9 +192,6 @@ def _train(message: Message, client: _Client) -> RecordDict:
     else:
         examples = client_rows(resident, node, config, client.log)
     arrays = _received(message, resident.adapted, config)
-    # Flower allows lists and bytes here: those raise, and the reply is a code.
-    server_round = int(record["server-round"])  # type: ignore[arg-type]
-    learning_rate = float(record["learning-rate"])  # type: ignore[arg-type]
     seed = training_seed(config.seed, server_round, node.partition_id)
     task = RoundTask(arrays, learning_rate, seed, deadline)
     ready = time.monotonic()
@@ -205,6 +208,21 @@ def _train(message: Message, client: _Client) -> RecordDict:
     if metrics:
         content[METRICS] = MetricRecord(metrics)
     return content
+
+
+def _charge(client: _Client, server_round: int | None) -> None:
+    """Charge a client-level run to the node before anything of it is computed.
+
+    Raises:
+        BudgetError: It would pass the node's limit, or its round was not planned.
+        PrivacyError: The node's ledger cannot be trusted or written.
+    """
+    config = client.config
+    if config.privacy.unit == "client":
+        from fedllm.client.node_budget import asked_of, charge_run
+
+        asked = asked_of(config, client.run_id, client.attempt, server_round)
+        charge_run(config, client.node, asked, client.log)
 
 
 def _fit(
