@@ -29,3 +29,10 @@ def evaluate(message: Message, context: Context) -> Message:
     """Evaluate on this client's data; without differential privacy only."""
     show_log()
     return reply_to(message, context)
+
+
+@app.query()
+def announce(message: Message, context: Context) -> Message:
+    """Count a run that is announced, before any client is drawn for it."""
+    show_log()
+    return reply_to(message, context)

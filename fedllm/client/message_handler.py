@@ -97,7 +97,7 @@ class _Times:
 
 
 def reply_to(message: Message, context: Context) -> Message:
-    """Train or evaluate as a message asks, and reply. Never raises.
+    """Train, evaluate or count a run as a message asks, and reply. Never raises.
 
     Guarantee:
         Under `privacy.unit="client"` the reply holds the trained arrays, or one code of
@@ -141,8 +141,10 @@ def _counted(message: Message, client: _Client) -> RecordDict:
 
 
 def _answer(message: Message, client: _Client) -> RecordDict:
-    """Check the limits of the node's owner, and train or evaluate."""
+    """Check the limits of the node's owner, and do what is asked."""
     check_node_limits(client.node, client.config)
+    if message.metadata.message_type.startswith("query"):
+        return _announced(client)
     if message.metadata.message_type.startswith("evaluate"):
         return _evaluate(message, client)
     return _train(message, client)
@@ -208,6 +210,23 @@ def _train(message: Message, client: _Client) -> RecordDict:
     if metrics:
         content[METRICS] = MetricRecord(metrics)
     return content
+
+
+def _announced(client: _Client) -> RecordDict:
+    """Charge a run before any client is drawn for it, and return nothing.
+
+    Raises:
+        BudgetError: It would pass the node's limit.
+        ConfigError: Its cohorts are not secret: then nothing is announced.
+        PrivacyError: The node's ledger cannot be trusted or written.
+    """
+    if not client.config.cohorts_are_secret:
+        raise ConfigError(
+            "strategy.sampling: only a run with secret cohorts is announced (got "
+            f"{client.config.strategy.sampling!r})"
+        )
+    _charge(client, None)
+    return RecordDict()
 
 
 def _charge(client: _Client, server_round: int | None) -> None:

@@ -21,6 +21,7 @@ from fedllm.evaluation.sample_answers import sample_answers
 from fedllm.reporting.monitor import RunMonitor
 from fedllm.runs.directory import RESULT_FILE, RunDirectory
 from fedllm.runs.record import ANSWERS_FILE
+from fedllm.server.announcement import announce
 from fedllm.server.noise_probe import require_harmless_noise
 from fedllm.server.population import replace_departed
 from fedllm.server.privacy_account import PrivacyAccount
@@ -83,7 +84,8 @@ class Federation:
             The content of result.json.
 
         Raises:
-            FederationError: No client ever returned a usable update.
+            FederationError: No client ever returned a usable update, or every one refuses
+                the run.
             PrivacyError: Noise alone is destructive, and the settings do not allow that.
         """
         try:
@@ -114,6 +116,8 @@ class Federation:
     def _train(self) -> None:
         """Run the rounds that are left, while there is budget."""
         progress = self.progress
+        if self.config.cohorts_are_secret:
+            announce(self.config, self.grid, self.population, self._instructions())
         for server_round in range(
             progress.next_round, self.config.num_server_rounds + 1
         ):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import ConfigRecord, RecordDict
 
 from fedllm.client import message_handler
 from fedllm.client.message_handler import reply_to
@@ -22,7 +23,7 @@ from fedllm.privacy.wording import plain
 from fedllm.wire.messages import ARRAYS, CONFIG
 from fedllm.wire.resumed_run import ORIGINAL_RUN, original_run
 from tests.helpers.client_replies import NODE, WITHOUT_DP, code_of, text_of
-from tests.helpers.flower_messages import context, train_instruction
+from tests.helpers.flower_messages import context, instruction, train_instruction
 
 LIMITED = {**NODE, "max-epsilon": 8.0}
 COINS = {
@@ -30,6 +31,7 @@ COINS = {
     "strategy.fraction-train": 0.3,
     "privacy.target-epsilon": 0.0,
     "privacy.noise-multiplier": 3.0,
+    "privacy.max-epsilon": 8.0,
     "num-server-rounds": 3,
 }
 
@@ -142,6 +144,22 @@ def test_a_folder_that_is_resumed_twice_is_answered_once(asks):
 
 def test_a_round_beyond_the_plan_is_refused(asks):
     assert code_of(asks(1, server_round=6)) == "budget-spent"
+
+
+def test_an_announced_run_is_counted_as_sampled_and_only_a_secret_cohort_is_announced(
+    run_config, home, trained
+):
+    def announced(changes: dict[str, Any]):
+        content = RecordDict({CONFIG: ConfigRecord({"nonce": "0"})})
+        where = context({**run_config, **changes}, {**NODE, "max-epsilon": 8.0})
+        return reply_to(instruction(content, "query"), where)
+
+    assert not announced(COINS).content
+    assert account(home).events() == [(3.0, 0.3, 3)]
+    assert code_of(announced({})) == "bad-config"
+    assert code_of(announced({**COINS, "privacy.max-epsilon": 9.0})) == "bad-config"
+    assert len(account(home).runs) == 1
+    assert trained == []
 
 
 KILLED = """
