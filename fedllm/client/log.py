@@ -6,6 +6,8 @@ import traceback
 from dataclasses import dataclass
 
 from fedllm.config import fedllm_home
+from fedllm.errors import ConfigError
+from fedllm.strict_modes import make_strict_folder
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +44,11 @@ class ClientLog:
         path = fedllm_home() / "logs" / f"client-{self.number}.log"
         try:
             # An error's text may quote a row.
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_strict_folder(path.parent)
             with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 stamp = time.strftime("%Y-%m-%d %H:%M:%S")
                 file.write(f"{stamp} run {self.run_id} {text}\n")
-        except OSError as error:
-            logger.error("%s: cannot be written: %s", path, error.strerror)
+        except (OSError, ConfigError) as error:
+            # An entry that is not written must not cost the round.
+            logger.error("%s: cannot be written: %s", path, error)
         return str(path)

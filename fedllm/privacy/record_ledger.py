@@ -22,6 +22,7 @@ from fedllm.atomic_files import sync_folder, write_atomic, write_synced
 from fedllm.errors import BudgetError, PrivacyError
 from fedllm.privacy.accounting import Event, calibrate, default_delta, record_epsilon
 from fedllm.privacy.wording import plain
+from fedllm.strict_modes import make_strict_folder
 
 _KEY_FILE = "key"
 _LEDGER_FILE = "ledger.json"
@@ -96,6 +97,7 @@ class RecordLedger:
         folder: Made, with a fresh key and an empty ledger, if there is none.
 
     Raises:
+        ConfigError: Another user may write its place.
         PrivacyError: The ledger cannot be trusted or written.
     """
 
@@ -103,7 +105,7 @@ class RecordLedger:
         self._folder = folder
         self._path = folder / _LEDGER_FILE
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_strict_folder(folder.parent)
             self._lock = FileLock(str(folder) + ".lock", mode=0o600)
             with self._lock:
                 if not folder.exists():
