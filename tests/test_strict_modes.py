@@ -15,6 +15,7 @@ from fedllm.deployment.flower_programs import make_home
 from fedllm.deployment.superlink import superlink_arguments
 from fedllm.errors import ConfigError
 from fedllm.node.log import node_folder
+from fedllm.privacy.node_ledger import NodeLedger
 from fedllm.privacy.record_ledger import RecordLedger
 from fedllm.privacy.released_rounds import ReleasedRounds
 from fedllm.runs.directory import RunDirectory
@@ -200,6 +201,7 @@ WRITERS = {
         home, "2026-01-01_00-00-00_1"
     ).begin(),
     "a record ledger": lambda home: RecordLedger(home / "ledgers" / "own"),
+    "a node's ledger": lambda home: NodeLedger(home / "ledgers" / "node"),
     "refusals": lambda home: Refusals(home / "refusals", 5, 0).begin(),
     "a node's own folder": lambda home: node_folder(),
     "a SuperLink": lambda home: superlink_arguments(

@@ -4,6 +4,7 @@ import logging
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedllm.config import fedllm_home
 from fedllm.errors import ConfigError
@@ -33,6 +34,13 @@ class ClientLog:
         self._append(text)
         if self.is_shown:
             logger.info(text)
+
+    def write_new_ledger(self, folder: Path) -> None:
+        """Write that a budget begins, since one under another home would count on."""
+        self.write(
+            f"client {self.number}: {folder}: a new ledger begins, with nothing spent; what "
+            "this client's rows have spent under another home (FEDLLM_HOME) is not in it"
+        )
 
     def write_failure(self, code: str, error: Exception) -> str:
         """Write the whole error, never shown, and return the log's path."""

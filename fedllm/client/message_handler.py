@@ -283,7 +283,7 @@ def _fit_privately(
     from fedllm.training.dp_sgd import train_privately
 
     config = client.config
-    budget = open_budget(config, client.node, client.run_id, len(records))
+    budget = open_budget(config, client.node, client.run_id, len(records), client.log)
     budget.require()
     trained = train_privately(adapted, records, config, budget.plan, task)
     return trained, budget.spend()

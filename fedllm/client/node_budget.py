@@ -56,7 +56,10 @@ def charge_run(
     if node.is_simulated:
         return
     limits = Limits(node.max_epsilon, node.counted_delta, node.budget_period)
-    ledger = NodeLedger(node_ledger_folder(fedllm_home()))
+    folder = node_ledger_folder(fedllm_home())
+    ledger = NodeLedger(folder)
+    if ledger.is_new:
+        log.write_new_ledger(folder)
     if ledger.charge(asked, lambda: promise_of(config), limits):
         _note(ledger.account(), asked, limits, log)
 

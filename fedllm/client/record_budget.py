@@ -8,6 +8,7 @@ import hashlib
 import math
 from pathlib import Path
 
+from fedllm.client.log import ClientLog
 from fedllm.client.node_config import NodeConfig
 from fedllm.config import RunConfig, fedllm_home, flat
 from fedllm.planning.record_noise import client_plan
@@ -115,6 +116,7 @@ def open_budget(
     node: NodeConfig,
     run_id: int,
     num_records: int,
+    log: ClientLog,
 ) -> RecordBudget:
     """Return the budget of a client, with its ledger on this machine.
 
@@ -123,11 +125,15 @@ def open_budget(
         node: The client's node config.
         run_id: Flower's id of the run.
         num_records: n, all rows of the client.
+        log: Gets a line if a real client's ledger begins.
 
     Raises:
         ConfigError: There are fewer records than one expected batch.
         PrivacyError: The ledger cannot be trusted.
     """
     simulated = node.partition_id if node.is_simulated else None
-    ledger = RecordLedger(ledger_folder(fedllm_home(), run_id, simulated))
+    folder = ledger_folder(fedllm_home(), run_id, simulated)
+    ledger = RecordLedger(folder)
+    if ledger.is_new and simulated is None:
+        log.write_new_ledger(folder)
     return RecordBudget(ledger, config, run_id, num_records, node.max_epsilon)

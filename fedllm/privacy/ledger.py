@@ -23,7 +23,9 @@ _NOT_COVERED = [
     "the choice of settings, where it was made on private data",
     "who is connected, when each client answers (timing), and, where cohorts are not "
     "secret, which clients gave no usable update and by which code",
-    "earlier and later runs over the same clients: their epsilons add up",
+    "earlier and later runs over the same clients, which add up: a node with max-epsilon "
+    "counts what they promise and stops (fedllm node budget); no node sees whether a server "
+    "adds that noise, against which only updates that it cannot read would help",
     "a client with several nodes: the bound is for one node",
 ]
 _DERIVED = (

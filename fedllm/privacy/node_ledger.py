@@ -154,11 +154,17 @@ class NodeLedger:
         folder: Made if there is none.
 
     Raises:
+        ConfigError: Another user may write its place.
         PrivacyError: The ledger cannot be trusted or written.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = SealedFolder(folder, _EMPTY)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it was begun just now."""
+        return self._folder.is_new
 
     def account(self) -> Account:
         """Return all that the ledger holds."""

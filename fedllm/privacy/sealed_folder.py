@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from fedllm.atomic_files import sync_folder, write_atomic, write_synced
 from fedllm.errors import PrivacyError
+from fedllm.strict_modes import make_strict_folder
 
 _KEY_FILE = "key"
 _LEDGER_FILE = "ledger.json"
@@ -38,7 +39,11 @@ class SealedFolder:
         folder: Made, with a fresh key, if there is none.
         empty: The content of a new one; its `format` is that of every later one.
 
+    Attributes:
+        is_new: Whether the folder was made just now.
+
     Raises:
+        ConfigError: Another user may write its place.
         PrivacyError: The folder cannot be trusted or written.
     """
 
@@ -47,10 +52,11 @@ class SealedFolder:
         self._path = folder / _LEDGER_FILE
         self._format = empty["format"]
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_strict_folder(folder.parent)
             self._lock = FileLock(str(folder) + ".lock", mode=_OWNER_ONLY)
             with self._lock:
-                if not folder.exists():
+                self.is_new = not folder.exists()
+                if self.is_new:
                     self._create(empty)
                 self._key = self._read_key()
         except OSError as error:

@@ -203,6 +203,15 @@ def test_a_simulated_client_keeps_no_ledger(asks, home):
     assert not (home / "ledgers").exists()
 
 
+def test_a_node_whose_ledger_begins_is_told_so_once(asks, home):
+    small = {"privacy.target-epsilon": 4.0}
+    asks(1, small)
+    asks(2, small)
+
+    told = (home / "logs/client-0.log").read_text()
+    assert told.count("ledgers/node: a new ledger begins, with nothing spent") == 1
+
+
 def test_a_real_node_without_a_limit_counts(asks, home, data_file):
     node = {"data-path": str(data_file)}
 

@@ -69,12 +69,12 @@ def test_nothing_is_trained_once_the_budget_is_spent(answer, limits, monkeypatch
 
 
 def test_the_adapter_leaves_only_after_the_ledger_is_on_disk(answer, monkeypatch):
-    from fedllm.privacy import record_ledger
+    from fedllm.privacy.sealed_folder import SealedFolder
 
     answer(RECORD)
     monkeypatch.setattr(
-        record_ledger.RecordLedger,
-        "_write",
+        SealedFolder,
+        "write",
         lambda self, content: (_ for _ in ()).throw(OSError(28, "disk full")),
     )
 
@@ -120,3 +120,14 @@ def test_new_rows_begin_no_new_budget_and_rows_that_return_cost_the_same(
 
     assert [ask("other") for _ in range(3)] == spent
     assert spent == sorted(spent) and spent[0] < spent[2]
+
+
+def test_a_real_client_whose_ledger_begins_is_told_so_once(answer, home, data_file):
+    node = {"data-path": str(data_file), "partition-id": 4}
+    answer(RECORD, node)
+    answer(RECORD, node, server_round=2)
+    answer(RECORD)
+
+    told = (home / "logs/client-4.log").read_text()
+    assert told.count("ledgers/own: a new ledger begins, with nothing spent") == 1
+    assert "a new ledger" not in (home / "logs/client-0.log").read_text()

@@ -108,6 +108,13 @@ class Federation:
         assert found, done.stdout + done.stderr + self.log("superlink")
         return done.stdout, Path(found[1])
 
+    def renew(self) -> None:
+        """Begin a new budget period at each node, as their owners would."""
+        for node in NODES:
+            home = self.folder / node
+            done = self.shell(f"fedllm node renew --early --home {home}")
+            assert "has begun" in done.stdout, done.stdout + done.stderr
+
     def log(self, name: str) -> str:
         return (self.home / f"{name}.log").read_text()
 
@@ -178,6 +185,7 @@ def test_a_whole_private_run_over_tls_improves_the_adapter_and_shows_no_row(fede
         result = json.loads((run / "result.json").read_text())
         if result["test_loss_after"] < result["test_loss_before"]:
             break
+        federation.renew()
     assert result["test_loss_after"] < result["test_loss_before"], said
     assert result["num_rounds"] == 1
     spent = json.loads((run / "privacy.json").read_text())
@@ -193,6 +201,19 @@ def test_a_whole_private_run_over_tls_improves_the_adapter_and_shows_no_row(fede
     assert {"superlink.db", "superlink.log", "gate.log", "metrics.jsonl"} <= names
     assert [p for p in written if PLANTED.encode() in p.read_bytes()] == []
     assert PLANTED not in said
+
+
+def test_a_run_that_passes_the_nodes_budget_gets_no_update_until_it_is_renewed(
+    federation,
+):
+    done = federation.type("flwr run .")
+
+    assert "budget-spent" in done.stdout, done.stdout + done.stderr
+    told = federation.shell(f"fedllm node budget --home {federation.folder / NODES[0]}")
+    assert "epsilon 8.00 spent, nothing is left" in told.stdout
+    lines = (federation.folder / NODES[0] / "node/node.log").read_text().splitlines()
+    assert json.loads(lines[-1])["code"] == "budget-spent"
+    federation.renew()
 
 
 def test_a_client_whose_file_is_gone_counts_as_zero_and_its_log_says_why(federation):
