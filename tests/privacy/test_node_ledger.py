@@ -1,5 +1,7 @@
 """One budget over all runs of a node."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -79,6 +81,47 @@ def test_two_runs_that_together_pass_the_budget_the_second_is_refused(ledger):
     assert [run.run for run in ledger.account().runs] == ["a"]
     assert ask(ledger, "c", promised=promise(3.0))
     assert spent(ledger) < 8.0
+
+
+CHARGING = """
+import sys
+from pathlib import Path
+from fedllm.errors import BudgetError
+from fedllm.privacy.node_ledger import Asked, Limits, NodeLedger, Promise
+ledger = NodeLedger(Path(sys.argv[1]))
+promise = Promise("client", "all", 1.0, float(sys.argv[3]), 5, 1e-5)
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(8):
+    try:
+        asked = Asked(f"{sys.argv[2]}{number}", 1, 1, 1)
+        ledger.charge(asked, lambda: promise, Limits(8.0, 1e-5))
+        print("charged", flush=True)
+    except BudgetError:
+        pass
+"""
+
+
+def test_two_processes_at_once_do_not_pass_the_budget_together(ledger, folder):
+    z = str(promise(3.0).noise_multiplier)
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHARGING, str(folder), name, z],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in "ab"
+    ]
+    for run in runs:
+        assert run.stdout.readline() == "ready\n"
+    for run in runs:
+        run.stdin.write("\n")
+        run.stdin.flush()
+    charged = sum(run.communicate(timeout=30)[0].count("charged") for run in runs)
+
+    assert charged == len(ledger.account().runs) >= 4
+    assert spent(ledger) <= 8.0
 
 
 def test_a_run_of_just_the_limit_fits_an_empty_ledger_and_nothing_after_it(ledger):
