@@ -84,18 +84,20 @@ def test_two_runs_that_together_pass_the_budget_the_second_is_refused(ledger):
 
 
 CHARGING = """
-import sys
+import sys, time
 from pathlib import Path
 from fedllm.errors import BudgetError
 from fedllm.privacy.node_ledger import Asked, Limits, NodeLedger, Promise
 ledger = NodeLedger(Path(sys.argv[1]))
-promise = Promise("client", "all", 1.0, float(sys.argv[3]), 5, 1e-5)
+def promise():
+    time.sleep(0.05)
+    return Promise("client", "all", 1.0, float(sys.argv[3]), 5, 1e-5)
 print("ready", flush=True)
 sys.stdin.readline()
 for number in range(8):
     try:
         asked = Asked(f"{sys.argv[2]}{number}", 1, 1, 1)
-        ledger.charge(asked, lambda: promise, Limits(8.0, 1e-5))
+        ledger.charge(asked, promise, Limits(8.0, 1e-5))
         print("charged", flush=True)
     except BudgetError:
         pass
@@ -120,6 +122,7 @@ def test_two_processes_at_once_do_not_pass_the_budget_together(ledger, folder):
         run.stdin.flush()
     charged = sum(run.communicate(timeout=30)[0].count("charged") for run in runs)
 
+    assert [run.returncode for run in runs] == [0, 0]
     assert charged == len(ledger.account().runs) >= 4
     assert spent(ledger) <= 8.0
 

@@ -74,6 +74,7 @@ def test_of_two_processes_none_writes_over_the_other(folder):
         writer.stdin.flush()
     for writer in writers:
         writer.communicate(timeout=30)
+        assert writer.returncode == 0
 
     assert sorted(entries(folder)) == [[name, i] for name in "ab" for i in range(15)]
 
