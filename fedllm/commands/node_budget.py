@@ -140,7 +140,7 @@ def _run_line(run: ChargedRun, account: Account, delta: float) -> str:
         )
         words.append(counted)
     if not run.amplified:
-        words.append(f"{run.answered} asked for")
+        words.append(f"{len(run.rounds)} asked for")
     epsilon = plain(composed_epsilon([run.event], delta))
     is_open = not run.ended and run.period == account.period
     words.append(f"epsilon {epsilon}" + ("" if is_open else ", ended"))

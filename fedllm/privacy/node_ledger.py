@@ -88,8 +88,7 @@ class ChargedRun:
         charged: When, in seconds since 1970, by this machine's clock.
         amplified: Whether it was charged before any coin was tossed, and so as sampled.
         attempts: Flower's ids of the run and of what resumed it, in order.
-        last: The latest round that was asked for.
-        answered: How many rounds were asked for.
+        rounds: The rounds that were asked for, in order; of an amplified run none is kept.
         ended: Whether the owner has ended it.
     """
 
@@ -100,17 +99,19 @@ class ChargedRun:
     charged: float
     amplified: bool
     attempts: tuple[int, ...] = ()
-    last: int = 0
-    answered: int = 0
+    rounds: tuple[int, ...] = ()
     ended: bool = False
 
     @property
     def event(self) -> Event:
         """What it costs: without amplification an ended run only the rounds it asked for."""
-        promise, rounds = self.promise, self.promise.rounds
+        promise = self.promise
         if self.amplified:
-            return (promise.noise_multiplier, promise.sampling_probability, rounds)
-        return (promise.noise_multiplier, 1.0, self.answered if self.ended else rounds)
+            probability, rounds = promise.sampling_probability, promise.rounds
+        else:
+            probability = 1.0
+            rounds = len(self.rounds) if self.ended else promise.rounds
+        return (promise.noise_multiplier, probability, rounds)
 
 
 @dataclass(frozen=True)
@@ -327,18 +328,14 @@ def _advanced(run: ChargedRun, asked: Asked) -> ChargedRun:
     if run.amplified:
         # Which rounds a node was drawn for may not decide a refusal, and is not kept.
         return replace(run, attempts=attempts)
-    if is_new and server_round < run.last:
+    last = max(run.rounds, default=0)
+    if is_new and server_round < last:
         raise BudgetError(
-            f"run {run.run}: resumes at round {server_round}, and round {run.last} was "
+            f"run {run.run}: resumes at round {server_round}, and round {last} was "
             "answered: a second run, from a copy of its folder, that nobody charged"
         )
-    more = int(server_round > run.last)
-    return replace(
-        run,
-        attempts=attempts,
-        last=max(run.last, server_round),
-        answered=run.answered + more,
-    )
+    rounds = tuple(sorted({*run.rounds, server_round}))
+    return replace(run, attempts=attempts, rounds=rounds)
 
 
 def _find(runs: Iterable[ChargedRun], name: str) -> ChargedRun | None:
@@ -360,8 +357,12 @@ def _account(content: Mapping[str, Any]) -> Account:
     limits = content["limits"]
     runs = []
     for name, entry in content["runs"].items():
-        promise, attempts = Promise(**entry["promise"]), tuple(entry["attempts"])
-        kept = {**entry, "promise": promise, "attempts": attempts}
+        kept = {
+            **entry,
+            "promise": Promise(**entry["promise"]),
+            "attempts": tuple(entry["attempts"]),
+            "rounds": tuple(entry["rounds"]),
+        }
         runs.append(ChargedRun(run=name, **kept))
     return Account(
         tuple(sorted(runs, key=lambda run: run.charged)),
