@@ -15,6 +15,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 
 from fedllm.adapters.resolve import with_kind
+from fedllm.client.base_model import require_same_base
 from fedllm.client.cache import client_records, client_rows, resident_model
 from fedllm.client.log import ClientLog
 from fedllm.client.node_config import (
@@ -36,6 +37,7 @@ from fedllm.training.task import RoundTask, training_seed
 from fedllm.wire.messages import (
     ADAPTER_KIND,
     ARRAYS,
+    BASE_MODEL,
     CLIENT_PHASES,
     CONFIG,
     METRICS,
@@ -186,6 +188,7 @@ def _train(message: Message, client: _Client) -> RecordDict:
     server_round = int(record["server-round"])  # type: ignore[arg-type]
     learning_rate = float(record["learning-rate"])  # type: ignore[arg-type]
     _charge(client, server_round)
+    require_same_base(config.model.name, record.get(BASE_MODEL))
     resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
     loaded = time.monotonic()
     examples: Sequence[Example | None]
@@ -364,6 +367,7 @@ def _evaluate(message: Message, client: _Client) -> RecordDict:
             f"(got {config.privacy.unit!r})"
         )
     record = message.content.config_records[CONFIG]
+    require_same_base(config.model.name, record.get(BASE_MODEL))
     resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
     held = client_rows(resident, client.node, config, client.log, held_out=True)
     adapted = resident.adapted

@@ -158,8 +158,11 @@ def _cached(name: str) -> str | None:
     """Return the folder of a hub model in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
+    from fedllm.models.loading import repository
+
+    repo, commit = repository(name)
     try:
-        found = try_to_load_from_cache(name, "config.json")
+        found = try_to_load_from_cache(repo, "config.json", revision=commit)
     except ValueError:
         return None
     return str(Path(found).parent) if isinstance(found, str) else None
@@ -187,11 +190,14 @@ def _hub(name: str) -> Check:
     """Request a model's configuration from the hub, a few hundred bytes, briefly."""
     from huggingface_hub import constants
 
+    from fedllm.models.loading import repository
+
     remedy = "name a local folder (model.name), or the built-in model"
     if constants.HF_HUB_OFFLINE:
         text = f"{name} is not in the cache, and HF_HUB_OFFLINE forbids the hub"
         return Check("model", "FAIL", text, f"unset it, or {remedy}")
-    url = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
+    repo, commit = repository(name)
+    url = f"{constants.ENDPOINT}/{repo}/resolve/{commit or 'main'}/config.json"
     try:
         urlopen(Request(url, method="HEAD"), timeout=_HUB_SECONDS).close()
     except HTTPError as error:

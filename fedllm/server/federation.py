@@ -37,7 +37,12 @@ from fedllm.server.saving import BestRound, Progress, RunSaver
 from fedllm.server.summary import log_outcome, log_plan
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
-from fedllm.wire.messages import ADAPTER_KIND, array_record, read_global
+from fedllm.wire.messages import (
+    ADAPTER_KIND,
+    BASE_MODEL,
+    array_record,
+    read_global,
+)
 from fedllm.wire.resumed_run import ORIGINAL_RUN, original_run
 
 logger = logging.getLogger(__name__)
@@ -54,6 +59,7 @@ class Federation:
         resumed: Whether the run was begun before.
         population: Node ids of all clients.
         spec: The adapter.
+        base_digest: What the clients compare their base model with.
         directory: The run folder, locked.
         public: Scores adapters on public rows.
         account: What was spent.
@@ -69,6 +75,7 @@ class Federation:
     resumed: bool
     population: list[int]
     spec: AdapterSpec
+    base_digest: str
     directory: RunDirectory
     public: PublicRows
     account: PrivacyAccount
@@ -190,9 +197,12 @@ class Federation:
     def _instructions(self) -> ConfigRecord:
         """Return what every message holds besides its round.
 
-        That is the adapter's kind, and the original run's settings if it was resumed.
+        That is the adapter's kind, the base model's digest, and the original run's
+        settings if it was resumed.
         """
-        record = ConfigRecord({ADAPTER_KIND: self.spec.kind})
+        record = ConfigRecord(
+            {ADAPTER_KIND: self.spec.kind, BASE_MODEL: self.base_digest}
+        )
         if self.resumed:
             record[ORIGINAL_RUN] = original_run(self.config, self.run_id)
         return record

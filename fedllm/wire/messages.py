@@ -23,6 +23,9 @@ ERROR = "error"
 ADAPTER_KIND = "adapter-kind"
 """Entry of a message's config: the adapter kind that the server chose for `auto`."""
 
+BASE_MODEL = "base-model"
+"""Entry of a message's config: the digest of the server's base model."""
+
 NONCE = "nonce"
 """Entry of a message's config that makes its id, a hash, one that nobody can find."""
 

@@ -64,6 +64,12 @@ def test_each_node_has_its_own_key_data_and_state_and_nobody_the_cas():
             assert not private or service in NODES
 
 
+def test_a_node_reads_the_shared_models_and_the_server_alone_writes_them():
+    for service, told in SERVICES.items():
+        modes = [v.split(":/state/models")[1] for v in told["volumes"] if "models" in v]
+        assert modes == {"superlink": [""], "gate": []}.get(service, [":ro"])
+
+
 def test_the_network_sees_the_gate_alone():
     assert [s for s in SERVICES if "ports" in SERVICES[s]] == ["superlink"]
     assert SERVICES["superlink"]["ports"] == ["${FEDLLM_GATE_PORT:-9192}:9192"]

@@ -10,9 +10,12 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from fedllm.client import cache, message_handler
+from fedllm.config import fedllm_home, parse_run_config
 from fedllm.errors import AdapterError, ConfigError, PrivacyError
+from fedllm.models.loading import base_digest
 from fedllm.planning.adapter_choice import Choice
 from fedllm.privacy.released_rounds import ReleasedRounds
+from fedllm.server.startup import _log_unpinned
 from fedllm.wire.messages import ARRAYS
 from tests.helpers.federations import (
     EVALUATE,
@@ -22,6 +25,7 @@ from tests.helpers.federations import (
     federation,
     kept,
     lines_of,
+    read,
     resumed,
     start,
 )
@@ -151,3 +155,24 @@ def test_a_public_row_that_trains_is_an_error_before_anybody_is_waited_for(
         ConfigError, match="data.public-test: 24 of its rows also train"
     ):
         federation({**quick, "data.public-test": quick["data.name"]})
+
+
+def test_every_message_and_the_run_folder_name_the_base_s_files(quick, tiny_llama):
+    run = federation({**quick, **NO_PRIVACY, "num-server-rounds": 1})
+    run.run()
+
+    digest = base_digest(str(tiny_llama), fedllm_home())
+    assert read(run, "config.json")["base_digest"] == digest
+    for message in run.grid.sent:
+        assert message.content.config_records["config"]["base-model"] == digest
+
+
+@pytest.mark.parametrize("pin", ["", "@" + "b" * 40])
+def test_a_hub_id_without_a_commit_is_a_warning_that_names_it(caplog, pin):
+    config = parse_run_config({"model.name": f"owner/base{pin}", "data.name": "a/b"})
+
+    _log_unpinned(config, "owner/base " + "b" * 40)
+
+    assert ("owner/base is not pinned" in caplog.text) == (not pin)
+    assert (f"model.name='owner/base@{'b' * 40}'" in caplog.text) == (not pin)
+    assert "data.name: a/b is not pinned" in caplog.text
