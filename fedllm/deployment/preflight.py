@@ -51,6 +51,10 @@ class Check:
     text: str
     remedy: str = ""
 
+    def __str__(self) -> str:
+        text = f"{self.level:<5} {self.name}: {self.text}\n"
+        return text + (f"      -> {self.remedy}\n" if self.remedy else "")
+
 
 def checks(config: RunConfig) -> Iterator[Check]:
     """Yield all checks of a config, cheap ones first."""
@@ -151,10 +155,10 @@ def _is_there(name: str) -> bool:
     """Return whether a model need not be fetched."""
     if name == BUILT_IN_MODEL.name:
         return (fedllm_home() / "models" / name).is_dir()
-    return Path(name).expanduser().is_dir() or _cached(name) is not None
+    return Path(name).expanduser().is_dir() or cached_model(name) is not None
 
 
-def _cached(name: str) -> str | None:
+def cached_model(name: str) -> str | None:
     """Return the folder of a hub model in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -180,7 +184,7 @@ def _model(config: RunConfig) -> Check:
     location = locate(name, fedllm_home())
     if Path(location).is_dir():
         return Check("model", "ok", location)
-    cached = _cached(name)
+    cached = cached_model(name)
     if cached is not None:
         return Check("model", "ok", f"{name} is in the hub's cache: {cached}")
     return _hub(name)
@@ -310,7 +314,7 @@ def _model_config(config: RunConfig) -> "PretrainedConfig | None":
     name = config.model.name
     folder = name if Path(name).expanduser().is_dir() else None
     if name != BUILT_IN_MODEL.name:
-        folder = folder or _cached(name)
+        folder = folder or cached_model(name)
     if folder is not None:
         return load_config(str(Path(folder).expanduser()))
     known = KNOWN_MODELS.get(name)
