@@ -65,7 +65,8 @@ def test_a_fingerprint_is_the_one_that_ssh_prints(tmp_path):
         "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIDtqJ7zOtqQtYqOo0CpvDXNlMhV3HeJDpjrASKGLWdop"
     )
     printed = "SHA256:tAXFyTXI8xtDaujAEcwJslAYc9/6FKcUkd2Lw0xDhPo"
-    assert fingerprint(reviewers()[trust(path)]) == printed
+    name = trust(path)
+    assert fingerprint(reviewers()[name]) == printed
 
 
 def test_what_is_no_ed25519_key_is_refused_in_one_line(alice, tmp_path):
