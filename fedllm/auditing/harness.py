@@ -153,6 +153,11 @@ class Bench:
         return self._recorder.entered
 
     @property
+    def moments(self) -> Mapping[str, Vector]:
+        """The moments of the server optimiser now, by name."""
+        return self._recorder.moments
+
+    @property
     def rounds_on_disk(self) -> list[int]:
         """Rounds in the ledger's file when each step of the optimiser was taken."""
         return self._recorder.rounds_on_disk
@@ -275,6 +280,11 @@ class _Recorder:
         self._ledger = ledger
         self.entered: list[Vector] = []
         self.rounds_on_disk: list[int] = []
+
+    @property
+    def moments(self) -> Mapping[str, Vector]:
+        """The real optimiser's moments."""
+        return self._optimizer.moments
 
     def step(self, update: Vector, learning_rate: float) -> Vector:
         """Record the update and make the real optimiser's step."""

@@ -439,6 +439,17 @@ def test_an_example_that_fails_leaves_the_bits_of_the_others(
     assert per_example.num_unfit == 1
 
 
+def test_a_token_that_the_model_lacks_never_reaches_it(
+    make_model, examples, monkeypatch
+):
+    """On an accelerator it would end the process."""
+    monkeypatch.setattr(PerExample, "_backward", None)
+    per_example = PerExample(make_model("ffa-lora"), PAD)
+
+    assert not list(per_example.gradients([{**examples[0], "input_ids": [9999]}], 4))
+    assert per_example.num_unfit == 1
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_running_out_of_memory_is_about_the_machine_and_is_raised(
     make_model, examples, monkeypatch, together
