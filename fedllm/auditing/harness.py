@@ -28,6 +28,7 @@ from fedllm.strategy.build import make_strategy
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
 from fedllm.strategy.server_optimizer import ServerOptimizer
+from fedllm.wire.masking import WIRE, masked
 from fedllm.wire.messages import ARRAYS, METRICS, array_record, encoded_record
 from fedllm.wire.task_identity import set_task_identity
 
@@ -299,4 +300,7 @@ def _replies(contents: Contents) -> Iterator[Message]:
     """Wrap contents as Flower would deliver them, one at a time."""
     for node_id, content in contents:
         asked = Message(RecordDict(), node_id, "train")
+        # A content with a record of its own on its format stays as hostile as it is.
+        if isinstance(content, RecordDict) and WIRE not in content:
+            content = masked(content)
         yield Message(content, reply_to=asked)

@@ -34,6 +34,7 @@ from fedllm.errors import (
     TimeLimitError,
 )
 from fedllm.training.task import RoundTask, training_seed
+from fedllm.wire.masking import WIRE_FORMAT, masked
 from fedllm.wire.messages import (
     ADAPTER_KIND,
     ARRAYS,
@@ -41,6 +42,7 @@ from fedllm.wire.messages import (
     CLIENT_PHASES,
     CONFIG,
     METRICS,
+    WIRE_FORMAT_KEY,
     encoded_record,
     error_content,
     read_global,
@@ -109,6 +111,7 @@ def reply_to(message: Message, context: Context) -> Message:
         leaves, and which epsilon, is a function of settings and of the number of rows, but
         for limits of time and memory; after a few requests without a release it is one
         code for the rest of the run.
+        No object of a reply can be foreseen by who knows the rows (`wire.masking`).
     """
     private = True
     # What Flower says, not what the server says of a resumed run.
@@ -120,9 +123,9 @@ def reply_to(message: Message, context: Context) -> Message:
         node = parse_node_config(context.node_config)
         client = _Client(config, node, context.run_id, attempt)
         if config.privacy.unit == "record":
-            content = _counted(message, client)
+            content = masked(_counted(message, client))
         else:
-            content = _answer(message, client)
+            content = masked(_answer(message, client))
     except Exception as error:  # noqa: BLE001 - a client's failure becomes a code
         content = _failure(error, context, private)
     return Message(content, reply_to=message)
@@ -145,11 +148,26 @@ def _counted(message: Message, client: _Client) -> RecordDict:
 def _answer(message: Message, client: _Client) -> RecordDict:
     """Check the limits of the node's owner, and do what is asked."""
     check_node_limits(client.node, client.config)
+    _check_format(message)
     if message.metadata.message_type.startswith("query"):
         return _announced(client)
     if message.metadata.message_type.startswith("evaluate"):
         return _evaluate(message, client)
     return _train(message, client)
+
+
+def _check_format(message: Message) -> None:
+    """Raise if the server does not read replies in this node's format.
+
+    Raises:
+        ConfigError: Their versions of fedllm differ.
+    """
+    read = message.content.config_records[CONFIG].get(WIRE_FORMAT_KEY, 1)
+    if read != WIRE_FORMAT:
+        raise ConfigError(
+            f"fedllm: the server reads wire format {read!r} and this node writes "
+            f"{WIRE_FORMAT}: install the same version on both"
+        )
 
 
 def _failure(error: Exception, context: Context, private: bool) -> RecordDict:

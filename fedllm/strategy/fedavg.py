@@ -33,10 +33,12 @@ from fedllm.strategy.cohort import choose_cohort, seeded_cohort
 from fedllm.strategy.robust import combine_robustly, validated_reply
 from fedllm.strategy.round_stats import Round
 from fedllm.strategy.server_optimizer import ServerOptimizer, cosine
+from fedllm.wire.masking import WIRE_FORMAT
 from fedllm.wire.messages import (
     ARRAYS,
     CONFIG,
     NONCE,
+    WIRE_FORMAT_KEY,
     Reply,
     array_record,
     encoded_record,
@@ -285,7 +287,11 @@ class AdapterFedAvg(FedAvg):
                     {
                         **content,
                         CONFIG: ConfigRecord(
-                            {**content.config_records[CONFIG], NONCE: token_hex(16)}
+                            {
+                                **content.config_records[CONFIG],
+                                WIRE_FORMAT_KEY: WIRE_FORMAT,
+                                NONCE: token_hex(16),
+                            }
                         ),
                     }
                 ),

@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from fedllm.config import Encoding
 from fedllm.foreign_text import printable
 from fedllm.wire.encoding import PACKED, pack, packed_size, unpack
+from fedllm.wire.masking import MASKED, Mask, mask_of, masked
 
 ARRAYS = "arrays"
 CONFIG = "config"
@@ -28,6 +29,9 @@ BASE_MODEL = "base-model"
 
 NONCE = "nonce"
 """Entry of a message's config that makes its id, a hash, one that nobody can find."""
+
+WIRE_FORMAT_KEY = "wire-format"
+"""Entry of a message's config: the format in which the server reads replies."""
 
 CLIENT_PHASES = ("load", "tokenise", "build", "train", "encode")
 """The phases of a client's seconds, in order; sent without DP only."""
@@ -67,7 +71,8 @@ class Reply:
         eval_loss: Loss on the client's own rows; None if not sent or not finite.
         epsilon: What the client reports to have spent; None if not sent or not finite.
         seconds: Phase -> seconds of CLIENT_PHASES; empty if not sent or absurd.
-        code: None, or why there is no update: one of ERROR_CODES or `malformed`.
+        code: None, or why there is no update: one of ERROR_CODES, `malformed` or
+            `other-version`.
         text: The client's own words on its failure, for runs without DP only; printable,
             on one line and short, whoever makes a Reply of whatever was sent.
         num_bytes: Size of the arrays on the wire.
@@ -90,7 +95,7 @@ class Reply:
 
 
 def error_content(code: str, text: str | None) -> RecordDict:
-    """Make a client's reply without an update, with the reason.
+    """Make a client's reply without an update, with the reason, as it travels.
 
     Args:
         code: One of ERROR_CODES.
@@ -99,7 +104,7 @@ def error_content(code: str, text: str | None) -> RecordDict:
     record: dict[str, Any] = {"code": code}
     if text is not None:
         record["text"] = text[:2000]
-    return RecordDict({ERROR: ConfigRecord(record)})
+    return masked(RecordDict({ERROR: ConfigRecord(record)}))
 
 
 def read_reply(
@@ -127,6 +132,9 @@ def read_reply(
             code = "malformed" if unreadable else "failed"
             return Reply(node_id, code=code, text=reason)
         content = message.content
+        mask = mask_of(content)
+        if isinstance(mask, tuple):
+            return Reply(node_id, code=mask[0], text=mask[1])
         if ERROR in content.config_records:
             record = content.config_records[ERROR]
             sent_code = record.get("code")
@@ -137,7 +145,7 @@ def read_reply(
         if not shapes:
             return Reply(node_id, **metrics)
         sent = content.array_records.get(ARRAYS)
-        arrays, num_bytes = _read_arrays(sent, shapes, encoding)
+        arrays, num_bytes = _read_arrays(sent, shapes, encoding, mask)
     except Exception as error:  # noqa: BLE001 - a hostile reply may raise anything
         return Reply(node_id, code="malformed", text=type(error).__name__)
     if isinstance(arrays, str):
@@ -177,7 +185,7 @@ def read_global(
     Raises:
         ValueError: They are not exactly the declared ones.
     """
-    arrays, _ = _read_arrays(record, shapes, encoding)
+    arrays, _ = _read_arrays(record, shapes, encoding, None)
     if isinstance(arrays, str):
         raise ValueError(f"the server's adapter cannot be used: {arrays}")
     return arrays
@@ -187,20 +195,31 @@ def _read_arrays(
     record: ArrayRecord | None,
     shapes: Mapping[str, tuple[int, ...]],
     encoding: Encoding,
+    mask: Mask | None,
 ) -> tuple[dict[str, npt.NDArray[Any]] | str, int]:
-    """Return the arrays by name or what is wrong with them, and their bytes."""
+    """Return the arrays by name or what is wrong with them, and their bytes.
+
+    Args:
+        record: What was sent.
+        shapes: Name -> declared shape.
+        encoding: How they travel.
+        mask: The reply's; None for the server's arrays, which have none.
+    """
     if encoding == "float32":
-        return _read_named(record, shapes, "f")
+        return _read_named(record, shapes, "f", mask)
     size = sum(int(np.prod(shape)) for shape in shapes.values())
     declared = {PACKED: (packed_size(size, encoding),)}
-    packed, num_bytes = _read_named(record, declared, "u")
+    packed, num_bytes = _read_named(record, declared, "u", mask)
     if isinstance(packed, str):
         return packed, num_bytes
     return dict(unpack(packed[PACKED], shapes, encoding)), num_bytes
 
 
 def _read_named(
-    record: ArrayRecord | None, shapes: Mapping[str, tuple[int, ...]], kind: str
+    record: ArrayRecord | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    kind: str,
+    mask: Mask | None,
 ) -> tuple[dict[str, npt.NDArray[Any]] | str, int]:
     """Return the arrays as they travel, or what is wrong with them, and their bytes."""
     if record is None:
@@ -209,21 +228,24 @@ def _read_named(
         return f"{len(record)} arrays where {len(shapes)} are declared", 0
     num_bytes = 0
     arrays: dict[str, npt.NDArray[Any]] = {}
-    for name, shape in shapes.items():
+    stype = "numpy.ndarray" if mask is None else MASKED
+    # A mask is one stream, and its order is that of the names.
+    for name, shape in sorted(shapes.items()):
         item = record.get(name)
         if item is None:
             return f"array {name} is missing", num_bytes
         num_bytes += len(item.data)
-        if item.stype != "numpy.ndarray":
-            return f"array {name} is not in NumPy's format", num_bytes
+        if item.stype != stype:
+            return f"array {name} is not serialised as {stype}", num_bytes
         largest = _LARGEST_ITEM[kind]
         if len(item.data) > int(np.prod(shape)) * largest + _MAX_HEADER_BYTES:
             return f"array {name} is too large", num_bytes
-        array = _read_npy(item.data, shape, kind)
+        data = item.data if mask is None else mask.apply(item.data)
+        array = _read_npy(data, shape, kind)
         if isinstance(array, str):
             return f"array {name} {array}", num_bytes
         arrays[name] = array
-    return arrays, num_bytes
+    return {name: arrays[name] for name in shapes}, num_bytes
 
 
 def _read_npy(data: bytes, shape: tuple[int, ...], kind: str) -> npt.NDArray[Any] | str:

@@ -16,6 +16,7 @@ from fedllm.models.loading import base_digest
 from fedllm.planning.adapter_choice import Choice
 from fedllm.privacy.released_rounds import ReleasedRounds
 from fedllm.server.startup import _log_unpinned
+from fedllm.wire.masking import masked
 from fedllm.wire.messages import ARRAYS
 from tests.helpers.federations import (
     EVALUATE,
@@ -64,7 +65,7 @@ def test_the_learning_rates_and_moments_of_a_resumed_run_are_those_of_its_round(
 def test_noise_after_a_crash_is_fresh(quick, tmp_path):
     def zeros(message: Message, context: Any) -> Message:
         arrays = message.content.array_records[ARRAYS]
-        return Message(RecordDict({ARRAYS: arrays}), reply_to=message)
+        return Message(masked(RecordDict({ARRAYS: arrays})), reply_to=message)
 
     cut = cut_in_round({**quick, "strategy.server-optimizer": "none"}, 2, answer=zeros)
     folder, copies = cut.directory.path, []
