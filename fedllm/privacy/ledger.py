@@ -245,6 +245,10 @@ class Ledger:
         not_covered = list(_NOT_COVERED)
         if settings.sampling == "poisson":
             not_covered.append(
+                "the other clients: Flower tells each registered node a run's traffic and "
+                "its clients' seconds so far, and so who took part is no secret from them"
+            )
+            not_covered.append(
                 "Flower's own log and database, which know each cohort and are trusted "
                 "with the server (`flwr list --run-id` prints a run's traffic and its "
                 "clients' seconds), and the times of the run's files and a tracker's "
