@@ -18,8 +18,8 @@ _NOT_COVERED = [
     "whether a client is among those of the run at all: their number is published",
     "rows declared public, if a client trains on them: their losses, and the choice of a "
     "round by them, have no noise",
-    "a registered node that speaks Flower's protocol by itself: at the SuperLink it can test "
-    "whether an update that it guesses was sent, and read the run's traffic and seconds",
+    "a run's traffic and its clients' seconds so far, which Flower shows to each registered "
+    "node that asks",
     "the choice of settings, where it was made on private data",
     "who is connected, when each client answers (timing), and, where cohorts are not "
     "secret, which clients gave no usable update and by which code",
@@ -245,8 +245,9 @@ class Ledger:
         not_covered = list(_NOT_COVERED)
         if settings.sampling == "poisson":
             not_covered.append(
-                "the other clients: Flower tells each registered node a run's traffic and "
-                "its clients' seconds so far, and so who took part is no secret from them"
+                "the other clients: by a run's traffic and seconds, which Flower shows them, "
+                "the size of a cohort is no secret from them, and for them the epsilon "
+                "without amplification holds"
             )
             not_covered.append(
                 "Flower's own log and database, which know each cohort and are trusted "

@@ -233,24 +233,68 @@ def test_a_client_whose_file_is_gone_counts_as_zero_and_its_log_says_why(federat
     assert f"{rows}: no such file" in log.read_text()
 
 
-@pytest.mark.parametrize("name", ["stranger", None])
-def test_a_node_with_an_unknown_key_or_none_is_refused(federation, name):
+def started_with(federation, name: str | None, gate: str = "9192"):
+    """Start the page's first node with another key, and return its log beside it."""
     known = federation.command("fedllm supernode", "nodes/node-1 ")
     option = "--auth-supernode-private-key ~/federation/keys/nodes/"
     unknown = known.replace(f"{option}node-1 ", f"{option}{name} " if name else "")
+    assert unknown != known
     unknown = unknown.replace(federation.ports["9194"], str(free_port()))
-    if name:
-        add = f"fedllm keys --out ~/federation/keys --add-node {name}"
-        assert federation.shell(add).returncode == 0
-    log = federation.home / f"{name}.log"
-    # A node that is refused says so and, in Flower 1.41, does not end.
-    with running(["bash", "-c", unknown], federation.env, log):
-        wait_for_line(log, "could not establish a connection to the SuperLink")
+    unknown = unknown.replace(federation.ports["9192"], federation.ports[gate])
+    log = federation.home / f"{name}-{gate}.log"
+    return running(["bash", "-c", unknown], federation.env, log), log
 
-    assert unknown != known and "SuperNode ID" not in log.read_text()
-    assert "Attempted to register SuperNode" in federation.log("superlink")
+
+@pytest.mark.parametrize("name", ["stranger", None])
+def test_a_node_with_an_unknown_key_or_none_is_refused_by_the_gate(federation, name):
+    if name:
+        add = f"fedllm keys --out ~/federation/unknown --add-node {name} && "
+        add += f"cp ~/federation/unknown/nodes/{name} ~/federation/keys/nodes/"
+        assert federation.shell(add).returncode == 0
+    node, log = started_with(federation, name)
+    # A node that is refused says so and, in Flower 1.42, does not end.
+    with node:
+        wait_for_line(log, "Failed to initialize the connection to the SuperLink")
+
+    assert "403" in log.read_text() and "SuperNode ID" not in log.read_text()
     listed = federation.shell("flwr supernode list private --format json").stdout
     assert len(json.loads(listed)["nodes"]) == 3
+
+
+def test_a_further_node_needs_the_gates_list_and_the_registration(federation):
+    page = (ROOT / "docs/deployment.md").read_text("utf-8")
+    add, write, register = (
+        re.search(rf"^{start}.*?(?=  +\(|$)", page, re.MULTILINE)[0]
+        for start in (
+            "fedllm keys --out ~/federation/keys --add-node clinic-d",
+            "fedllm keys --out ~/federation/keys --write-gate",
+            "flwr supernode register --name clinic-d",
+        )
+    )
+    for command in (add, write):
+        done = federation.shell(command)
+        assert done.returncode == 0, done.stderr
+    federation.ports["again"] = str(free_port())
+    gate = federation.command("caddy run").replace(
+        federation.ports["9192"], federation.ports["again"]
+    )
+    log = federation.home / "gate-again.log"
+    with running(["bash", "-c", f"cd {ROOT} && {gate}"], federation.env, log):
+        wait_for_port(int(federation.ports["again"]))
+        # In the list, and not registered.
+        node, said = started_with(federation, "clinic-d", "again")
+        with node:
+            wait_for_line(said, "Failed to initialize the connection to the SuperLink")
+        assert "Attempted to register SuperNode" in federation.log("superlink")
+        assert "registered successfully" in federation.shell(register).stdout
+        # Registered, and not in the list with which the first gate started.
+        node, said = started_with(federation, "clinic-d")
+        with node:
+            wait_for_line(said, "Failed to initialize the connection to the SuperLink")
+        assert "403" in said.read_text()
+        node, said = started_with(federation, "clinic-d", "again")
+        with node:
+            wait_for_line(said, "SuperNode ID")
 
 
 def test_plain_text_is_refused_by_both_ports(federation, tmp_path):
@@ -276,6 +320,10 @@ def test_a_server_that_the_ca_did_not_sign_is_refused(federation):
     "path",
     [
         "/v1/control/list-runs",
+        "/v1/fleet/register-node",
+        "/v1/fleet/unregister-node",
+        "/v1/fleet/activate-node",
+        "/v1/fleet/activate-node/../../control/list-runs",
         "/v1/control/register-node",
         "/v1/control/start-run",
         "/v1/runtime/acquire-task",
