@@ -33,11 +33,10 @@ from fedllm.strategy.cohort import choose_cohort, seeded_cohort
 from fedllm.strategy.robust import combine_robustly, validated_reply
 from fedllm.strategy.round_stats import Round
 from fedllm.strategy.server_optimizer import ServerOptimizer, cosine
-from fedllm.wire.masking import WIRE_FORMAT
+from fedllm.wire.masking import NONCE, WIRE_FORMAT
 from fedllm.wire.messages import (
     ARRAYS,
     CONFIG,
-    NONCE,
     WIRE_FORMAT_KEY,
     Reply,
     array_record,

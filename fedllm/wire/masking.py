@@ -29,7 +29,11 @@ MASKED = "fedllm.masked"
 OTHER_VERSION = "other-version"
 """Code of a reply in another format."""
 
-_FORMAT, _NONCE = "format", "nonce"
+NONCE = "nonce"
+"""Entry that only its sender and its receiver know: of each record of a reply, and of the
+config of a message, whose id, a hash, nobody else can find then."""
+
+_FORMAT = "format"
 _NONCE_BYTES = 16
 
 
@@ -59,7 +63,7 @@ def masked(content: RecordDict) -> RecordDict:
     out = RecordDict()
     for name, record in content.items():
         out[name] = _with_nonce(record, nonce)
-    out[WIRE] = ConfigRecord({_FORMAT: WIRE_FORMAT, _NONCE: nonce})
+    out[WIRE] = ConfigRecord({_FORMAT: WIRE_FORMAT, NONCE: nonce})
     return out
 
 
@@ -77,7 +81,7 @@ def mask_of(content: RecordDict) -> Mask | tuple[str, str]:
             f"the reply is in wire format {shown}, and this server reads {WIRE_FORMAT}: "
             "install the server's version of fedllm on the node"
         )
-    nonce = record.get(_NONCE)
+    nonce = record.get(NONCE)
     if type(nonce) is not bytes or len(nonce) != _NONCE_BYTES:
         return "malformed", f"the reply has no nonce of {_NONCE_BYTES} bytes"
     return Mask(nonce)
@@ -96,8 +100,8 @@ def _with_nonce(
         # A metric is a number of 64 bits with a sign, or a list of such.
         halves = (nonce[:8], nonce[8:])
         numbers = [int.from_bytes(half, "little", signed=True) for half in halves]
-        return MetricRecord({**record, _NONCE: numbers})
-    return ConfigRecord({**record, _NONCE: nonce})
+        return MetricRecord({**record, NONCE: numbers})
+    return ConfigRecord({**record, NONCE: nonce})
 
 
 def _masked_array(array: Array, mask: Mask) -> Array:

@@ -27,9 +27,6 @@ ADAPTER_KIND = "adapter-kind"
 BASE_MODEL = "base-model"
 """Entry of a message's config: the digest of the server's base model."""
 
-NONCE = "nonce"
-"""Entry of a message's config that makes its id, a hash, one that nobody can find."""
-
 WIRE_FORMAT_KEY = "wire-format"
 """Entry of a message's config: the format in which the server reads replies."""
 
