@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.auditing.toy_model import save_toy_model
 from fedllm.config import AdapterConfig
 from fedllm.models.loading import load_config
-from fedllm.wire.masking import NONCE, WIRE_FORMAT
-from fedllm.wire.messages import ARRAYS, CONFIG, WIRE_FORMAT_KEY, array_record
+from fedllm.wire.masking import NONCE
+from fedllm.wire.messages import ARRAYS, CONFIG, array_record, own_config
 from fedllm.wire.task_identity import set_task_identity
 
 Answer = Callable[[Message, Context], Message]
@@ -181,8 +181,7 @@ def _ask(
     arrays = array_record(
         initial_arrays(adapter_spec(_ADAPTER, load_config(model), 42))
     )
-    record = ConfigRecord({"server-round": 1, "learning-rate": 0.1})
-    record[WIRE_FORMAT_KEY] = WIRE_FORMAT
+    record = own_config({"server-round": 1, "learning-rate": 0.1})
     message = Message(RecordDict({ARRAYS: arrays, CONFIG: record}), 1, "train")
     node: dict[str, Any] = {"data-path": str(rows), "partition-id": 0}
     context = Context(1, 1, node, RecordDict(), config)

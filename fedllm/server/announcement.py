@@ -7,7 +7,6 @@ tell it of a run that never draws it.
 
 import logging
 from collections import Counter
-from secrets import token_hex
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -15,7 +14,7 @@ from flwr.serverapp import Grid
 from fedllm.config import RunConfig
 from fedllm.errors import FederationError
 from fedllm.server.reply_stream import ReplyStream
-from fedllm.wire.messages import CONFIG, NONCE, read_reply
+from fedllm.wire.messages import CONFIG, own_config, read_reply
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +42,7 @@ def announce(
     timeout = min(strategy.round_timeout, strategy.wait_for_clients)
     messages = [
         Message(
-            content=RecordDict(
-                {CONFIG: ConfigRecord({**instructions, NONCE: token_hex(16)})}
-            ),
+            content=RecordDict({CONFIG: own_config(instructions)}),
             dst_node_id=node,
             message_type=MessageType.QUERY,
             ttl=timeout,

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from fedllm.config import Encoding
 from fedllm.foreign_text import printable
 from fedllm.wire.encoding import PACKED, pack, packed_size, unpack
-from fedllm.wire.masking import MASKED, Mask, mask_of, masked
+from fedllm.wire.masking import MASKED, NONCE, WIRE_FORMAT, Mask, mask_of, masked
 
 ARRAYS = "arrays"
 CONFIG = "config"
@@ -89,6 +90,18 @@ class Reply:
     def __post_init__(self) -> None:
         # Here, and not where it is shown, so that no later reader can forget it.
         object.__setattr__(self, "text", printable(self.text))
+
+
+def own_config(config: Mapping[str, Any]) -> ConfigRecord:
+    """Return a message's config as one node alone gets it.
+
+    A message's id is the hash of what is in it, and whoever knows the id of another node's
+    message can answer or delete it. So each holds something that nobody can guess.
+
+    Args:
+        config: What every node is told.
+    """
+    return ConfigRecord({**config, WIRE_FORMAT_KEY: WIRE_FORMAT, NONCE: token_hex(16)})
 
 
 def error_content(code: str, text: str | None) -> RecordDict:

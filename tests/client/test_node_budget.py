@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import RecordDict
 
 from fedllm.client import message_handler
 from fedllm.client.message_handler import reply_to
@@ -20,7 +20,8 @@ from fedllm.privacy.accounting import gaussian_epsilon
 from fedllm.privacy.composition import composed_epsilon
 from fedllm.privacy.node_ledger import Account, NodeLedger
 from fedllm.privacy.wording import plain
-from fedllm.wire.messages import ARRAYS, CONFIG
+from fedllm.wire.masking import WIRE
+from fedllm.wire.messages import ARRAYS, CONFIG, own_config
 from fedllm.wire.resumed_run import ORIGINAL_RUN, original_run
 from tests.helpers.client_replies import NODE, WITHOUT_DP, code_of, text_of
 from tests.helpers.flower_messages import context, instruction, train_instruction
@@ -150,11 +151,12 @@ def test_an_announced_run_is_counted_as_sampled_and_only_a_secret_cohort_is_anno
     run_config, home, trained
 ):
     def announced(changes: dict[str, Any]):
-        content = RecordDict({CONFIG: ConfigRecord({"nonce": "0"})})
+        content = RecordDict({CONFIG: own_config({})})
         where = context({**run_config, **changes}, {**NODE, "max-epsilon": 8.0})
         return reply_to(instruction(content, "query"), where)
 
-    assert not announced(COINS).content
+    # What an empty reply holds too, so that no node can foresee it.
+    assert list(announced(COINS).content) == [WIRE]
     assert account(home).events() == [(3.0, 0.3, 3)]
     assert code_of(announced({})) == "bad-config"
     assert code_of(announced({**COINS, "privacy.max-epsilon": 9.0})) == "bad-config"
