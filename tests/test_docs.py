@@ -109,7 +109,7 @@ def values(words: list[str], flag: str) -> list[str]:
     return [words[i + 1] for i, word in enumerate(words[:-1]) if word == flag]
 
 
-def tests_that_exist() -> set[str]:
+def defined() -> set[str]:
     """Return the name of each test function and the path of each file of tests."""
     paths = [*ROOT.glob("tests/**/*.py")]
     names = {
@@ -125,7 +125,7 @@ def test_every_test_that_a_page_names_exists(page):
     words = re.findall(r"`([^`\s]+)`", page.read_text("utf-8"))
     named = {w for w in words if re.fullmatch(r"test_\w+|tests/[\w/]+\.py", w)}
 
-    assert named - tests_that_exist() == set()
+    assert named - defined() == set()
 
 
 def promises() -> list[list[str]]:
