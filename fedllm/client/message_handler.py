@@ -205,8 +205,8 @@ def _train(message: Message, client: _Client) -> RecordDict:
     # Flower allows lists and bytes here: those raise, and the reply is a code.
     server_round = int(record["server-round"])  # type: ignore[arg-type]
     learning_rate = float(record["learning-rate"])  # type: ignore[arg-type]
-    _charge(client, server_round)
     require_same_base(config.model.name, record.get(BASE_MODEL))
+    _charge(client, server_round)
     resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
     loaded = time.monotonic()
     examples: Sequence[Example | None]
