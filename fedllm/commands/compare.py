@@ -1,11 +1,14 @@
-"""Does federation help? The same data, rounds and settings, trained five ways.
+"""Does federation help? The same data, trained each way as well as that way can.
 
 fedllm compare --run-config configs/private-20.toml --seed 0 1 2
 
-Arms: the base model; each client alone; all data in one place; federated without DP;
-federated with the DP that the config asks for. Each is a run of fedllm's own round loop
-and clients, in this process and on one resident base model. Every finished arm is kept in
-the output folder: the same command, stopped and repeated, trains only what is missing.
+Arms: the base model; federated without DP; federated with the DP that the config asks for;
+all data in one place; each client alone; each client that trains on from a federation's
+adapter. Federations are runs of fedllm's own round loop and clients, for the config's
+rounds. All other arms train to their own best: up to --passes over the rows, stopped by a
+tenth of them, with the best of --rates. All share one resident base model in this process.
+Every finished arm is kept in the output folder: the same command, stopped and repeated,
+trains only what is missing.
 
 This needs all clients' data in one place, so it is for simulations on public data. Arms
 without DP are not private, and no epsilon covers the table as a whole.
@@ -14,7 +17,6 @@ without DP are not private, and no epsilon covers the table as a whole.
 import argparse
 import json
 import logging
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.atomic_files import write_atomic
-from fedllm.commands.comparison_arms import ARMS, arm_names
+from fedllm.commands.comparison_arms import ARMS, arm_names, kind_of
 from fedllm.commands.options import (
     add_clients,
     add_json,
@@ -31,6 +33,7 @@ from fedllm.commands.options import (
     add_run_config,
     log_to_stderr,
     new_parser,
+    positive_float,
     positive_int,
     read_run_config,
     run_command,
@@ -61,6 +64,8 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         "run_config": {k: v for k, v in flat(config).items() if k != "seed"},
         "num_clients": args.clients,
         "benchmark": args.benchmark,
+        "rates": args.rates,
+        "passes": args.passes,
     }
     _keep_setting(out / "setting.json", setting)
     todo = list(_missing(args, config, out))
@@ -116,8 +121,7 @@ def _missing(
     """Yield the seed and the name of each arm that is asked for and not there yet."""
     for seed in args.seed or [config.seed]:
         for arm in arm_names(config, args.clients, args.alone):
-            is_asked = re.sub(r"-\d+$", "", arm) in args.arms
-            if is_asked and not _result(out, seed, arm).exists():
+            if kind_of(arm) in args.arms and not _result(out, seed, arm).exists():
                 yield seed, arm
 
 
@@ -134,8 +138,12 @@ def _measured(
     for seed, arm in todo:
         if bench is None or bench.config.seed != seed:
             from fedllm.commands.comparison_bench import Bench
+            from fedllm.training.own_best import OwnBestConfig
 
-            bench = Bench(replace(config, seed=seed), args.clients, args.benchmark)
+            own_best = OwnBestConfig(args.rates, args.passes, seed)
+            bench = Bench(
+                replace(config, seed=seed), args.clients, args.benchmark, own_best
+            )
         path = _result(out, seed, arm)
         path.parent.mkdir(exist_ok=True)
         row = {"arm": arm, "seed": seed, **bench.measure(arm, path.parent)}
@@ -192,7 +200,23 @@ def parser() -> argparse.ArgumentParser:
         "--alone",
         type=positive_int,
         metavar="K",
-        help="train K of the clients alone (default: all)",
+        help="train K of the clients alone, and these on from each federation "
+        "(default: all)",
+    )
+    parser.add_argument(
+        "--rates",
+        type=positive_float,
+        nargs="+",
+        default=[0.002, 0.004],
+        metavar="RATE",
+        help="Adam's learning rates of which an arm that is no federation takes its best "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--passes",
+        type=positive_float,
+        default=4.0,
+        help="passes over its rows that such an arm makes at most (default: %(default)s)",
     )
     add_out(parser, "folder of the comparison (default: one under runs/)")
     add_json(parser)

@@ -1,12 +1,20 @@
-"""The arms of a comparison: their names, settings and clients."""
+"""The arms of a comparison: their names, settings and clients.
+
+A federation's arm is a run of the config's own rounds. Every other arm is one trainer that
+seeks its own best: a client alone, a client that trains on from a federation's adapter, and
+all data in one place.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedllm.config import RunConfig, flat, parse_run_config
 
-ARMS = ("base", "federated", "federated-dp", "centralised", "alone")
-"""Each kind of arm; there is one of `alone` for each client."""
+FEDERATIONS = ("federated", "federated-dp")
+"""Arms of all clients together."""
+ARMS = ("base", *FEDERATIONS, "centralised", "alone", "personal")
+"""Each kind of arm. There is one of `alone` for each client, and one of `personal` for each
+of these clients and each federation."""
 
 
 def arm_names(
@@ -24,7 +32,21 @@ def arm_names(
         names.append("federated-dp")
     number = num_clients if alone is None else min(alone, num_clients)
     chosen = [i * num_clients // number for i in range(number)]
-    return [*names, "centralised", *(f"alone-{i}" for i in chosen)]
+    federations = [name for name in names if name in FEDERATIONS]
+    personal = [f"personal-{name}-{i}" for name in federations for i in chosen]
+    return [*names, "centralised", *(f"alone-{i}" for i in chosen), *personal]
+
+
+def kind_of(name: str) -> str:
+    """Return the kind, one of ARMS, of an arm's name."""
+    return name if name in ARMS else name.partition("-")[0]
+
+
+def start_of(name: str) -> str:
+    """Return the arm whose adapter an arm that is no federation starts from."""
+    if kind_of(name) != "personal":
+        return "base"
+    return name.removeprefix("personal-").rpartition("-")[0]
 
 
 def without_privacy(config: RunConfig) -> RunConfig:
@@ -34,31 +56,6 @@ def without_privacy(config: RunConfig) -> RunConfig:
     if mapping["strategy.sampling"] == "poisson":
         mapping["strategy.sampling"] = "fixed"
     return parse_run_config(mapping)
-
-
-def centralised(config: RunConfig, num_clients: int) -> RunConfig:
-    """Return a config of one client that sees as many examples as all together.
-
-    With `train.local-epochs` one epoch over all rows is that already if all clients are
-    sampled.
-    """
-    config = without_privacy(config)
-    sampled = config.strategy.num_sampled(num_clients)
-    train = config.train
-    if train.local_steps:
-        train = replace(train, local_steps=train.local_steps * sampled)
-    else:
-        epochs = train.local_epochs * sampled / num_clients
-        train = replace(train, local_epochs=epochs)
-    # One client has all rows under any partition, and `natural` refuses one client.
-    data = replace(config.data, partition="iid")
-    return _all_sampled(replace(config, data=data, train=train))
-
-
-def _all_sampled(config: RunConfig) -> RunConfig:
-    """Return a config whose only client takes part in every round."""
-    strategy = replace(config.strategy, sampling="all", fraction_train=1.0)
-    return replace(config, strategy=strategy)
 
 
 @dataclass(frozen=True)
@@ -96,22 +93,34 @@ class Arm:
 
 
 def make_arm(name: str, config: RunConfig, num_clients: int) -> Arm:
-    """Return the settings and clients of a trained arm.
+    """Return the settings and clients of a federation's arm.
 
     Args:
-        name: One of `arm_names`, but not the base.
+        name: One of FEDERATIONS.
         config: The run config, with an adapter kind that is not `auto`.
         num_clients: N.
     """
     nodes = [_node(index, num_clients) for index in range(num_clients)]
-    if name == "federated-dp":
-        return Arm(config, nodes)
     if name == "federated":
-        return Arm(without_privacy(config), nodes)
+        config = without_privacy(config)
+    return Arm(config, nodes)
+
+
+def lone_client(
+    name: str, config: RunConfig, num_clients: int
+) -> tuple[RunConfig, dict[str, int]]:
+    """Return the run config and the node config that name the rows of a lone trainer.
+
+    Args:
+        name: `centralised`, or one of `alone` or `personal`.
+        config: The run config.
+        num_clients: N.
+    """
+    config = without_privacy(config)
     if name == "centralised":
-        return Arm(centralised(config, num_clients), [_node(0, 1)])
-    index = int(name.removeprefix("alone-"))
-    return Arm(_all_sampled(without_privacy(config)), [nodes[index]])
+        # One client has all rows under any partition, and `natural` refuses one client.
+        return replace(config, data=replace(config.data, partition="iid")), _node(0, 1)
+    return config, _node(int(name.rpartition("-")[2]), num_clients)
 
 
 def _node(partition_id: int, num_partitions: int) -> dict[str, int]:

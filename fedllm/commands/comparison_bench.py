@@ -1,25 +1,36 @@
-"""Trains the arms of a comparison through the real round loop, in this process.
+"""Trains the arms of a comparison in this process: federations by the real round loop.
 
 All arms share one resident base model and one set of public rows.
 """
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from safetensors.numpy import load, save
 
 from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.spec import Arrays
-from fedllm.client.cache import resident_model
+from fedllm.atomic_files import write_atomic
+from fedllm.client.cache import client_rows, resident_model
+from fedllm.client.log import ClientLog
 from fedllm.client.message_handler import reply_to
-from fedllm.commands.comparison_arms import Arm, make_arm
+from fedllm.client.node_config import parse_node_config
+from fedllm.commands.comparison_arms import (
+    FEDERATIONS,
+    Arm,
+    lone_client,
+    make_arm,
+    start_of,
+)
 from fedllm.config import ResumeConfig, RunConfig, fedllm_home, flat
 from fedllm.data.prompts import chat_prompt
 from fedllm.errors import ConfigError
-from fedllm.evaluation.held_out_loss import HeldOut
+from fedllm.evaluation.held_out_loss import HeldOut, held_out
 from fedllm.evaluation.multiple_choice import load_questions, multiple_choice
 from fedllm.evaluation.public_rows import PublicRows
 from fedllm.planning.adapter_choice import choose_adapter, with_choice
@@ -27,6 +38,7 @@ from fedllm.runs.directory import METRICS_FILE, RunDirectory, read_metrics
 from fedllm.server.federation import Federation
 from fedllm.server.local_grid import LocalGrid
 from fedllm.server.startup import set_up
+from fedllm.training.own_best import OwnBest, OwnBestConfig, train_to_own_best
 
 _T = TypeVar("_T")
 
@@ -41,6 +53,7 @@ class Bench:
         config: The run config, with the seed.
         num_clients: N.
         benchmark: File of multiple choice questions, or None.
+        own_best: How every arm that is no federation is trained.
 
     Raises:
         ConfigError: There are no public test rows.
@@ -48,13 +61,18 @@ class Bench:
     """
 
     def __init__(
-        self, config: RunConfig, num_clients: int, benchmark: str | None
+        self,
+        config: RunConfig,
+        num_clients: int,
+        benchmark: str | None,
+        own_best: OwnBestConfig,
     ) -> None:
         config = replace(config, resume=ResumeConfig())
         if config.adapter.kind == "auto":
             config = with_choice(config, choose_adapter(config, num_clients))
         self.config = config
         self.num_clients = num_clients
+        self._own_best = own_best
         self._questions = load_questions(Path(benchmark)) if benchmark else None
         self._adapted = resident_model(config).adapted
         self._base = initial_arrays(self._adapted.spec)
@@ -62,22 +80,79 @@ class Bench:
         self._test_score(self._base)
 
     def measure(self, arm: str, folder: Path) -> dict[str, Any]:
-        """Train an arm, let validation choose its round, and score that round once.
+        """Train an arm, let rows that no test has choose its adapter, and score that once.
 
         Args:
             arm: One of `arm_names`.
-            folder: Gets a folder of the arm's name, with a run folder in it.
+            folder: Gets the adapter of a federation, and its run folder in a folder of the
+                arm's name.
 
         Raises:
+            ConfigError: The arm trains on from another that was not trained.
+            DataError: A client has too few rows.
             FederationError: No client returned a usable update.
         """
         if arm == "base":
             return self._scores(self._base)
+        if arm not in FEDERATIONS:
+            return self._measure_lone(arm, folder)
         run = new_run(folder / arm)
-        federation = self._train(make_arm(arm, self.config, self.num_clients), run)
+        made = make_arm(arm, self.config, self.num_clients)
+        federation = self._train(made, run)
         progress = federation.progress
         chosen = progress.arrays if progress.best is None else progress.best.arrays
-        return {**self._scores(chosen), **_figures(federation)}
+        write_atomic(_adapter(folder, arm), save(dict(chosen)))
+        row = {**self._scores(chosen), **_figures(federation)}
+        return row | {"examples": self._examples(made.config, row["best_round"])}
+
+    def _measure_lone(self, arm: str, folder: Path) -> dict[str, Any]:
+        """Train one client, or all rows as one, to its own best, and score that."""
+        began = time.monotonic()
+        start = self._start(start_of(arm), folder)
+        adapted, train = self._adapted, self.config.train
+        found = train_to_own_best(
+            adapted,
+            self._rows(arm),
+            start,
+            train,
+            self._own_best,
+            lambda rows: held_out(adapted.model, rows, adapted.pad_token_id).loss,
+        )
+        return {**self._scores(found.arrays), **_lone_figures(found, began)}
+
+    def _start(self, arm: str, folder: Path) -> Arrays:
+        """Return the adapter of an arm that was trained, or the base's.
+
+        Raises:
+            ConfigError: The arm was not trained.
+        """
+        if arm == "base":
+            return self._base
+        path = _adapter(folder, arm)
+        if not path.exists():
+            raise ConfigError(
+                f"--arms: personal trains on from {arm}, which was not trained: name it too"
+            )
+        arrays: Arrays = load(path.read_bytes())
+        return arrays
+
+    def _examples(self, config: RunConfig, rounds: int) -> float:
+        """Return how many examples a client trains on in so many rounds, in the mean."""
+        train, count = config.train, self.num_clients
+        each = float(train.local_steps * train.batch_size * train.gradient_accumulation)
+        if train.local_steps == 0:
+            each = train.local_epochs * len(self._rows("centralised")) / count
+        return rounds * each * config.strategy.expected_cohort(count) / count
+
+    def _rows(self, arm: str) -> Sequence[Mapping[str, Any]]:
+        """Return the rows of an arm that is no federation.
+
+        Raises:
+            DataError: The client has none.
+        """
+        config, values = lone_client(arm, self.config, self.num_clients)
+        node, log = parse_node_config(values), ClientLog(0, _RUN_ID)
+        return client_rows(resident_model(config), node, config, log).examples
 
     def _train(self, arm: Arm, directory: RunDirectory) -> Federation:
         """Run an arm's federation to its end."""
@@ -103,6 +178,7 @@ class Bench:
             "failed_replies": 0,
             "epsilon": None,
             "accuracy": None,
+            "examples": 0.0,
         }
         if self._questions is not None:
             self._adapted.set(arrays)
@@ -182,6 +258,21 @@ def new_run(parent: Path) -> RunDirectory:
         number += 1
     path.mkdir(mode=0o700, parents=True)
     return RunDirectory(path)
+
+
+def _adapter(folder: Path, arm: str) -> Path:
+    return folder / f"{arm}.safetensors"
+
+
+def _lone_figures(found: OwnBest, began: float) -> dict[str, Any]:
+    """Return the figures of an arm that is no federation."""
+    return {
+        "validation_losses": found.losses,
+        "best_round": None,
+        "learning_rate": found.learning_rate,
+        "examples": float(found.num_examples),
+        "seconds": time.monotonic() - began,
+    }
 
 
 def _figures(federation: Federation) -> dict[str, Any]:

@@ -290,6 +290,14 @@ def positive_int(text: str) -> int:
     return value
 
 
+def positive_float(text: str) -> float:
+    """Read a finite number above 0; argparse shows the error."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be finite and above 0 (got {text})")
+    return value
+
+
 def temperature(text: str) -> float:
     """Read a finite number of at least 0; argparse shows the error."""
     value = float(text)

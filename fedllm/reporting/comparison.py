@@ -19,18 +19,20 @@ if TYPE_CHECKING:
 _TITLE = "Does federation help?"
 
 BUDGET = """\
-What is equal: base model, adapter and its first values, data, seeds, rounds, the
-client's and the server's learning rates, and the rows that choose (validation) and score
-(test, once). A client alone makes the steps that it makes in the federation, on its own
-rows. The centralised arm makes, in each round, as many steps of the same batch size as
-all asked clients together. The federation without DP weighs clients by examples and
-clips nothing; with DP they weigh the same. Settings are not tuned for each arm."""
+What is equal: base model, adapter and its first values, data, seeds, batch size, and the rows
+that score (test, once). A federation makes the rounds of its settings, and public
+validation rows choose the round. Every other arm trains as long as pays: Adam from the same first values,
+the learning rate falling by half a cosine, several passes over the rows, stopped by a tenth
+of them that it does not train on, with the best of several learning rates. `examples` is
+how many a client trained on, a row once for each pass, until its best. The federation
+without DP weighs clients by examples and clips nothing; with DP they weigh the same."""
 
 _COLUMNS = (
     "test_loss",
     "perplexity",
     "accuracy",
     "best_round",
+    "examples",
     "seconds",
     "megabytes",
     "epsilon",
@@ -42,28 +44,92 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return arm -> column -> {mean, half_width_95, seeds}.
 
-    The clients trained alone become three arms: for each seed the mean over clients, and the
+    The arms of single clients become three: for each seed the mean over clients, and the
     clients with the lowest and the highest test loss.
     """
-    seeds: dict[int, dict[str, Mapping[str, Any]]] = {}
-    for row in rows:
-        seeds.setdefault(row["seed"], {})[row["arm"]] = row
     arms: dict[str, list[Mapping[str, Any]]] = {}
-    for by_arm in seeds.values():
-        alone = [row for arm, row in by_arm.items() if arm.startswith("alone-")]
+    for by_arm in _by_seed(rows).values():
         for arm, row in by_arm.items():
-            if not arm.startswith("alone-"):
+            if _client_of(arm) is None:
                 arms.setdefault(arm, []).append(row)
-        if alone:
-            ordered = sorted(alone, key=lambda row: float(row["test_loss"]))
-            mean = {name: _mean([row[name] for row in alone]) for name in _COLUMNS}
-            arms.setdefault("alone, mean", []).append(mean)
-            arms.setdefault("alone, best", []).append(ordered[0])
-            arms.setdefault("alone, worst", []).append(ordered[-1])
+        for group, of_clients in _groups(by_arm).items():
+            ordered = sorted(
+                of_clients.values(), key=lambda row: float(row["test_loss"])
+            )
+            mean = {name: _mean([row[name] for row in ordered]) for name in _COLUMNS}
+            arms.setdefault(f"{group}, mean", []).append(mean)
+            arms.setdefault(f"{group}, best", []).append(ordered[0])
+            arms.setdefault(f"{group}, worst", []).append(ordered[-1])
     return {
         arm: {name: _interval([row[name] for row in arm_rows]) for name in _COLUMNS}
         for arm, arm_rows in arms.items()
     }
+
+
+def joining(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return arm -> what a client of it has over the same client alone.
+
+    Returns:
+        For each arm of all clients, and each in which clients train on: `better`, of
+        `clients` how many end below the same client alone, over all seeds; and `gain`, the
+        mean loss alone less the arm's, as `summarise` has columns. Empty if no client was
+        trained alone.
+    """
+    counts: dict[str, list[bool]] = {}
+    gains: dict[str, list[float | None]] = {}
+    for by_arm in _by_seed(rows).values():
+        groups = _groups(by_arm)
+        alone = groups.pop("alone", {})
+        shared = {
+            arm: dict.fromkeys(alone, row)
+            for arm, row in by_arm.items()
+            if arm in ("federated", "federated-dp")
+        }
+        for arm, of_clients in {**shared, **groups}.items():
+            pairs = [
+                float(alone[i]["test_loss"]) - float(row["test_loss"])
+                for i, row in of_clients.items()
+                if i in alone
+            ]
+            if pairs:
+                counts.setdefault(arm, []).extend(gain > 0 for gain in pairs)
+                gains.setdefault(arm, []).append(_mean(pairs))
+    return {
+        arm: {
+            "better": sum(counts[arm]),
+            "clients": len(counts[arm]),
+            "gain": _interval(gains[arm]),
+        }
+        for arm in counts
+    }
+
+
+def _by_seed(
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[int, dict[str, Mapping[str, Any]]]:
+    """Return seed -> arm -> row."""
+    seeds: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        seeds.setdefault(row["seed"], {})[row["arm"]] = row
+    return seeds
+
+
+def _client_of(arm: str) -> str | None:
+    """Return the number at the end of the name of an arm of one client."""
+    number = arm.rpartition("-")[2]
+    return number if number.isdigit() else None
+
+
+def _groups(
+    by_arm: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Return `alone`, `personal-federated`, ... -> client -> row."""
+    groups: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for arm, row in by_arm.items():
+        client = _client_of(arm)
+        if client is not None:
+            groups.setdefault(arm.removesuffix(f"-{client}"), {})[client] = row
+    return groups
 
 
 def write_comparison(
@@ -74,27 +140,43 @@ def write_comparison(
     head, cells = _cells(summary)
     lines = [head, ["---"] * len(head), *cells]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    content = {"setting": setting, "equal": BUDGET, "summary": summary, "rows": rows}
+    gains = joining(rows)
+    content = {
+        "setting": setting,
+        "equal": BUDGET,
+        "summary": summary,
+        "joining": gains,
+        "rows": rows,
+    }
     write_atomic(out / "compare.json", (json.dumps(content, indent=2) + "\n").encode())
-    counted: dict[int, int] = {}
-    for row in rows:
-        alone = str(row["arm"]).startswith("alone-")
-        counted[row["seed"]] = counted.get(row["seed"], 0) + alone
-    clients = ", ".join(f"seed {s}: {n}" for s, n in sorted(counted.items()))
+    clients = ", ".join(
+        f"seed {seed}: {len(_groups(by_arm).get('alone', ()))}"
+        for seed, by_arm in sorted(_by_seed(rows).items())
+    )
     means = (
         "Mean over seeds, with the 95 % interval of Student's t from two seeds on. "
         f"Clients trained alone so far: {clients} of {setting['num_clients']}."
     )
-    whole = f"# {_TITLE}\n\n{text}\n{means}\n\n{BUDGET}\n"
+    verdicts = [_verdict(arm, gain) for arm, gain in gains.items()]
+    whole = "\n\n".join([f"# {_TITLE}", text.rstrip(), *verdicts, means, BUDGET]) + "\n"
     write_atomic(out / "compare.md", whole.encode())
     _plot(out / "compare.svg", summary)
     sections = [
         html("<header><h1>{}</h1></header>{}", _TITLE, table(head, cells)),
-        html("<p>{}</p><p>{}</p>", means, BUDGET),
+        *(html("<p>{}</p>", line) for line in [*verdicts, means, BUDGET]),
         html('<div class="plots">{}</div>', join(_figures(summary))),
     ]
     write_atomic(out / "compare.html", document(_TITLE, sections).encode())
-    return text
+    return "\n".join([text, *verdicts])
+
+
+def _verdict(arm: str, joined: Mapping[str, Any]) -> str:
+    """Return whether an arm pays for a client, in one sentence."""
+    better, clients = joined["better"], joined["clients"]
+    return (
+        f"{arm}: {better} of {clients} clients end better off than alone; test loss lower "
+        f"than alone by {_cell(joined['gain'], 3)} in the mean over clients."
+    )
 
 
 def _cells(
@@ -103,7 +185,7 @@ def _cells(
     """Return the table's head and its rows."""
     head = ["arm", *(name.replace("_", " ") for name in _COLUMNS)]
     head = [{"best round": "round", "megabytes": "MB"}.get(name, name) for name in head]
-    digits = (3, 2, 3, 1, 0, 1, 2)
+    digits = (3, 2, 3, 1, 0, 0, 1, 2)
     return head, [
         [arm, *(_cell(columns[n], d) for n, d in zip(_COLUMNS, digits, strict=True))]
         for arm, columns in summary.items()

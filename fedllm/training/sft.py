@@ -79,6 +79,8 @@ def train_adapter(
     examples: Sequence[Mapping[str, Any]],
     config: TrainConfig,
     task: RoundTask,
+    callbacks: Sequence[TrainerCallback] = (),
+    schedule: str = "constant_with_warmup",
 ) -> Trained:
     """Fine-tune the adapter from given values on one client's examples.
 
@@ -88,6 +90,8 @@ def train_adapter(
         examples: Rows with `input_ids` and `labels`; at least one.
         config: Settings of the training.
         task: Where to start, the learning rate, the seed and the deadline.
+        callbacks: Called by the trainer besides its own.
+        schedule: Name of transformers' schedule of the learning rate.
 
     Raises:
         AdapterError: The task's arrays are not those of this adapter.
@@ -107,7 +111,7 @@ def train_adapter(
     ):
         trainer = AdapterTrainer(
             model=model,
-            args=_sft_config(config, task, folder, model.device.type),
+            args=_sft_config(config, task, folder, model.device.type, schedule),
             train_dataset=Dataset.from_list([dict(row) for row in examples]),
             processing_class=tokenizer,
             data_collator=lambda rows: collate(rows, adapted.pad_token_id),
@@ -116,7 +120,8 @@ def train_adapter(
         )
         trainer.remove_callback(PrinterCallback)
         clock = _Deadline(task)
-        trainer.add_callback(clock)
+        for callback in (clock, *callbacks):
+            trainer.add_callback(callback)
         # On a quantised base SFTTrainer rounds the adapter to bfloat16, whose 8 bits
         # lose small updates; ours stays in float32.
         for parameter in trained:
@@ -147,7 +152,11 @@ class _Deadline(TrainerCallback):  # type: ignore[misc] # transformers has no ty
 
 
 def _sft_config(
-    config: TrainConfig, task: RoundTask, folder: str, device: str
+    config: TrainConfig,
+    task: RoundTask,
+    folder: str,
+    device: str,
+    schedule: str = "constant_with_warmup",
 ) -> SFTConfig:
     """Return TRL's settings; nothing is saved, reported or drawn."""
     settings = SFTConfig(
@@ -159,7 +168,7 @@ def _sft_config(
         activation_checkpointing=config.gradient_checkpointing,
         optim="sgd" if config.optimizer == "sgd" else "adamw_torch",
         learning_rate=task.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type=schedule,
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,

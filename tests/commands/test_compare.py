@@ -6,6 +6,7 @@ import os
 import pytest
 
 from fedllm.commands import compare, comparison_bench
+from fedllm.commands.comparison_arms import FEDERATIONS
 from tests.helpers.comparisons import config_file
 from tests.helpers.listening import listeners
 
@@ -30,8 +31,11 @@ def test_every_arm_is_trained_once_and_a_second_sitting_trains_nothing(
     ledger = json.loads((out / "seed-42/federated-dp/run-1/privacy.json").read_text())
 
     assert set(arms) == {
-        *("base", "federated", "federated-dp", "centralised", "alone-0", "alone-1")
+        *("base", "federated", "federated-dp", "centralised", "alone-0", "alone-1"),
+        *(f"personal-{name}-{i}" for name in FEDERATIONS for i in range(2)),
     }
+    assert content["joining"]["federated-dp"]["clients"] == 2
+    assert "of 2 clients end better off than alone" in (out / "compare.md").read_text()
     assert len(ledger["releases"]) == 2
     assert arms["federated-dp"]["epsilon"] > 0
     assert arms["federated"]["epsilon"] is None
@@ -116,7 +120,8 @@ def test_a_sitting_that_was_stopped_goes_on_with_what_is_missing(
 
     content = json.loads((out / "compare.json").read_text())
     assert measured[3] == measured[4]
-    assert len(measured) == 13
+    # Ten arms of each seed, and the one that was stopped.
+    assert len(measured) == 21
     alone = {
         r["arm"]: r["test_loss"] for r in content["rows"] if r["arm"].startswith("al")
     }

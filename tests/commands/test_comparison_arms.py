@@ -3,9 +3,12 @@
 import pytest
 
 from fedllm.commands.comparison_arms import (
+    FEDERATIONS,
     arm_names,
-    centralised,
+    kind_of,
+    lone_client,
     make_arm,
+    start_of,
     without_privacy,
 )
 from fedllm.config import RunConfig, flat, parse_run_config
@@ -22,44 +25,63 @@ EVALUATED = {
 def test_the_arms_are_those_that_the_privacy_unit_has():
     private = arm_names(RunConfig(), 3)
     public = arm_names(without_privacy(RunConfig()), 3)
+    personal = [
+        f"personal-{federation}-{i}" for federation in FEDERATIONS for i in range(3)
+    ]
 
     assert private == [
         *("base", "federated", "federated-dp", "centralised"),
         *("alone-0", "alone-1", "alone-2"),
+        *personal,
     ]
-    assert set(private) - set(public) == {"federated-dp"}
-    assert arm_names(RunConfig(), 10, alone=2)[-2:] == ["alone-0", "alone-5"]
+    assert set(private) - set(public) == {"federated-dp", *personal[3:]}
+    few = arm_names(without_privacy(RunConfig()), 10, alone=2)
+    assert few[3:] == [
+        *("alone-0", "alone-5", "personal-federated-0", "personal-federated-5"),
+    ]
 
 
-@pytest.mark.parametrize("sampled", [{}, SAMPLED])
-def test_the_centralised_arm_sees_as_many_examples_as_all_sampled_clients(sampled):
-    steps = parse_run_config({**sampled, "train.local-steps": 2})
-    epochs = parse_run_config(
-        {**sampled, "train.local-steps": 0, "train.local-epochs": 3.0}
-    )
-    share = 0.5 if sampled else 1.0
+def test_an_arm_has_a_kind_and_a_start():
+    names = arm_names(RunConfig(), 12, alone=1)
 
-    assert centralised(steps, 20).train.local_steps == 2 * 20 * share
-    assert centralised(epochs, 20).train.local_epochs == 3.0 * share
+    assert {name: (kind_of(name), start_of(name)) for name in names} == {
+        "base": ("base", "base"),
+        "federated": ("federated", "base"),
+        "federated-dp": ("federated-dp", "base"),
+        "centralised": ("centralised", "base"),
+        "alone-0": ("alone", "base"),
+        "personal-federated-0": ("personal", "federated"),
+        "personal-federated-dp-0": ("personal", "federated-dp"),
+    }
 
 
 @pytest.mark.parametrize("changes", [{}, SAMPLED, EVALUATED])
 def test_every_arms_clients_accept_their_run_config(changes):
     config = parse_run_config({**changes, "adapter.kind": "lora"})
 
-    for name in arm_names(config, 4)[1:]:
+    for name in FEDERATIONS[: 1 if changes.get("privacy.unit") == "none" else 2]:
         arm = make_arm(name, config, 4)
         assert parse_run_config(flat(arm.config)) == arm.config
-        alone = name == "centralised" or name.startswith("alone")
-        assert len(arm.nodes) == (1 if alone else 4)
-        if alone:
-            assert arm.config.strategy.num_sampled(1) == 1
+        assert len(arm.nodes) == 4
 
 
-def test_a_client_alone_keeps_the_partition_that_it_has_among_all():
-    arm = make_arm("alone-2", RunConfig(), 4)
+@pytest.mark.parametrize("name", ["alone-2", "personal-federated-dp-2"])
+def test_a_single_client_has_the_rows_that_it_has_among_all(name):
+    config = parse_run_config({"data.partition": "dirichlet"})
 
-    assert arm.nodes == [{"partition-id": 2, "num-partitions": 4}]
+    own, node = lone_client(name, config, 4)
+
+    assert node == {"partition-id": 2, "num-partitions": 4}
+    assert own.data == config.data and own.privacy.unit == "none"
+
+
+def test_all_rows_in_one_place_are_one_partition_of_any_data():
+    config = parse_run_config({"data.partition": "natural"})
+
+    own, node = lone_client("centralised", config, 4)
+
+    assert node == {"partition-id": 0, "num-partitions": 1}
+    assert own.data.partition == "iid"
 
 
 def test_the_server_of_an_arm_differs_in_nothing_that_changes_a_loss():

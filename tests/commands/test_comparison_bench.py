@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load
 
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.client.message_handler import reply_to
@@ -12,14 +13,17 @@ from fedllm.commands.comparison_bench import Bench, SharedRows, new_run
 from fedllm.commands.options import read_run_config
 from fedllm.config import flat
 from fedllm.errors import ConfigError
-from fedllm.evaluation.held_out_loss import HeldOut
+from fedllm.evaluation.held_out_loss import HeldOut, held_out
 from fedllm.evaluation.public_rows import PublicRows
 from fedllm.server.startup import set_up
+from fedllm.training.own_best import OwnBestConfig
 from tests.helpers.comparisons import config_file
 from tests.helpers.federations import partitions
 from tests.helpers.in_process_grid import InProcessGrid
 
 __all__ = ["config_file"]
+
+OWN_BEST = OwnBestConfig(learning_rates=(0.01, 0.05), passes=2.0, seed=3)
 
 
 def test_the_federated_arm_is_the_run_that_anybody_can_start(config_file, tmp_path):
@@ -32,7 +36,7 @@ def test_the_federated_arm_is_the_run_that_anybody_can_start(config_file, tmp_pa
     text = (run.directory.path / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
 
-    row = Bench(config, 2, None).measure("federated", tmp_path / "out")
+    row = Bench(config, 2, None, OWN_BEST).measure("federated", tmp_path)
 
     assert row["test_loss"] == result["test_loss_after"]
     assert row["best_round"] == result["best_round"]
@@ -40,21 +44,50 @@ def test_the_federated_arm_is_the_run_that_anybody_can_start(config_file, tmp_pa
     assert row["megabytes"] == sum(
         line["megabytes_down"] + line["megabytes_up"] for line in lines
     )
-    kept = json.loads((tmp_path / "out/federated/run-1/result.json").read_text())
+    kept = json.loads((tmp_path / "federated/run-1/result.json").read_text())
     assert kept["test_loss_after"] == result["test_loss_after"]
 
 
 def test_the_counts_of_secret_cohorts_are_in_no_row(config_file, tmp_path):
     text = config_file.read_text() + "[strategy]\nsampling = 'poisson'\n"
     config_file.write_text(text + "fraction-train = 0.5\n")
-    bench = Bench(read_run_config([str(config_file)]), 2, None)
+    bench = Bench(read_run_config([str(config_file)]), 2, None, OWN_BEST)
 
-    secret = bench.measure("federated-dp", tmp_path / "out")
+    secret = bench.measure("federated-dp", tmp_path)
 
     assert secret["epsilon"] > 0 and len(secret["validation_losses"]) == 3
     for column in ("seconds", "megabytes", "failed_replies"):
         assert secret[column] is None
-    assert bench.measure("alone-0", tmp_path / "out")["failed_replies"] == 0
+    assert bench.measure("federated", tmp_path)["failed_replies"] == 0
+
+
+def test_a_personal_arm_trains_on_from_the_federation_and_alone_from_the_base(
+    config_file, tmp_path
+):
+    bench = Bench(read_run_config([str(config_file)]), 2, None, OWN_BEST)
+    federated = bench.measure("federated-dp", tmp_path)
+
+    alone = bench.measure("alone-1", tmp_path)
+    personal = bench.measure("personal-federated-dp-1", tmp_path)
+
+    # Six rows: one judges, two passes over five.
+    assert 0 < alone["examples"] <= 10
+    assert alone["test_loss"] < bench.measure("base", tmp_path)["test_loss"]
+    adapted = bench._adapted
+    judged = bench._rows("alone-1")
+    shared = load((tmp_path / "federated-dp.safetensors").read_bytes())
+    adapted.set(shared)
+    order = np.random.default_rng(OWN_BEST.seed).permutation(6)
+    score = held_out(adapted.model, [judged[order[0]]], adapted.pad_token_id)
+    assert personal["validation_losses"][0] == pytest.approx(score.loss)
+    assert federated["examples"] == federated["best_round"] * 2
+
+
+def test_a_personal_arm_without_its_federation_is_an_error(config_file, tmp_path):
+    bench = Bench(read_run_config([str(config_file)]), 2, None, OWN_BEST)
+
+    with pytest.raises(ConfigError, match="--arms: personal trains on from federated,"):
+        bench.measure("personal-federated-0", tmp_path)
 
 
 def test_without_public_test_rows_nothing_is_trained(config_file):
@@ -62,7 +95,7 @@ def test_without_public_test_rows_nothing_is_trained(config_file):
     config_file.write_text("\n".join(x for x in lines if "public-test" not in x))
 
     with pytest.raises(ConfigError, match="data.public-test"):
-        Bench(read_run_config([str(config_file)]), 2, None)
+        Bench(read_run_config([str(config_file)]), 2, None, OWN_BEST)
 
 
 def test_a_run_folder_of_an_arm_that_was_stopped_is_kept(tmp_path):
@@ -82,7 +115,7 @@ def test_the_base_is_scored_once_and_an_adapter_once_in_a_row(config_file, monke
         return HeldOut(float(len(scored)), 1, 1)
 
     monkeypatch.setattr(PublicRows, "test_loss", score)
-    bench = Bench(read_run_config([str(config_file)]), 2, None)
+    bench = Bench(read_run_config([str(config_file)]), 2, None, OWN_BEST)
     rows, spec = bench._public, bench._adapted.spec
     one = {name: value + 1 for name, value in initial_arrays(spec).items()}
     two = {name: value + 2 for name, value in one.items()}

@@ -1,0 +1,92 @@
+"""A client's own best: the passes and the rate that its held-out rows like."""
+
+import numpy as np
+import pytest
+
+from fedllm.config import TrainConfig
+from fedllm.errors import DataError
+from fedllm.evaluation.held_out_loss import held_out
+from fedllm.training.own_best import OwnBestConfig, train_to_own_best
+from tests.helpers.clients import Client, Make, assert_same
+
+TRAIN = TrainConfig(batch_size=3, local_steps=1)
+
+
+@pytest.fixture(scope="module")
+def client(make_client: Make) -> Client:
+    return make_client()
+
+
+def search(client, rates, passes=3.0, score=None, examples=None):
+    def loss(rows):
+        return held_out(client.model, rows, client.pad_token_id).loss
+
+    return train_to_own_best(
+        client,
+        client.examples if examples is None else examples,
+        client.start(),
+        TRAIN,
+        OwnBestConfig(rates, passes, seed=1),
+        score or loss,
+    )
+
+
+def test_the_values_are_those_of_the_best_check_not_of_the_last(client):
+    seen = []
+
+    def score(rows):
+        # Falls, then rises.
+        seen.append((client.get(), len(rows)))
+        return abs(len(seen) - 4.0)
+
+    found = search(client, [0.01], score=score)
+
+    assert_same(found.arrays, seen[3][0])
+    assert found.losses == [3.0, 2.0, 1.0, 0.0, 1.0, 2.0, 3.0]
+    # Nine of ten rows train: three steps a pass, each with a check.
+    assert {count for _, count in seen} == {1}
+    assert found.num_examples == 9
+    assert len(seen) == 7
+
+
+def test_the_better_learning_rate_is_taken_and_named(client):
+    one, two = search(client, [1e-5]), search(client, [0.02])
+    both = search(client, [1e-5, 0.02])
+
+    assert min(two.losses) < min(one.losses) < one.losses[0]
+    assert both.learning_rate == 0.02 and both.losses == pytest.approx(two.losses)
+    assert_same(both.arrays, two.arrays)
+
+
+def test_a_start_that_nothing_betters_is_the_result(client):
+    losses = iter(range(100))
+    found = search(client, [0.02, 0.01], score=lambda rows: float(next(losses)))
+
+    assert_same(found.arrays, client.start())
+    assert found.learning_rate is None and found.num_examples == 0
+
+
+def test_the_rows_that_judge_do_not_train(client):
+    judged = []
+    search(client, [0.02], score=lambda rows: judged.extend(rows) or 1.0)
+    tokens = [row["input_ids"] for row in client.examples]
+    held = judged[0]["input_ids"]
+    assert tokens.count(held) == 1
+
+    # Poisoned with another answer, the row that judges changes nothing that is trained.
+    changed = [
+        {**row, "labels": [0] * len(row["labels"])} if row["input_ids"] == held else row
+        for row in client.examples
+    ]
+    falling = [iter(range(100, 0, -1)) for _ in range(2)]
+    one = search(client, [0.02], score=lambda rows: float(next(falling[0])))
+    two = search(
+        client, [0.02], score=lambda rows: float(next(falling[1])), examples=changed
+    )
+    assert_same(one.arrays, two.arrays)
+    assert any(np.any(one.arrays[k] != client.start()[k]) for k in one.arrays)
+
+
+def test_a_client_of_one_row_is_an_error(client):
+    with pytest.raises(DataError, match="1 usable rows"):
+        search(client, [0.01], examples=client.examples[:1])
