@@ -152,7 +152,7 @@ class Bench:
         """
         config, values = lone_client(arm, self.config, self.num_clients)
         node, log = parse_node_config(values), ClientLog(0, _RUN_ID)
-        return client_rows(resident_model(config), node, config, log).examples
+        return client_rows(resident_model(config), node, config, log)
 
     def _train(self, arm: Arm, directory: RunDirectory) -> Federation:
         """Run an arm's federation to its end."""
