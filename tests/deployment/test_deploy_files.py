@@ -262,7 +262,9 @@ def test_systemd_understands_a_unit_and_finds_little_exposed(unit, tmp_path):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("needs systemd-analyze")
     # The programs that it names need not be here.
-    text = re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", unit.read_text(), flags=re.M)
+    text = re.sub(
+        r"^ExecStart=\S+", "ExecStart=/bin/true", unit.read_text(), flags=re.M
+    )
     here = tmp_path / unit.name
     here.write_text(text)
 
