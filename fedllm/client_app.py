@@ -29,3 +29,10 @@ def evaluate(message: Message, context: Context) -> Message:
     """Evaluate on this client's data; without differential privacy only."""
     show_log()
     return reply_to(message, context)
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Return what this client's owner declares, before round 1."""
+    show_log()
+    return reply_to(message, context)

@@ -62,6 +62,19 @@ REFUSED: list[dict[str, Scalar]] = [
     {"privacy.unit": "record", "model.quantization": 8},
     {"privacy.unit": "record", "adapter.kind": "auto"},
     {"privacy.unit": "record", "adapter.dropout": 0.1},
+    {"privacy.noise": "joint"},
+    {"privacy.unit": "record", "privacy.noise": "joint", "train.local-steps": 8},
+    {"privacy.unit": "record", "privacy.noise": "joint", "train.optimizer": "adamw"},
+    {
+        "privacy.unit": "record",
+        "privacy.noise": "joint",
+        "strategy.aggregator": "median",
+    },
+    {
+        "privacy.unit": "record",
+        "privacy.noise": "joint",
+        "strategy.sampling": "poisson",
+    },
     {"privacy.unit": "none", "privacy.max-epsilon": 4.0},
 ]
 

@@ -58,6 +58,17 @@ SECRET_COHORTS = {
     "privacy.noise-multiplier": 2.0,
 }
 
+# One noise for the records of all clients: six of 24 in a step.
+JOINT = {
+    "privacy.unit": "record",
+    "privacy.noise": "joint",
+    "privacy.target-epsilon": 0.0,
+    "privacy.noise-multiplier": 1.0,
+    "privacy.delta": 1e-5,
+    "train.batch-size": 1,
+    "train.gradient-accumulation": 6,
+}
+
 NO_PRIVACY = {"privacy.unit": "none", "privacy.target-epsilon": 0.0}
 
 
