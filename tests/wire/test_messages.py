@@ -17,8 +17,10 @@ from fedllm.wire.messages import (
     METRICS,
     array_record,
     error_content,
+    read_declared_rows,
     read_global,
     read_reply,
+    read_sum,
 )
 from tests.helpers.flower_messages import reply
 
@@ -181,6 +183,32 @@ def test_a_reply_without_the_record_of_arrays_is_malformed(content):
     assert read_reply(reply(content), SHAPES).code == "malformed"
 
 
+@pytest.mark.parametrize("dtype", ["<i8", ">i8", "<i4", "|i1"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_sum_is_read_to_the_last_bit(dtype, order):
+    largest = np.iinfo(dtype).max
+    whole = {
+        "a": np.array([[0, -1, largest], [1, 2, -largest]], dtype, order=order),
+        "b": np.arange(4).astype(dtype),
+    }
+
+    got = read_sum(reply(RecordDict({ARRAYS: array_record(whole)})), SHAPES)
+
+    assert got.code is None
+    for name, value in whole.items():
+        assert got.arrays[name].dtype == np.int64
+        assert got.arrays[name].tolist() == value.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f8", "<u8", "|b1", "<c8", "<M8[s]"])
+def test_a_sum_that_is_not_of_integers_is_malformed(dtype):
+    wrong = {**GOOD, "a": np.zeros((2, 3), dtype), "b": np.zeros(4, np.int64)}
+
+    got = read_sum(reply(RecordDict({ARRAYS: array_record(wrong)})), SHAPES)
+
+    assert (got.code, got.arrays) == ("malformed", None)
+
+
 def test_a_million_arrays_are_refused_before_one_is_looked_at():
     class Million(ArrayRecord):
         def __len__(self) -> int:
@@ -330,14 +358,19 @@ RECORDS = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from([ARRAYS, METRICS, ERROR, "x"]), RECORDS))
 def test_reading_never_raises_and_gives_declared_arrays_or_a_code(content):
-    got = read_reply(reply(RecordDict(content)), SHAPES)
+    message = reply(RecordDict(content))
+    assert read_declared_rows(message) is None
 
-    if got.code is None:
-        assert {name: a.shape for name, a in got.arrays.items()} == SHAPES
-        assert all(a.dtype.kind == "f" for a in got.arrays.values())
-    else:
-        assert got.arrays is None
-        assert got.code in (*ERROR_CODES, "malformed")
+    for got, kind in (
+        (read_reply(message, SHAPES), "f"),
+        (read_sum(message, SHAPES), "i"),
+    ):
+        if got.code is None:
+            assert {name: a.shape for name, a in got.arrays.items()} == SHAPES
+            assert all(a.dtype.kind == kind for a in got.arrays.values())
+        else:
+            assert got.arrays is None
+            assert got.code in (*ERROR_CODES, "malformed")
 
 
 def test_the_servers_arrays_are_refused_with_what_is_wrong():
