@@ -55,10 +55,10 @@ from fedllm.wire.messages import (
     METRICS,
     NOISE_MULTIPLIER,
     TOTAL_ROWS,
-    array_record,
     encoded_record,
     error_content,
     read_global,
+    sum_record,
 )
 from fedllm.wire.resumed_run import original_context
 
@@ -332,7 +332,7 @@ def _sum_batch(
         f"not be taken; epsilon {epsilon:.3f} of this client's records so far, if the server "
         "adds the noise that it names"
     )
-    return RecordDict({ARRAYS: array_record(summed.integers)})
+    return RecordDict({ARRAYS: sum_record(summed.integers)})
 
 
 def _received(

@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from fedllm.config import Encoding
 from fedllm.foreign_text import printable
 from fedllm.wire.encoding import PACKED, pack, packed_size, unpack
+from fedllm.wire.sums import pack_sum, packed_sum_size, unpack_sum
 
 ARRAYS = "arrays"
 CONFIG = "config"
@@ -54,13 +55,9 @@ UNREADABLE = 0
 unknown error)."""
 
 _MAX_HEADER_BYTES = 1024
-_KINDS = {
-    "f": "a float of at most 64 bits",
-    "u": "bytes",
-    "i": "an integer of at most 64 bits",
-}
-_USUAL = {"f": "<f4", "u": "|u1", "i": "<i8"}
-_LARGEST_ITEM = {"f": 8, "u": 1, "i": 8}
+_KINDS = {"f": "a float of at most 64 bits", "u": "bytes"}
+_USUAL = {"f": "<f4", "u": "|u1"}
+_LARGEST_ITEM = {"f": 8, "u": 1}
 _MAX_EXAMPLES = 2**31
 
 
@@ -134,7 +131,7 @@ def read_reply(
 
 
 def read_sum(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> Reply:
-    """Decode a reply whose arrays are integers, whatever the encoding. Total.
+    """Decode a reply of integers, packed by `pack_sum`. Total.
 
     Args:
         message: The reply, as Flower inflated it.
@@ -143,11 +140,22 @@ def read_sum(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> Reply:
     Returns:
         A reply whose arrays are int64.
     """
-    reply = _read_with(message, shapes, lambda sent: _read_named(sent, shapes, "i"))
-    if reply.arrays is None:
-        return reply
-    whole = {name: array.astype(np.int64) for name, array in reply.arrays.items()}
-    return replace(reply, arrays=whole)
+    declared = {PACKED: (packed_sum_size(shapes),)}
+
+    def integers(
+        sent: ArrayRecord | None,
+    ) -> tuple[dict[str, npt.NDArray[Any]] | str, int]:
+        packed, num_bytes = _read_named(sent, declared, "u")
+        if isinstance(packed, str):
+            return packed, num_bytes
+        return dict(unpack_sum(packed[PACKED], shapes)), num_bytes
+
+    return _read_with(message, shapes, integers)
+
+
+def sum_record(integers: Mapping[str, npt.NDArray[np.int64]]) -> ArrayRecord:
+    """Make the record of a sum of integers that travels."""
+    return array_record({PACKED: pack_sum(integers)})
 
 
 def read_declared_rows(message: Message) -> int | None:

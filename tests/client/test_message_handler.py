@@ -307,7 +307,7 @@ def test_a_joint_reply_has_the_same_form_for_every_batch_and_every_file(
     useless.write_text('{"instruction": ""}\nno JSON\n')
     usual = form(NODE, 2)
 
-    assert [name for name, *_ in usual] == list(arrays)
+    assert len(usual) == 1
     assert form({**NODE, "partition-id": 1}, 2**30) == usual
     assert form({"data-path": str(useless)}, 2) == usual
 

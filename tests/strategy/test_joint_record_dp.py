@@ -17,6 +17,7 @@ from fedllm.wire.messages import (
     NOISE_MULTIPLIER,
     TOTAL_ROWS,
     array_record,
+    sum_record,
 )
 from tests.helpers.strategies import SHAPES, START, ask, moved, private
 
@@ -62,7 +63,7 @@ def sums(amount):
 
 
 def answer(message, arrays):
-    return Message(RecordDict({ARRAYS: array_record(arrays)}), reply_to=message)
+    return Message(RecordDict({ARRAYS: sum_record(arrays)}), reply_to=message)
 
 
 def test_the_step_goes_down_the_mean_over_the_expected_batch(tmp_path):
@@ -147,12 +148,12 @@ def test_no_sum_is_rejected_for_its_norm_and_none_adds_more_than_its_share(tmp_p
 def test_what_is_not_of_the_declared_form_counts_as_zero(tmp_path):
     strategy = make(tmp_path)
     messages = ask(strategy)
-    floats = {k: v.astype(np.float32) for k, v in sums(U).items()}
+    floats = RecordDict({ARRAYS: array_record(START)})
 
     record, _ = strategy.aggregate_train(
         1,
         [
-            answer(messages[0], floats),
+            Message(floats, reply_to=messages[0]),
             answer(messages[1], {"a": sums(U)["a"]}),
             answer(messages[2], {k: v[:1] for k, v in sums(U).items()}),
         ],
