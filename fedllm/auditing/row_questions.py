@@ -22,7 +22,13 @@ from fedllm.adapters.resolve import adapter_spec
 from fedllm.auditing.toy_model import save_toy_model
 from fedllm.config import AdapterConfig
 from fedllm.models.loading import load_config
-from fedllm.wire.messages import ARRAYS, CONFIG, array_record
+from fedllm.wire.messages import (
+    ARRAYS,
+    CONFIG,
+    NOISE_MULTIPLIER,
+    TOTAL_ROWS,
+    array_record,
+)
 from fedllm.wire.task_identity import set_task_identity
 
 Answer = Callable[[Message, Context], Message]
@@ -83,6 +89,8 @@ QUESTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "a word, by failure": ("fails at a word", {}),
     "an epoch": ("plain", {"train.local-steps": 0, "train.batch-size": 2}),
+    "a sum for joint noise": ("plain", {"privacy.noise": "joint"}),
+    "a word, by a joint sum": ("fails at a word", {"privacy.noise": "joint"}),
 }
 """What a server asks: a chat template, and settings of the run."""
 
@@ -181,6 +189,8 @@ def _ask(
         initial_arrays(adapter_spec(_ADAPTER, load_config(model), 42))
     )
     record = ConfigRecord({"server-round": 1, "learning-rate": 0.1})
+    record[NOISE_MULTIPLIER] = float(config["privacy.noise-multiplier"])
+    record[TOTAL_ROWS] = 10 * NUM_ROWS
     message = Message(RecordDict({ARRAYS: arrays, CONFIG: record}), 1, "train")
     node: dict[str, Any] = {"data-path": str(rows), "partition-id": 0}
     context = Context(1, 1, node, RecordDict(), config)
