@@ -1,10 +1,16 @@
 """The noise of a run with one noise for all records of a federation, fixed before round 1."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
-from fedllm.privacy.accounting import calibrate, default_delta
+from fedllm.privacy.accounting import (
+    calibrate,
+    default_delta,
+    record_accountant,
+    record_epsilon,
+)
 from fedllm.privacy.joint_ledger import JointSettings
 
 
@@ -55,3 +61,30 @@ def joint_settings(
         num_trainable=num_trainable,
         planned_rounds=config.num_server_rounds,
     )
+
+
+def joint_plan(config: RunConfig, num_records: int, num_clients: int) -> dict[str, Any]:
+    """Return the plan of all clients together, with the keys of `record_plan`.
+
+    Args:
+        config: The run config, with `privacy.noise="joint"`.
+        num_records: Rows that each client declares.
+        num_clients: Clients.
+
+    Raises:
+        ConfigError: The clients declared fewer rows than one expected batch.
+    """
+    settings = joint_settings(config, [num_records] * num_clients, 1)
+    z, q = settings.noise_multiplier, settings.sampling_probability
+    events = [(z, q, settings.planned_rounds)]
+    return {
+        "num_records": settings.total_rows,
+        "expected_batch_size": settings.expected_batch_size,
+        "sampling_probability": q,
+        "steps_per_round": 1,
+        "num_rounds": settings.planned_rounds,
+        "noise_multiplier": z,
+        "epsilon": record_epsilon(events, settings.delta),
+        "accountant": record_accountant(events, settings.delta),
+        "delta": settings.delta,
+    }

@@ -1,7 +1,10 @@
 """The noise of a run with one noise for all records."""
 
+import json
+
 import pytest
 
+from fedllm.commands import plan
 from fedllm.config import parse_run_config
 from fedllm.errors import ConfigError
 from fedllm.planning.joint_noise import joint_settings
@@ -33,3 +36,18 @@ def test_fewer_declared_rows_than_a_batch_are_one_clear_line():
     text = str(caught.value)
     assert "draws batches of 32 records" in text and "31 rows together" in text
     assert "\n" not in text
+
+
+def test_all_clients_are_planned_for_together(capsys):
+    typed = ["--run-config", "configs/record-joint.toml", "--records", "243"]
+
+    plan.main([*typed, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    plan.main(typed)
+    text = capsys.readouterr().out
+
+    assert found["num_records"] == 20 * 243
+    event = (found["noise_multiplier"], 128 / 4860, 48)
+    assert found["epsilon"] == record_epsilon([event], found["delta"])
+    assert 7.9 < found["epsilon"] <= 8.0
+    assert "all clients together, with 4,860 records: batches of about 128" in text
