@@ -127,9 +127,10 @@ def test_the_ledger_is_on_disk_before_the_adapter_moves(tmp_path, monkeypatch):
     def full(self):
         raise PrivacyError("disk full")
 
+    replies = [answer(message, sums(U // 8)) for message in ask(strategy)]
     monkeypatch.setattr(JointLedger, "_write", full)
     with pytest.raises(PrivacyError, match="disk full"):
-        strategy.aggregate_train(1, [])
+        strategy.aggregate_train(1, replies)
     for name, value in strategy.strategy.reference.items():
         np.testing.assert_array_equal(value, before[name])
 
