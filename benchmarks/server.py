@@ -32,6 +32,7 @@ from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.ledger import Ledger
 from fedllm.strategy.build import make_strategy
 from fedllm.strategy.client_level_dp import ClientLevelDP
+from fedllm.wire.masking import masked
 from fedllm.wire.messages import ARRAYS, encoded_record
 from fedllm.wire.task_identity import set_task_identity
 
@@ -64,7 +65,7 @@ def aggregate(config: RunConfig, num_replies: int) -> dict[str, float]:
             for name, value in start.items()
         }
         record = encoded_record(sent, encoding, generator)
-        contents.append(RecordDict({ARRAYS: record}))
+        contents.append(masked(RecordDict({ARRAYS: record})))
     memory: list[float] = []
 
     def replies() -> Iterator[Message]:

@@ -6,6 +6,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedllm.wire.masking import masked
+
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
 
 app = ClientApp()
@@ -23,4 +25,4 @@ def train(message: Message, context: Context) -> Message:
     if context.run_config["privacy.unit"] == "none":
         metrics = {"num-examples": 1, "train-loss": 1.0}
         content["metrics"] = MetricRecord(metrics)
-    return Message(content, reply_to=message)
+    return Message(masked(content), reply_to=message)

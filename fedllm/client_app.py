@@ -33,6 +33,6 @@ def evaluate(message: Message, context: Context) -> Message:
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Return what this client's owner declares, before round 1."""
+    """Count a run that is announced, or declare this client's rows, before round 1."""
     show_log()
     return reply_to(message, context)

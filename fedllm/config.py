@@ -81,7 +81,7 @@ class ModelConfig:
     """The base model, which stays frozen."""
 
     name: Name = "smollm2-135m-instruct"
-    """`smollm2-135m-instruct`, a local folder, or a hub id."""
+    """`smollm2-135m-instruct`, a local folder, or a hub id, pinned as `owner/name@commit`."""
     quantization: Annotated[int, Strict(), AfterValidator(_bits)] = 4
     """Bits of the base model's linear layers: 4 (nf4), 8, or 0 (not quantised)."""
     quantize_embeddings: Flag = False
@@ -114,7 +114,8 @@ class DataConfig:
     """Training rows, how virtual clients share them, and rows declared public."""
 
     name: Name = "wordnet-medical"
-    """`wordnet-medical`, a hub id, or a local .jsonl/.json/.csv/.parquet file."""
+    """`wordnet-medical`, a hub id, pinned as `owner/name@commit`, or a local
+    .jsonl/.json/.csv/.parquet file."""
     split: Name = "train"
     """Split of a hub data set."""
     prompt_column: Name = "instruction"

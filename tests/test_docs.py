@@ -1,6 +1,7 @@
 """Every command that the README and the pages show can be typed: flags and settings exist.
 
-What they do when they run is for the tests of each; here nothing is started.
+What they do when they run is for the tests of each; here nothing is started. Every test that
+a page names exists too.
 """
 
 import re
@@ -23,6 +24,7 @@ OURS = (
     r"python evaluate\.py|flwr run"
 )
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+SECURITY = ROOT / "SECURITY.md"
 
 
 def shown() -> list[tuple[str, str]]:
@@ -105,3 +107,40 @@ def flags(words: list[str]) -> list[str]:
 
 def values(words: list[str], flag: str) -> list[str]:
     return [words[i + 1] for i, word in enumerate(words[:-1]) if word == flag]
+
+
+def defined() -> set[str]:
+    """Return the name of each test function and the path of each file of tests."""
+    paths = [*ROOT.glob("tests/**/*.py")]
+    names = {
+        name
+        for path in paths
+        for name in re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.M)
+    }
+    return names | {path.relative_to(ROOT).as_posix() for path in paths}
+
+
+@pytest.mark.parametrize("page", [SECURITY, *PAGES], ids=lambda page: page.name)
+def test_every_test_that_a_page_names_exists(page):
+    words = re.findall(r"`([^`\s]+)`", page.read_text("utf-8"))
+    named = {w for w in words if re.fullmatch(r"test_\w+|tests/[\w/]+\.py", w)}
+
+    assert named - defined() == set()
+
+
+def promises() -> list[list[str]]:
+    """Return the cells of each row under "What is promised"."""
+    section = SECURITY.read_text("utf-8").split("## What is promised\n")[1]
+    section = section.split("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line[:1] == "|"]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    return [row for row in cells if row[0] != "promise" and set(row[0]) != {"-"}]
+
+
+def test_every_promise_names_who_is_hostile_what_holds_it_and_a_test():
+    rows = promises()
+
+    assert len(rows) > 25
+    for row in rows:
+        assert len(row) == 5 and all(row[:4]), row
+        assert re.fullmatch(r"`test_\w+`(, `test_\w+`)*", row[3]), row

@@ -89,15 +89,15 @@ Each SuperNode has a config of its own, `fedllm supernode --node-config '...'`. 
 | `data-path` | The client's own file or folder, instead of `data.name`. It is not partitioned. |
 | `partition-id`, `num-partitions` | Which share of `data.name` this node holds, if it has no file. Without a limit beside them the node counts as simulated: at record level it starts a new ledger in every run. |
 | `privacy-unit` | Limit: the run's `privacy.unit` must be this. If no `max-epsilon` is set, 10 is. |
-| `max-epsilon` | Limit: the run must bound its zero-out epsilon (`privacy.target-epsilon` or `privacy.max-epsilon`) by at most this, at a delta of at most 1e-5 if the node sets none. With `privacy-unit='record'`: this node stops training once its releases have spent this in all runs, whatever the run config says. |
+| `max-epsilon` | Limit: all runs of this node together may spend this at most, zero-out, at the node's `delta` or else 1e-5; each run must bound its own (`privacy.target-epsilon` or `privacy.max-epsilon`) by it too. With `privacy-unit='record'`: this node stops training once its releases have spent this in all runs, whatever the run config says. |
+| `budget-period` | Days of a period that `max-epsilon` is for, under client level; without it, the lifetime. The owner alone begins the next one: `fedllm node renew`. |
 | `delta` | Limit: the run must set `privacy.delta`, to at most this. |
 | `model-name` | Limit: the run's `model.name` must be this. With another limit and `privacy.unit='record'` it is the built-in model if it is not set: a chat template is a program that runs on every row. |
-
 | `privacy-noise` | `joint`, beside `privacy-unit='record'`: a run may leave the noise to the server (`privacy.noise='joint'`), which is then trusted. If it is not set, or `local`, a node with a limit rejects such a run. |
 | `declared-rows` | How many rows this node has, declared by its owner as a public number. `privacy.noise='joint'` needs it; nothing compares it with the file. |
 
-A run outside a limit gets no update from that node: code `bad-config`, which counts as a zero
-update. Any other key has the same effect, and the node's log names it, so that no limit is lost by a
+A run outside a limit gets no update from that node: code `bad-config`, or `budget-spent` if it is one run too many;
+that counts as a zero update. Any other key has the same effect, and the node's log names it, so that no limit is lost by a
 typing error. The check is code of the app, which Flower ships from the server: it guards against a
 careless run, not against a hostile server.
 

@@ -12,6 +12,8 @@ from fedllm.adapters.kinds import KINDS, mend_layers
 from fedllm.adapters.peft_model import peft_arrays, peft_config, quiet_peft
 from fedllm.adapters.spec import PREFIX, AdapterSpec
 from fedllm.errors import AdapterError
+from fedllm.foreign_text import printable
+from fedllm.models.loading import repository
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -66,7 +68,7 @@ def read_origin(folder: Path) -> dict[str, Any]:
 
 
 def read_base_name(folder: Path) -> str:
-    """Return the base model that an adapter folder names.
+    """Return the base model that an adapter folder names, with its commit if it has one.
 
     Raises:
         AdapterError: There is no adapter that PEFT can open without pickle.
@@ -93,7 +95,15 @@ def read_base_name(folder: Path) -> str:
         raise AdapterError(
             f"{folder / _CONFIG_FILE}: names no base model: set base_model_name_or_path"
         )
-    return base_name
+    revision = config.get("revision")
+    if revision in (None, "main") or Path(base_name).is_dir():
+        return base_name
+    if not repository(pinned := f"{base_name}@{revision}")[1]:
+        raise AdapterError(
+            f"{folder / _CONFIG_FILE}: revision must be a commit of 40 hexadecimal digits "
+            f"(got {printable(revision)!r})"
+        )
+    return pinned
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from fedllm.adapters.kinds import kind_of
 from fedllm.adapters.spec import PREFIX, AdapterSpec, Arrays
 from fedllm.errors import AdapterError
+from fedllm.models.loading import repository
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +34,14 @@ def peft_arrays(spec: AdapterSpec, trained: Mapping[str, npt.NDArray[Any]]) -> A
 
 
 def peft_config(spec: AdapterSpec, base_name: str | None = None) -> "PeftConfig":
-    """Return PEFT's configuration of this adapter."""
-    return kind_of(spec.kind).peft_config(spec, base_name)
+    """Return PEFT's configuration of this adapter.
+
+    A hub id that is pinned by @ and a commit becomes PEFT's name and revision.
+    """
+    name, commit = (base_name, None) if base_name is None else repository(base_name)
+    config = kind_of(spec.kind).peft_config(spec, name)
+    config.revision = commit
+    return config
 
 
 def attach(base: "PreTrainedModel", spec: AdapterSpec) -> "PeftModel":

@@ -16,6 +16,7 @@ from fedllm.auditing.deterministic_checks import (
     sensitivity,
     weights,
 )
+from fedllm.auditing.grid_checks import checkpoint_moments, published_values
 from fedllm.auditing.harness import Finding, MakeStrategy, NotAsPromisedError, Setup
 from fedllm.auditing.statistical_checks import (
     fresh_noise,
@@ -143,6 +144,8 @@ class Auditor:
             "noise scale": lambda: noise_scale(setup),
             "fresh noise": lambda: fresh_noise(setup),
             "order": lambda: order(setup),
+            "published values": lambda: published_values(setup),
+            "checkpoint moments": lambda: checkpoint_moments(setup),
             "ledger": lambda: ledger(setup),
         }
         if setup.settings.sampling == "poisson":

@@ -33,7 +33,8 @@ from fedllm.privacy.mechanism import SecureGenerator
 from fedllm.privacy.record_ledger import RecordPlan
 from fedllm.strategy.build import make_strategy
 from fedllm.training.task import RoundTask
-from fedllm.wire.messages import ARRAYS, read_global, sum_record
+from fedllm.wire.masking import masked
+from fedllm.wire.messages import ARRAYS, array_record, read_global
 from fedllm.wire.task_identity import set_task_identity
 
 _PROMPT_TOKENS = 8
@@ -154,8 +155,8 @@ def joint_step(
         server_round = len(ledger.releases) + 1
         task = RoundTask(arrays, config.train.learning_rate)
         summed = batch_sum(adapted, records, config, plan, task)
-        content = RecordDict({ARRAYS: sum_record(summed.integers)})
-        reply = Message(content, reply_to=Message(RecordDict(), 1, "train"))
+        content = RecordDict({ARRAYS: array_record(summed.integers)})
+        reply = Message(masked(content), reply_to=Message(RecordDict(), 1, "train"))
         released, _ = strategy.aggregate_train(server_round, [reply])
         return read_global(released, adapted.spec.trained_shapes) if released else {}
 

@@ -29,6 +29,7 @@ from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
 from fedllm.strategy.joint_record_dp import JointRecordDP
 from fedllm.strategy.server_optimizer import ServerOptimizer
+from fedllm.wire.masking import WIRE, masked
 from fedllm.wire.messages import ARRAYS, METRICS, array_record, encoded_record
 from fedllm.wire.task_identity import set_task_identity
 
@@ -155,6 +156,11 @@ class Bench:
         return self._recorder.entered
 
     @property
+    def moments(self) -> Mapping[str, Vector]:
+        """The moments of the server optimiser now, by name."""
+        return self._recorder.moments
+
+    @property
     def rounds_on_disk(self) -> list[int]:
         """Rounds in the ledger's file when each step of the optimiser was taken."""
         return self._recorder.rounds_on_disk
@@ -278,6 +284,11 @@ class _Recorder:
         self.entered: list[Vector] = []
         self.rounds_on_disk: list[int] = []
 
+    @property
+    def moments(self) -> Mapping[str, Vector]:
+        """The real optimiser's moments."""
+        return self._optimizer.moments
+
     def step(self, update: Vector, learning_rate: float) -> Vector:
         """Record the update and make the real optimiser's step."""
         self.entered.append(np.array(update, np.float64))
@@ -291,4 +302,7 @@ def _replies(contents: Contents) -> Iterator[Message]:
     """Wrap contents as Flower would deliver them, one at a time."""
     for node_id, content in contents:
         asked = Message(RecordDict(), node_id, "train")
+        # A content with a record of its own on its format stays as hostile as it is.
+        if isinstance(content, RecordDict) and WIRE not in content:
+            content = masked(content)
         yield Message(content, reply_to=asked)

@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, MetricRecord, Reco
 from fedllm.adapters.spec import Arrays
 from fedllm.config import Encoding
 from fedllm.wire.encoding import PACKED, pack
+from fedllm.wire.masking import WIRE, WIRE_FORMAT
 from fedllm.wire.messages import ARRAYS, ERROR, METRICS, array_record, error_content
 
 Content = RecordDict | Error
@@ -40,12 +41,30 @@ def hostile_replies(reference: Arrays, clipping_norm: float) -> dict[str, Conten
         replies[f"claims {claim} examples"] = RecordDict(
             {ARRAYS: far, METRICS: metrics}
         )
+    for kind, record in _wire_records().items():
+        replies[kind] = RecordDict({ARRAYS: far, WIRE: record})
     replies["nothing"] = RecordDict()
     replies["no arrays"] = RecordDict({ARRAYS: ArrayRecord()})
     replies["an error of Flower's"] = Error(code=1, reason="a secret")
     replies["an error code"] = error_content("no-data", None)
     replies["an error code of its own"] = RecordDict({ERROR: ConfigRecord({"code": 7})})
     return replies
+
+
+def _wire_records() -> dict[str, ConfigRecord]:
+    """Return what a reply may claim of its format and its mask, none of it honest."""
+    return {
+        "no format": ConfigRecord(),
+        "another format": ConfigRecord({"format": 1, "nonce": bytes(16)}),
+        "a format in words": ConfigRecord({"format": "2", "nonce": bytes(16)}),
+        "no nonce": ConfigRecord({"format": WIRE_FORMAT}),
+        "a short nonce": ConfigRecord({"format": WIRE_FORMAT, "nonce": bytes(15)}),
+        "a long nonce": ConfigRecord({"format": WIRE_FORMAT, "nonce": bytes(10**6)}),
+        "a nonce in words": ConfigRecord({"format": WIRE_FORMAT, "nonce": "0" * 16}),
+        "a nonce and no mask": ConfigRecord(
+            {"format": WIRE_FORMAT, "nonce": bytes(16)}
+        ),
+    }
 
 
 def packed_replies(reference: Arrays, encoding: Encoding) -> dict[str, Content]:

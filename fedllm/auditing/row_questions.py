@@ -15,19 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.auditing.toy_model import save_toy_model
 from fedllm.config import AdapterConfig
 from fedllm.models.loading import load_config
+from fedllm.wire.masking import NONCE
 from fedllm.wire.messages import (
     ARRAYS,
     CONFIG,
     NOISE_MULTIPLIER,
     TOTAL_ROWS,
     array_record,
+    own_config,
 )
 from fedllm.wire.task_identity import set_task_identity
 
@@ -188,9 +190,11 @@ def _ask(
     arrays = array_record(
         initial_arrays(adapter_spec(_ADAPTER, load_config(model), 42))
     )
-    record = ConfigRecord({"server-round": 1, "learning-rate": 0.1})
-    record[NOISE_MULTIPLIER] = float(config["privacy.noise-multiplier"])
-    record[TOTAL_ROWS] = 10 * NUM_ROWS
+    numbers = {
+        NOISE_MULTIPLIER: float(config["privacy.noise-multiplier"]),
+        TOTAL_ROWS: 10 * NUM_ROWS,
+    }
+    record = own_config({"server-round": 1, "learning-rate": 0.1, **numbers})
     message = Message(RecordDict({ARRAYS: arrays, CONFIG: record}), 1, "train")
     node: dict[str, Any] = {"data-path": str(rows), "partition-id": 0}
     context = Context(1, 1, node, RecordDict(), config)
@@ -198,13 +202,15 @@ def _ask(
 
 
 def _without_values(content: RecordDict) -> str:
-    """Return all of a reply but for the values of its arrays, as text."""
+    """Return all of a reply but for its nonce and the values of its arrays, as text."""
     parts = [
         f"{key} {[(name, a.dtype, tuple(a.shape), len(a.data)) for name, a in r.items()]}"
         for key, r in content.array_records.items()
     ]
     others: dict[str, Any] = {**content.metric_records, **content.config_records}
-    parts += [f"{key} {dict(others[key].items())}" for key in sorted(others)]
+    for key in sorted(others):
+        told = {name: value for name, value in others[key].items() if name != NONCE}
+        parts.append(f"{key} {told}")
     return ", ".join(parts)
 
 

@@ -4,8 +4,11 @@ import logging
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedllm.config import fedllm_home
+from fedllm.errors import ConfigError
+from fedllm.strict_modes import make_strict_folder
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,13 @@ class ClientLog:
         if self.is_shown:
             logger.info(text)
 
+    def write_new_ledger(self, folder: Path) -> None:
+        """Write that a budget begins, since one under another home would count on."""
+        self.write(
+            f"client {self.number}: {folder}: a new ledger begins, with nothing spent; what "
+            "this client's rows have spent under another home (FEDLLM_HOME) is not in it"
+        )
+
     def write_failure(self, code: str, error: Exception) -> str:
         """Write the whole error, never shown, and return the log's path."""
         trace = "".join(traceback.format_exception(error))
@@ -42,10 +52,11 @@ class ClientLog:
         path = fedllm_home() / "logs" / f"client-{self.number}.log"
         try:
             # An error's text may quote a row.
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_strict_folder(path.parent)
             with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 stamp = time.strftime("%Y-%m-%d %H:%M:%S")
                 file.write(f"{stamp} run {self.run_id} {text}\n")
-        except OSError as error:
-            logger.error("%s: cannot be written: %s", path, error.strerror)
+        except (OSError, ConfigError) as error:
+            # An entry that is not written must not cost the round.
+            logger.error("%s: cannot be written: %s", path, error)
         return str(path)

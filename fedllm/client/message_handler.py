@@ -17,12 +17,12 @@ from flwr.app import (
     ConfigRecord,
     Context,
     Message,
-    MessageType,
     MetricRecord,
     RecordDict,
 )
 
 from fedllm.adapters.resolve import with_kind
+from fedllm.client.base_model import require_same_base
 from fedllm.client.cache import (
     client_records,
     client_rows,
@@ -46,19 +46,20 @@ from fedllm.errors import (
     TimeLimitError,
 )
 from fedllm.training.task import RoundTask, training_seed
+from fedllm.wire.masking import WIRE_FORMAT, masked
 from fedllm.wire.messages import (
     ADAPTER_KIND,
     ARRAYS,
+    BASE_MODEL,
     CLIENT_PHASES,
     CONFIG,
     DECLARED_ROWS,
     METRICS,
-    NOISE_MULTIPLIER,
-    TOTAL_ROWS,
+    WIRE_FORMAT_KEY,
+    array_record,
     encoded_record,
     error_content,
     read_global,
-    sum_record,
 )
 from fedllm.wire.resumed_run import original_context
 
@@ -83,6 +84,8 @@ class _Client:
     config: RunConfig
     node: NodeConfig
     run_id: int
+    attempt: int
+    """Flower's id of the run that asks: another than `run_id` once a run was resumed."""
 
     @property
     def log(self) -> ClientLog:
@@ -112,7 +115,7 @@ class _Times:
 
 
 def reply_to(message: Message, context: Context) -> Message:
-    """Train or evaluate as a message asks, and reply. Never raises.
+    """Train, evaluate or count a run as a message asks, and reply. Never raises.
 
     Guarantee:
         Under `privacy.unit="client"` the reply holds the trained arrays, or one code of
@@ -122,37 +125,34 @@ def reply_to(message: Message, context: Context) -> Message:
         leaves, and which epsilon, is a function of settings and of the number of rows, but
         for limits of time and memory; after a few requests without a release it is one
         code for the rest of the run.
+        No object of a reply can be foreseen by who knows the rows (`wire.masking`).
     """
     private = True
     # What Flower says, not what the server says of a resumed run.
-    run_id = context.run_id
+    attempt = context.run_id
     try:
         context = original_context(message, context)
         config = parse_run_config(context.run_config)
         private = config.privacy.unit != "none"
         node = parse_node_config(context.node_config)
-        client = _Client(config, node, context.run_id)
-        if message.metadata.message_type == MessageType.QUERY:
-            content = _declare(client)
-        elif config.privacy.unit == "record":
-            content = _counted(message, client, run_id)
+        client = _Client(config, node, context.run_id, attempt)
+        if config.privacy.unit == "record":
+            content = masked(_counted(message, client))
         else:
-            content = _answer(message, client)
+            content = masked(_answer(message, client))
     except Exception as error:  # noqa: BLE001 - a client's failure becomes a code
         content = _failure(error, context, private)
     return Message(content, reply_to=message)
 
 
-def _declare(client: _Client) -> RecordDict:
+def _declared(client: _Client) -> RecordDict:
     """Return how many rows this client declares as public, which no row decides.
 
     Raises:
-        ConfigError: The node's owner does not allow the run, or declares nothing.
+        ConfigError: The node's owner declares nothing.
+        DataError: A virtual client's rows cannot be read.
     """
     config, node = client.config, client.node
-    check_node_limits(node, config)
-    if not config.is_joint:
-        raise ConfigError("privacy.noise: clients declare rows only if it is 'joint'")
     rows = node.declared_rows
     if rows is None and not node.is_simulated:
         raise ConfigError(
@@ -164,14 +164,14 @@ def _declare(client: _Client) -> RecordDict:
     return RecordDict({METRICS: MetricRecord({DECLARED_ROWS: rows})})
 
 
-def _counted(message: Message, client: _Client, run_id: int) -> RecordDict:
+def _counted(message: Message, client: _Client) -> RecordDict:
     """Answer a request, which counts as refused until its release is paid for.
 
     Raises:
         BudgetError: Too many of the run's were refused.
     """
     folder = fedllm_home() / "refusals"
-    refusals = Refusals(folder, run_id, client.node.partition_id)
+    refusals = Refusals(folder, client.attempt, client.node.partition_id)
     refusals.begin()
     content = _answer(message, client)
     refusals.release()
@@ -179,11 +179,28 @@ def _counted(message: Message, client: _Client, run_id: int) -> RecordDict:
 
 
 def _answer(message: Message, client: _Client) -> RecordDict:
-    """Check the limits of the node's owner, and train or evaluate."""
+    """Check the limits of the node's owner, and do what is asked."""
     check_node_limits(client.node, client.config)
+    _check_format(message)
+    if message.metadata.message_type.startswith("query"):
+        return _declared(client) if client.config.is_joint else _announced(client)
     if message.metadata.message_type.startswith("evaluate"):
         return _evaluate(message, client)
     return _train(message, client)
+
+
+def _check_format(message: Message) -> None:
+    """Raise if the server does not read replies in this node's format.
+
+    Raises:
+        ConfigError: Their versions of fedllm differ.
+    """
+    read = message.content.config_records[CONFIG].get(WIRE_FORMAT_KEY, 1)
+    if read != WIRE_FORMAT:
+        raise ConfigError(
+            f"fedllm: the server reads wire format {read!r} and this node writes "
+            f"{WIRE_FORMAT}: install the same version on both"
+        )
 
 
 def _failure(error: Exception, context: Context, private: bool) -> RecordDict:
@@ -218,6 +235,11 @@ def _train(message: Message, client: _Client) -> RecordDict:
     # The message's own clock is the server's, which may be wrong here by any amount.
     deadline = started + config.strategy.round_timeout
     record = message.content.config_records[CONFIG]
+    # Flower allows lists and bytes here: those raise, and the reply is a code.
+    server_round = int(record["server-round"])  # type: ignore[arg-type]
+    learning_rate = float(record["learning-rate"])  # type: ignore[arg-type]
+    require_same_base(config.model.name, record.get(BASE_MODEL))
+    _charge(client, server_round)
     resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
     loaded = time.monotonic()
     examples: Sequence[Example | None]
@@ -226,9 +248,6 @@ def _train(message: Message, client: _Client) -> RecordDict:
     else:
         examples = client_rows(resident, node, config, client.log)
     arrays = _received(message, resident.adapted, config)
-    # Flower allows lists and bytes here: those raise, and the reply is a code.
-    server_round = int(record["server-round"])  # type: ignore[arg-type]
-    learning_rate = float(record["learning-rate"])  # type: ignore[arg-type]
     seed = training_seed(config.seed, server_round, node.partition_id)
     task = RoundTask(arrays, learning_rate, seed, deadline)
     if config.is_joint:
@@ -247,6 +266,38 @@ def _train(message: Message, client: _Client) -> RecordDict:
     if metrics:
         content[METRICS] = MetricRecord(metrics)
     return content
+
+
+def _announced(client: _Client) -> RecordDict:
+    """Charge a run before any client is drawn for it, and return nothing.
+
+    Raises:
+        BudgetError: It would pass the node's limit.
+        ConfigError: Its cohorts are not secret: then nothing is announced.
+        PrivacyError: The node's ledger cannot be trusted or written.
+    """
+    if not client.config.cohorts_are_secret:
+        raise ConfigError(
+            "strategy.sampling: only a run with secret cohorts is announced (got "
+            f"{client.config.strategy.sampling!r})"
+        )
+    _charge(client, None)
+    return RecordDict()
+
+
+def _charge(client: _Client, server_round: int | None) -> None:
+    """Charge a client-level run to the node before anything of it is computed.
+
+    Raises:
+        BudgetError: It would pass the node's limit, or its round was not planned.
+        PrivacyError: The node's ledger cannot be trusted or written.
+    """
+    config = client.config
+    if config.privacy.unit == "client":
+        from fedllm.client.node_budget import asked_of, charge_run
+
+        asked = asked_of(config, client.run_id, client.attempt, server_round)
+        charge_run(config, client.node, asked, client.log)
 
 
 def _fit(
@@ -288,7 +339,7 @@ def _fit_privately(
     from fedllm.training.dp_sgd import train_privately
 
     config = client.config
-    budget = open_budget(config, client.node, client.run_id, len(records))
+    budget = open_budget(config, client.node, client.run_id, len(records), client.log)
     budget.require()
     trained = train_privately(adapted, records, config, budget.plan, task)
     return trained, budget.spend()
@@ -316,13 +367,7 @@ def _sum_batch(
 
     config, node = client.config, client.node
     began = time.monotonic()
-    budget = open_joint_budget(
-        config,
-        node,
-        client.run_id,
-        record.get(NOISE_MULTIPLIER),
-        record.get(TOTAL_ROWS),
-    )
+    budget = open_joint_budget(config, node, client.run_id, record, client.log)
     task.check_deadline(0)
     epsilon = budget.spend()
     summed = batch_sum(adapted, records, config, budget.plan, task)
@@ -332,7 +377,7 @@ def _sum_batch(
         f"not be taken; epsilon {epsilon:.3f} of this client's records so far, if the server "
         "adds the noise that it names"
     )
-    return RecordDict({ARRAYS: sum_record(summed.integers)})
+    return RecordDict({ARRAYS: array_record(summed.integers)})
 
 
 def _received(
@@ -410,6 +455,7 @@ def _evaluate(message: Message, client: _Client) -> RecordDict:
             f"(got {config.privacy.unit!r})"
         )
     record = message.content.config_records[CONFIG]
+    require_same_base(config.model.name, record.get(BASE_MODEL))
     resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
     held = client_rows(resident, client.node, config, client.log, held_out=True)
     adapted = resident.adapted

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedllm.config import RunConfig
+from fedllm.config import LARGEST_DELTA, RunConfig
 from fedllm.errors import ConfigError
 from fedllm.models.known import BUILT_IN_MODEL
 
@@ -17,7 +17,14 @@ any epsilon can be reached."""
 _LARGEST_EPSILON = 10.0
 """Largest epsilon if the node demands a unit of privacy and sets no `max-epsilon`."""
 
-LIMITS = ("privacy-unit", "max-epsilon", "delta", "model-name", "privacy-noise")
+LIMITS = (
+    "privacy-unit",
+    "max-epsilon",
+    "budget-period",
+    "delta",
+    "model-name",
+    "privacy-noise",
+)
 KEYS = ("data-path", "partition-id", "num-partitions", "declared-rows", *LIMITS)
 
 _NOISES = ("local", "joint")
@@ -34,7 +41,10 @@ class NodeConfig:
         num_partitions: Partitions of `data.name`; 1 if the client has a file of its own.
         data_path: The client's own file or folder; None: a partition of `data.name`.
         privacy_unit: The `privacy.unit` that a run must have; None: any.
-        max_epsilon: Largest epsilon that a run may spend; None: no limit.
+        max_epsilon: Largest epsilon that all runs of a period may spend together; None: no
+            limit.
+        budget_period: Days of a period, which the owner alone renews, under client level;
+            None: `max_epsilon` is for the lifetime.
         delta: Largest `privacy.delta` of a run; None: not set.
         model_name: The `model.name` that a run must have, and so the chat template that
             the node's rows are put in; None: any, but under record level with another
@@ -51,11 +61,18 @@ class NodeConfig:
     data_path: str | None = None
     privacy_unit: str | None = None
     max_epsilon: float | None = None
+    budget_period: float | None = None
     delta: float | None = None
     model_name: str | None = None
     privacy_noise: str | None = None
     declared_rows: int | None = None
     is_partition: bool = False
+
+    @property
+    def counted_delta(self) -> float:
+        """Delta that the node's runs are composed at."""
+        # No run's own delta is larger, so a run that keeps its promise fits.
+        return min(_LARGEST_DELTA if self.delta is None else self.delta, LARGEST_DELTA)
 
     @property
     def is_simulated(self) -> bool:
@@ -98,6 +115,7 @@ def parse_node_config(values: Mapping[str, Any]) -> NodeConfig:
         data_path=None if path is None else str(path),
         privacy_unit=None if unit is None else str(unit),
         max_epsilon=max_epsilon,
+        budget_period=_budget_period(values, max_epsilon),
         delta=_number(values, "delta"),
         model_name=None if model_name is None else str(model_name),
         privacy_noise=_noise(values),
@@ -262,6 +280,27 @@ def _partition(values: Mapping[str, Any]) -> tuple[int, int]:
             "and num-partitions: flower-supernode --node-config 'data-path=\"...\"'"
         )
     return int(partition_id), int(num_partitions)
+
+
+def _budget_period(
+    values: Mapping[str, Any], max_epsilon: float | None
+) -> float | None:
+    """Return the days of a period, None if it is not set.
+
+    Raises:
+        ConfigError: It is not above 0, or there is nothing that it could renew.
+    """
+    days = _number(values, "budget-period")
+    if days is None:
+        return None
+    if days <= 0:
+        raise ConfigError(f"node config: budget-period: must be above 0 (got {days:g})")
+    if max_epsilon is None or values.get("privacy-unit") == "record":
+        raise ConfigError(
+            "node config: budget-period: needs max-epsilon under client level; under "
+            "privacy-unit='record' max-epsilon is for all runs"
+        )
+    return days
 
 
 def _number(values: Mapping[str, Any], key: str) -> float | None:

@@ -7,9 +7,10 @@ before its coins are tossed.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from fedllm.client.log import ClientLog
 from fedllm.client.node_config import NodeConfig
 from fedllm.config import RunConfig, fedllm_home, flat
 from fedllm.errors import ConfigError
@@ -125,6 +126,7 @@ def open_budget(
     node: NodeConfig,
     run_id: int,
     num_records: int,
+    log: ClientLog,
 ) -> RecordBudget:
     """Return the budget of a client, with its ledger on this machine.
 
@@ -133,6 +135,7 @@ def open_budget(
         node: The client's node config.
         run_id: Flower's id of the run.
         num_records: n, all rows of the client.
+        log: Gets a line if a real client's ledger begins.
 
     Raises:
         ConfigError: There are fewer records than one expected batch.
@@ -142,17 +145,16 @@ def open_budget(
     def plan(target: float) -> RecordPlan:
         return client_plan(config, num_records, target)
 
-    return RecordBudget(
-        _own_ledger(node, run_id), config, run_id, plan, node.max_epsilon
-    )
+    ledger = _own_ledger(node, run_id, log)
+    return RecordBudget(ledger, config, run_id, plan, node.max_epsilon)
 
 
 def open_joint_budget(
     config: RunConfig,
     node: NodeConfig,
     run_id: int,
-    noise_multiplier: object,
-    total_rows: object,
+    numbers: Mapping[str, object],
+    log: ClientLog,
 ) -> RecordBudget:
     """Return the budget of a client whose noise the server adds, for steps of one round.
 
@@ -160,16 +162,17 @@ def open_joint_budget(
         config: The run config, with `privacy.noise="joint"`.
         node: The client's node config.
         run_id: Flower's id of the run.
-        noise_multiplier: z, as the server's message names it.
-        total_rows: The rows that all clients declared, as the server's message names them.
+        numbers: The server's message: z by NOISE_MULTIPLIER, and by TOTAL_ROWS the rows
+            that all clients declared.
+        log: Gets a line if a real client's ledger begins.
 
     Raises:
         ConfigError: The server's numbers are none, promise less than the run config, or are
             not those of the run's first step.
         PrivacyError: The ledger cannot be trusted.
     """
-    wanted = _joint_plan(config, noise_multiplier, total_rows)
-    ledger = _own_ledger(node, run_id)
+    wanted = _joint_plan(config, numbers.get(NOISE_MULTIPLIER), numbers.get(TOTAL_ROWS))
+    ledger = _own_ledger(node, run_id, log)
     budget = RecordBudget(ledger, config, run_id, lambda _: wanted, node.max_epsilon)
     if budget.plan != wanted:
         raise ConfigError(
@@ -210,6 +213,11 @@ def _joint_plan(
     )
 
 
-def _own_ledger(node: NodeConfig, run_id: int) -> RecordLedger:
+def _own_ledger(node: NodeConfig, run_id: int, log: ClientLog) -> RecordLedger:
+    """Return a client's ledger, and log the line if a real one begins."""
     simulated = node.partition_id if node.is_simulated else None
-    return RecordLedger(ledger_folder(fedllm_home(), run_id, simulated))
+    folder = ledger_folder(fedllm_home(), run_id, simulated)
+    ledger = RecordLedger(folder)
+    if ledger.is_new and simulated is None:
+        log.write_new_ledger(folder)
+    return ledger

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from fedllm.errors import BudgetError, PrivacyError
+from fedllm.strict_modes import make_strict_folder
 
 MOST = 3
 """Requests of one run that may end without a release."""
@@ -57,7 +58,7 @@ class Refusals:
     def _change(self, step: int) -> int:
         """Change the count, at most to one above the limit, and return it."""
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_strict_folder(self._path.parent)
             with (
                 FileLock(f"{self._path}.lock", mode=0o600),
                 self._path.open("ab") as file,

@@ -6,7 +6,7 @@ tested where it is not installed.
 
 import contextlib
 import gc
-import html
+import html as standard
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any
 
 from fedllm.errors import AdapterError, FedllmError
 from fedllm.evaluation.inference import ChatModel, Turn, find_model
+from fedllm.reporting.markup import Html, html, join
 from fedllm.reporting.sentences import caution, verdict
 from fedllm.runs.listing import adapter_names, recommended_adapter, run_choices
 from fedllm.runs.record import read_run
@@ -48,7 +49,7 @@ class AnswerOptions:
     quantization: int | None
 
 
-def about(folder: Path) -> str:
+def about(folder: Path) -> Html:
     """Return a run's privacy statement, verdict and caution as HTML.
 
     Raises:
@@ -56,19 +57,20 @@ def about(folder: Path) -> str:
     """
     run = read_run(folder)
     statement = run.privacy.get("statement") or "This run has no privacy statement."
-    parts = [f'<p class="privacy">{html.escape(statement)}</p>']
+    parts = [html('<p class="privacy">{}</p>', statement)]
     if run.privacy.get("not_covered"):
-        items = "".join(
-            f"<li>{html.escape(str(x))}</li>" for x in run.privacy["not_covered"]
-        )
+        items = join(html("<li>{}</li>", x) for x in run.privacy["not_covered"])
         parts.append(
-            "<details><summary>Not covered by it (not_covered)</summary>"
-            f"<ul>{items}</ul></details>"
+            html(
+                "<details><summary>Not covered by it (not_covered)</summary>"
+                "<ul>{}</ul></details>",
+                items,
+            )
         )
     if run.result is not None:
-        parts.append(f"<p>{html.escape(verdict(run.result))}</p>")
-    parts.append(f"<p><strong>{html.escape(caution(run.settings))}</strong></p>")
-    return f'<div class="statement">{"".join(parts)}</div>'
+        parts.append(html("<p>{}</p>", verdict(run.result)))
+    parts.append(html("<p><strong>{}</strong></p>", caution(run.settings)))
+    return html('<div class="statement">{}</div>', join(parts))
 
 
 class Resident:
@@ -256,14 +258,14 @@ def _messages(turns: list[Turn]) -> list[dict[str, str]]:
     """
     roles = ("user", "assistant")
     return [
-        {"role": role, "content": html.escape(text, quote=False)}
+        {"role": role, "content": standard.escape(text, quote=False)}
         for turn in turns
         for role, text in zip(roles, turn, strict=True)
     ]
 
 
-def _error_line(error: Exception) -> str:
+def _error_line(error: Exception) -> Html:
     """Return an error as a line of the page; log the traceback of an unforeseen one."""
     if not isinstance(error, FedllmError):
         logger.error("unforeseen, the page goes on", exc_info=error)
-    return html.escape(f"{type(error).__name__}: {error}")
+    return html("{}: {}", type(error).__name__, error)

@@ -3,13 +3,19 @@
     fedllm keys --out ~/federation/keys --server-name fl.example.org --nodes 3
     fedllm keys --out ~/federation/keys --add-node clinic-d
     fedllm keys --out ~/federation/keys --add-reviewer alice
+    fedllm keys --out ~/federation/keys --write-gate
+    fedllm keys --out ~/federation/keys --check
+    fedllm keys --out ~/federation/keys --renew-server
     fedllm keys --app-hash
 
 The first makes a private certificate authority, the server's certificate and the keys of
 node-1, node-2 and node-3. The second makes one more node's key: run it on that node's own
 machine, so that the private key never travels. The third makes the key of a reviewer, who
-approves runs for many nodes (`fedllm node sign`). The fourth prints the SHA-256 of the app
-that lies here, for `fedllm supernode --pin-app`. docs/deployment.md has the rest.
+approves runs for many nodes (`fedllm node sign`). The fourth writes gate.caddy anew, on the
+server, after a public key came to nodes/ or left it. The fifth says how long the
+certificates are valid, with exit status 1 in the last 30 days; the sixth renews the
+server's, where ca.key is. The last prints the SHA-256 of the app that lies here, for
+`fedllm supernode --pin-app`. docs/deployment.md has the rest.
 """
 
 import argparse
@@ -25,13 +31,22 @@ from fedllm.commands.options import (
     run_command,
     write_json,
 )
+from fedllm.deployment.certificates import (
+    SERVER_DAYS,
+    days_left,
+    expiry_warning,
+    load_certificate,
+)
+from fedllm.deployment.gate import GATE_FILE, write_gate
 from fedllm.deployment.keys import (
     SUPERLINK_NAME,
-    VALID_DAYS,
     add_node_key,
     add_reviewer_key,
     make_key_folder,
+    renew_server,
 )
+
+_RESTART = "start the gate anew, which reads it then"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,6 +58,12 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         raise argparse.ArgumentError(None, "--out: is needed")
     folder = Path(args.out).expanduser().absolute()
+    if args.write_gate:
+        return _write_gate(folder, args.json)
+    if args.check:
+        return _check(folder, args.json)
+    if args.renew_server:
+        return _renew(folder, args.json)
     if args.add_node is not None:
         path = add_node_key(folder, args.add_node)
         text = _node_text(folder, args.add_node)
@@ -58,7 +79,14 @@ def run(args: argparse.Namespace) -> int:
         make_key_folder(folder, server_names, names, args.control_address)
         text = _folder_text(folder, names, args.control_address)
         nodes = {name: _pair(folder / "nodes" / name) for name in names}
-        files = ("ca.crt", "ca.key", "server.crt", "server.key", "config.toml")
+        files = (
+            "ca.crt",
+            "ca.key",
+            "server.crt",
+            "server.key",
+            "config.toml",
+            GATE_FILE,
+        )
         report = {name: str(folder / name) for name in files} | {"nodes": nodes}
     if args.json:
         write_json(report)
@@ -85,6 +113,43 @@ def _print_app_hash(is_json: bool) -> int:
     return 0
 
 
+def _write_gate(folder: Path, is_json: bool) -> int:
+    """Write the list of nodes that the gate lets through."""
+    path = write_gate(folder)
+    nodes = sorted(public.stem for public in (folder / "nodes").glob("*.pub"))
+    if is_json:
+        write_json({"gate": str(path), "nodes": nodes})
+    else:
+        sys.stdout.write(f"{path}: {', '.join(nodes) or 'no node'}; {_RESTART}\n")
+    return 0
+
+
+def _check(folder: Path, is_json: bool) -> int:
+    """Print how long each certificate is valid; return 1 if one needs renewal."""
+    paths = [folder / name for name in ("ca.crt", "server.crt")]
+    warnings = [line for path in paths if (line := expiry_warning(path))]
+    days = {path.name: int(days_left(load_certificate(path))) for path in paths}
+    if is_json:
+        write_json({"days_left": days, "warnings": warnings})
+    else:
+        lines = warnings or [f"{name}: valid for {n} days" for name, n in days.items()]
+        sys.stdout.write("\n".join(lines) + "\n")
+    return 1 if warnings else 0
+
+
+def _renew(folder: Path, is_json: bool) -> int:
+    """Renew the server's certificate and key."""
+    path = renew_server(folder)
+    if is_json:
+        write_json({"certificate": str(path), "key": str(path.with_suffix(".key"))})
+    else:
+        sys.stdout.write(
+            f"{path}: valid for {SERVER_DAYS} days; bring it and server.key to the server, "
+            "take ca.key away again, and start SuperLink and gate anew\n"
+        )
+    return 0
+
+
 def _pair(path: Path) -> dict[str, str]:
     return {"private": str(path), "public": f"{path}.pub"}
 
@@ -96,15 +161,16 @@ def _folder_text(folder: Path, nodes: list[str], control_address: str) -> str:
     config = shlex.quote(str(folder / "config.toml"))
     port = control_address.rpartition(":")[2]
     return f"""\
-keys: {folder} (certificates are valid for {VALID_DAYS // 365} years)
+keys: {folder} (the server's certificate is valid for {SERVER_DAYS} days)
 to every machine:
   {folder / "ca.crt"}
 to the server:
   {folder / "server.crt"}
   {folder / "server.key"}
+  {folder / GATE_FILE}
 to one node each:
 {keys}
-to nobody; keep it off the network, or delete it:
+to nobody; keep it off the network, for the renewal of the server's certificate:
   {folder / "ca.key"}
 next, on the server's machine (docs/deployment.md has every step):
   mkdir -p ~/.flwr && cat {config} >> ~/.flwr/config.toml
@@ -120,7 +186,8 @@ def _node_text(folder: Path, node: str) -> str:
     return f"""\
 private key, for that node alone: {path}
 public key, for the server: {path}.pub
-next, on the server's machine:
+next, on the server's machine, with that file in its folder of keys, under nodes/:
+  fedllm keys --out {shlex.quote(str(folder))} --write-gate    ({_RESTART})
 {_register(folder, node)}
 """
 
@@ -153,6 +220,21 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--add-reviewer", metavar="NAME", help="make a reviewer's key only"
+    )
+    what.add_argument(
+        "--write-gate",
+        action="store_true",
+        help="write gate.caddy of the public keys in nodes/, no more",
+    )
+    what.add_argument(
+        "--check",
+        action="store_true",
+        help="say how long the certificates are valid, no more",
+    )
+    what.add_argument(
+        "--renew-server",
+        action="store_true",
+        help="renew the server's certificate and key, no more",
     )
     what.add_argument(
         "--app-hash", action="store_true", help="print the SHA-256 of the app, no more"

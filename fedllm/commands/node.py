@@ -8,11 +8,17 @@
     fedllm node distrust NAME
     fedllm node sign FILE --key KEY
     fedllm node log --check --head FILE
+    fedllm node budget
+    fedllm node renew
+    fedllm node end RUN
 
 `list` shows each run that waits, with what differs from the one approved last. Over TLS, or
 with `fedllm supernode --approve each`, a run that is not approved gets no update. A reviewer
 whose key the owner trusts approves by a signature. `sign` makes it, on the reviewer's own
 machine, of a request: a file of the node's folder `requests`.
+
+`budget` shows what client-level runs have promised to spend, in this period and the lifetime.
+`renew` begins a new period, and `end` ends a run: what it did not ask for is given back.
 """
 
 import argparse
@@ -48,13 +54,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:
-    """Return all that is kept of what a list or a log shows; empty for the rest."""
+    """Return all that is kept of what a list, log or budget shows; empty for the rest."""
     from fedllm.node.approvals import approvals, pending
     from fedllm.node.log import log_path, read_lines
 
     if args.what == "list":
         waiting = [{"digest": r.digest, **asdict(r)} for r in pending()]
         return {"pending": waiting, "approved": [asdict(a) for a in approvals()]}
+    if args.what == "budget":
+        from fedllm.commands.node_budget import budget_report
+
+        return budget_report()
     if args.what == "log" and not args.check:
         return {"lines": list(read_lines(log_path()))}
     return {}
@@ -155,6 +165,24 @@ def _log(args: argparse.Namespace) -> list[str]:
     return [f"whole: {head}{remark}"]
 
 
+def _budget(args: argparse.Namespace) -> list[str]:
+    from fedllm.commands.node_budget import budget_lines
+
+    return budget_lines()
+
+
+def _renew(args: argparse.Namespace) -> list[str]:
+    from fedllm.commands.node_budget import renew_lines
+
+    return renew_lines(args.early)
+
+
+def _end(args: argparse.Namespace) -> list[str]:
+    from fedllm.commands.node_budget import end_lines
+
+    return end_lines(args.of)
+
+
 _WHAT = {
     "list": _list,
     "approve": _approve,
@@ -163,6 +191,9 @@ _WHAT = {
     "distrust": _distrust,
     "sign": _sign,
     "log": _log,
+    "budget": _budget,
+    "renew": _renew,
+    "end": _end,
 }
 
 
@@ -191,8 +222,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--head", metavar="HEAD", help="an end noted before, or the file that has it"
     )
+    parser.add_argument(
+        "--early", action="store_true", help="renew before the period's days are over"
+    )
     add_json(parser)
-    add_home(parser, "the node's log and approvals")
+    add_home(parser, "the node's log, approvals and budget")
     return parser
 
 

@@ -28,6 +28,7 @@ from fedllm.commands.options import (
     write_json,
 )
 from fedllm.config import fedllm_home
+from fedllm.deployment.flower_programs import make_home
 from fedllm.deployment.simulation import Simulation, find_app, simulate
 from fedllm.runs.directory import RESULT_FILE, read_json
 
@@ -35,6 +36,7 @@ from fedllm.runs.directory import RESULT_FILE, read_json
 def run(args: argparse.Namespace) -> int:
     """Run the simulation; with --json print where it ran and its result."""
     signal.signal(signal.SIGTERM, _interrupt)
+    make_home(None)
     app = find_app(args.app, fedllm_home())
     with tempfile.TemporaryDirectory(prefix="fedllm-flwr-") as folder:
         home = Path(folder)

@@ -9,10 +9,13 @@ network, and nothing else. Any argument that is not listed here is handed on to
 """
 
 import argparse
+import logging
 import os
 from pathlib import Path
 
 from fedllm.commands.options import add_home, new_parser, print_help, run_command
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
 _ASKS_FLOWER = {"-h", "--help", "-V", "--version"}
@@ -54,14 +57,20 @@ def _arguments(args: argparse.Namespace) -> list[str]:
     Raises:
         ConfigError: Keys are missing, or the home cannot be made.
     """
+    from fedllm.deployment.certificates import expiry_warning
     from fedllm.deployment.flower_programs import make_home
     from fedllm.deployment.superlink import superlink_arguments
 
     # The database holds clients' updates: only its owner may read it.
     os.umask(0o077)
     home = make_home(args.home)
+    keys = Path(args.keys).expanduser() if args.keys else None
+    if keys is not None and (keys / "server.crt").is_file():
+        warning = expiry_warning(keys / "server.crt")
+        if warning:
+            logger.warning("%s", warning)
     return superlink_arguments(
-        Path(args.keys).expanduser() if args.keys else None,
+        keys,
         args.port,
         args.database or str(home / "superlink.db"),
         args.others,

@@ -54,8 +54,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         # Logs quote rows, and what is delivered is kept: only its owner may read them.
         os.umask(0o077)
-        if args.home:
-            make_home(args.home)
+        make_home(args.home)
         _require_node_config(arguments)
         _require_guard(arguments, args.any_app)
         _require_private_files(arguments)
@@ -108,24 +107,13 @@ def _require_guard(arguments: list[str], is_any_app: bool) -> None:
 
 
 def _require_private_files(arguments: list[str]) -> None:
-    """Check that nobody else can write the node's home and its key.
+    """Check that nobody else can write the node's key.
 
     Raises:
-        ConfigError: Another user can, or the home cannot stand on a PATH.
+        ConfigError: Another user can.
     """
-    from fedllm.config import fedllm_home
-    from fedllm.errors import ConfigError
     from fedllm.strict_modes import require_strict_modes
 
-    home = fedllm_home()
-    if os.pathsep in str(home):
-        raise ConfigError(
-            f"FEDLLM_HOME: {home}: a program in it goes first on PATH, which a "
-            f"{os.pathsep!r} would split: name another folder"
-        )
-    # Made first: what is made later, another user may make before us.
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    require_strict_modes(home)
     for key in _values(arguments, _KEY):
         require_strict_modes(Path(key).expanduser())
 
@@ -137,6 +125,7 @@ def _prepare_guard(args: argparse.Namespace, arguments: list[str]) -> None:
         ConfigError: They cannot be run, or the log's head cannot be written elsewhere.
         NodeError: The pin is no SHA-256.
     """
+    from fedllm.deployment.fork_client import FORK_SERVER
     from fedllm.deployment.supernode import (
         APPROVE,
         CHOICE,
@@ -148,6 +137,11 @@ def _prepare_guard(args: argparse.Namespace, arguments: list[str]) -> None:
     from fedllm.node.delivered_app import ANY, INSTALLED, parse_pin
     from fedllm.node.log import LOG_HEAD
 
+    if os.pathsep in str(PROGRAMS):
+        raise ConfigError(
+            f"{PROGRAMS}: goes first on PATH, which a {os.pathsep!r} would split: install "
+            "fedllm in another folder"
+        )
     programs = list(PROGRAMS.iterdir())
     if not programs or not all(os.access(program, os.X_OK) for program in programs):
         raise ConfigError(
@@ -158,6 +152,8 @@ def _prepare_guard(args: argparse.Namespace, arguments: list[str]) -> None:
     os.environ[SUPERLINK] = next(_values(arguments, "--superlink"), "")
     os.environ[APPROVE] = _policy(args.approve, arguments)
     os.environ[PYTHON] = sys.executable
+    # An old one would lead clients to whoever listens there now.
+    os.environ.pop(FORK_SERVER, None)
     if args.log_head:
         os.environ[LOG_HEAD] = str(Path(args.log_head).expanduser().absolute())
     os.environ["PATH"] = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"
@@ -178,19 +174,18 @@ def _policy(chosen: str | None, arguments: list[str]) -> str:
 
 
 def _prepare_forks(arguments: list[str]) -> None:
-    """Put the program that asks for forks first on PATH, if it is of use."""
+    """Start the fork server and export its socket, if it is of use."""
     from fedllm.deployment import supernode
+    from fedllm.deployment.fork_client import FORK_SERVER
 
     if not supernode.can_fork(arguments):
         return
     try:
-        folder, *_ = supernode.start_fork_server(
-            supernode.PROGRAMS / supernode.CLIENTAPP, supernode.FORK_SERVER_COMMAND
-        )
+        path, *_ = supernode.start_fork_server(supernode.FORK_SERVER_COMMAND)
     except OSError as error:
         print(f"each client imports its libraries: {error}", file=sys.stderr)
     else:
-        os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        os.environ[FORK_SERVER] = str(path)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -71,7 +71,9 @@ def public_rows_among(config: DataConfig, rows: Iterable[Row | None]) -> set[int
     for split in _SPLITS:
         if not named[split]:
             public |= _digests(config, load_public(config, split) or ())
-    return {i for i, row in enumerate(rows) if _digest(config, row) in public}
+    return {
+        i for i, row in enumerate(rows) if conversation_digest(config, row) in public
+    }
 
 
 def _is_here(config: DataConfig) -> bool:
@@ -82,11 +84,11 @@ def _is_here(config: DataConfig) -> bool:
 
 
 def _digests(config: DataConfig, rows: Iterable[Row | None]) -> set[bytes]:
-    found = {_digest(config, row) for row in rows}
+    found = {conversation_digest(config, row) for row in rows}
     return {digest for digest in found if digest is not None}
 
 
-def _digest(config: DataConfig, row: Row | None) -> bytes | None:
+def conversation_digest(config: DataConfig, row: Row | None) -> bytes | None:
     """Return the digest of a row's conversation; None if it has none."""
     try:
         conversation = None if row is None else to_prompt_completion(config, row)

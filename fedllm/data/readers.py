@@ -44,7 +44,8 @@ def read_records(path: Path) -> list[Row | None]:
 
     Returns:
         The rows; None for one that cannot be read: a line of .jsonl that holds no object,
-        an element of .json that is none, a line of .csv with too few or too many fields.
+        an element of .json that is none, a line of .csv with too few or too many fields, a
+        row of .parquet with a date or a text that Python does not read.
 
     Raises:
         DataError: Missing, empty, of an unknown kind, or malformed as a whole: .json that
@@ -168,12 +169,30 @@ def _csv_lines(path: Path, errors: str) -> Iterator[tuple[int, list[str], list[s
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
+    for number, row in enumerate(_parquet_rows(path), start=1):
+        if isinstance(row, Exception):
+            raise DataError(f"{path}: row {number}: cannot be read: {one_line(row)}")
+        yield row
+
+
+def _read_parquet_records(path: Path) -> Iterator[Row | None]:
+    for row in _parquet_rows(path):
+        yield None if isinstance(row, Exception) else row
+
+
+def _parquet_rows(path: Path) -> Iterator[Row | Exception]:
+    """Yield each row, or why it has none: a date out of Python's range, text that is none."""
     from pyarrow import parquet  # type: ignore[import-untyped]
 
     try:
-        yield from parquet.ParquetFile(path).read().to_pylist()
+        table = parquet.ParquetFile(path).read()
     except (NotImplementedError, ValueError) as error:
         raise DataError(f"{path}: is not Parquet: {one_line(error)}") from None
+    for index in range(table.num_rows):
+        try:
+            yield table.slice(index, 1).to_pylist()[0]
+        except (ArithmeticError, NotImplementedError, ValueError) as error:
+            yield error
 
 
 _READERS: Readers[Row] = {
@@ -186,7 +205,7 @@ _RECORD_READERS: Readers[Row | None] = {
     ".jsonl": _read_jsonl_records,
     ".json": _read_json_records,
     ".csv": _read_csv_records,
-    ".parquet": _read_parquet,
+    ".parquet": _read_parquet_records,
 }
 
 

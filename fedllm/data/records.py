@@ -142,12 +142,20 @@ def _encoded(
     """Return the tokens of each pair; None for one that the tokenizer rejects."""
     try:
         return list(encoded_pairs(tokenizer, pairs))
-    except Exception:  # noqa: BLE001 - one text of them, such as half a character
+    except BaseException as error:  # noqa: BLE001 - one text, such as half a character
+        _raise_if_of_process(error)
         found: list[tuple[list[int], list[int]] | None] = []
     for pair in pairs:
         try:
             found += encoded_pairs(tokenizer, [pair])
-        except Exception as error:  # noqa: BLE001 - as above
+        except BaseException as error:  # noqa: BLE001 - as above
+            _raise_if_of_process(error)
             causes[f"not text for the tokenizer: {type(error).__name__}"] += 1
             found.append(None)
     return found
+
+
+def _raise_if_of_process(error: BaseException) -> None:
+    """Raise an error again that is no row's: a tokenizer in Rust panics outside Exception."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+        raise error

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,8 @@ from fedllm.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def load_rows(config: DataConfig, path: str | None = None) -> "Dataset":
@@ -145,6 +148,11 @@ def _load_local(config: DataConfig, name: str) -> "Dataset":
     return _make_dataset(rows, path)
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether `data.name` names a data set of a hub."""
+    return name not in EMBEDDED and not looks_local(name)
+
+
 def _load_hub(config: DataConfig) -> "Dataset":
     """Load a split of a hub data set.
 
@@ -153,11 +161,19 @@ def _load_hub(config: DataConfig) -> "Dataset":
     """
     import datasets
 
-    name, split = config.name, config.split
+    (name, _, commit), split = config.name.partition("@"), config.split
+    if commit and not _COMMIT.fullmatch(commit):
+        raise DataError(
+            f"data.name: {config.name!r}: a hub id is pinned by @ and a commit of 40 "
+            "hexadecimal digits"
+        )
     try:
         with _quiet_hub():
             rows = datasets.load_dataset(
-                name, split=split, cache_dir=str(fedllm_home() / "datasets")
+                name,
+                split=split,
+                revision=commit or None,
+                cache_dir=str(fedllm_home() / "datasets"),
             )
     except datasets.exceptions.DatasetNotFoundError:
         raise DataError(

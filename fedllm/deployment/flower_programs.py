@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from fedllm.config import fedllm_home
 from fedllm.errors import ConfigError
+from fedllm.strict_modes import make_strict_folder
 
 POLL_INTERVAL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
 
@@ -43,13 +44,13 @@ def make_home(folder: str | None) -> Path:
         folder: What `--home` names; None: FEDLLM_HOME, else ~/.fedllm.
 
     Raises:
-        ConfigError: It cannot be made.
+        ConfigError: It cannot be made, or another user may write it.
     """
     if folder is not None:
         os.environ["FEDLLM_HOME"] = folder
     home = fedllm_home()
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        make_strict_folder(home)
     except OSError as error:
         raise ConfigError(
             f"--home: {home}: cannot be made: {error.strerror}: name another folder"

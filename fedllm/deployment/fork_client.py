@@ -1,9 +1,9 @@
-"""The program that a SuperNode finds as `flwr-clientapp`: it asks the fork server for one.
+"""What a SuperNode's `flwr-clientapp` becomes: it asks the fork server for a client.
 
 It runs without site packages and imports nothing of fedllm, since it starts with every
-message. Its arguments are the fork server's socket, Flower's own `flwr-clientapp`, and the
-arguments that the SuperNode gives that. If no fork server answers, it becomes Flower's
-program.
+message. Its arguments are the program that ran it and that program's arguments; a variable
+names the fork server's socket. If no fork server answers, it becomes that program again,
+without the variable, which then runs the client itself.
 """
 
 import json
@@ -14,11 +14,14 @@ import sys
 TAKEN = b"+"
 SECONDS_TO_TAKE = 15
 INSTALLS = "--allow-runtime-dependency-installation"
+FORK_SERVER = "FEDLLM_FORK_SERVER"
+"""Variable that holds the fork server's socket, if there is one."""
 
 
 def main() -> None:
     """Wait for the forked client and exit with its status."""
-    path, program, *argv = sys.argv[1:]
+    program, *argv = sys.argv[1:]
+    path = os.environ.pop(FORK_SERVER)
     # Libraries that a run installs must not meet others that are imported already.
     status = None if INSTALLS in argv else _status_of_fork(path, argv)
     if status is None:

@@ -2,8 +2,8 @@
 
 Flower starts a new `flwr-clientapp` for every message, and spends most of the time until
 its first training step on imports. `fedllm supernode` puts a program of that name
-(`fork_client.py`) first on the SuperNode's PATH. That program hands its arguments to this
-process. The child that is forked runs Flower's own `flwr-clientapp` behind a guard
+(`programs/`) first on the SuperNode's PATH, which hands its arguments to this process
+(`fork_client.py`). The child that is forked runs Flower's own `flwr-clientapp` behind a guard
 (`guarded_client.py`): one process a message, with nothing left of another message. If this
 process does not answer, `fork_client.py` becomes the same, which imports the libraries itself.
 """
@@ -65,8 +65,8 @@ def main() -> None:
         except Exception as error:  # noqa: BLE001 - no worse than without a server
             logger.warning("each client imports its libraries itself: %r", error)
     if argv is None or clientapp is None:
-        # The folder stays first on the SuperNode's PATH: while that lives, nobody else
-        # may come to own its name.
+        # Clients ask at this path for as long as the SuperNode lives: nobody else may come
+        # to own its name and get their tokens.
         waiter = [sys.executable, "-I", "-S", "-c", _WAITER, str(alive), folder]
         os.execv(sys.executable, waiter)
     sys.argv = [_CLIENTAPP, *argv]

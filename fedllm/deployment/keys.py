@@ -1,46 +1,50 @@
 """A private certificate authority, a server certificate, and keys of SuperNodes.
 
     DIR/ca.crt       every machine: what it trusts instead of the public authorities
-    DIR/ca.key       no machine: only a further certificate needs it; keep it offline
+    DIR/ca.key       no machine: only the server's renewal needs it; keep it offline
     DIR/server.crt   the server, with server.key
     DIR/nodes/NAME   that node alone; NAME.pub is registered with the server
     DIR/reviewers/NAME   that reviewer alone; nodes' owners trust NAME.pub
+    DIR/gate.caddy   the gate: the public keys that it lets through
     DIR/config.toml  an entry for Flower's config, on the machine where runs are started
 
-Folders are 0700 and files 0600. No existing file is ever overwritten.
+Folders are 0700 and files 0600. No existing file is ever overwritten but gate.caddy, which
+is made of the public keys, and, by a renewal, the server's certificate and key.
 """
 
-import ipaddress
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_pem_private_key,
 )
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import NameOID
 
-from fedllm.atomic_files import sync_folder
+from fedllm.atomic_files import sync_folder, write_atomic
+from fedllm.deployment.certificates import (
+    CURVE,
+    HOST_NAME,
+    alternative_name,
+    alternative_names,
+    load_certificate,
+    make_authority,
+    make_server_certificate,
+)
+from fedllm.deployment.gate import GATE_FILE, write_gate
 from fedllm.errors import KeyFolderError
 
-VALID_DAYS = 5 * 365
 SUPERLINK_NAME = "private"
 _PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
-_CURVE = ec.SECP384R1()
-# Clocks differ: a certificate of this minute would not be valid yet on another machine.
-_BACKDATED = timedelta(days=1)
-_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 # The ServerApp reaches its own SuperLink under these.
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -69,7 +73,7 @@ def make_key_folder(
             "or add a node with --add-node"
         )
     _check_names(nodes)
-    names = [_alternative_name(name) for name in (*server_names, *_LOOPBACK)]
+    names = [alternative_name(name) for name in (*server_names, *_LOOPBACK)]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Readable by its owner only, as mkdtemp makes it.
@@ -77,13 +81,15 @@ def make_key_folder(
         try:
             _write_certificates(fresh, server_names[0], list(dict.fromkeys(names)))
             for node in nodes:
-                _write_key(fresh / "nodes" / node, ec.generate_private_key(_CURVE))
+                key = ec.generate_private_key(CURVE)
+                _write_key(fresh / "nodes" / node, key, f"{node}@{server_names[0]}")
             # A JSON string is a TOML string, whatever the path holds.
             entry = (
                 f"[superlink.{SUPERLINK_NAME}]\naddress = {json.dumps(control_address)}\n"
                 f"root-certificates = {json.dumps(str(folder / 'ca.crt'))}\n"
             )
             _write_new(fresh / "config.toml", entry.encode())
+            write_gate(fresh)
             fresh.rename(folder)
             sync_folder(folder.parent)
         finally:
@@ -93,7 +99,7 @@ def make_key_folder(
 
 
 def add_node_key(folder: Path, node: str) -> Path:
-    """Make the key of one more node, without any other file of the folder.
+    """Make the key of one more node, and let it through if the folder is the gate's.
 
     Returns:
         Path of the private key; the public one lies beside it and ends in .pub.
@@ -102,7 +108,10 @@ def add_node_key(folder: Path, node: str) -> Path:
         KeyFolderError: That node has a key, the name is not valid, or the key cannot be
             written.
     """
-    return _add_key(folder, "nodes", node, ec.generate_private_key(_CURVE))
+    path = _add_key(folder, "nodes", node, ec.generate_private_key(CURVE))
+    if (folder / GATE_FILE).exists():
+        write_gate(folder)
+    return path
 
 
 def add_reviewer_key(folder: Path, reviewer: str) -> Path:
@@ -125,7 +134,8 @@ def _add_key(folder: Path, kind: str, name: str, key: _PrivateKey) -> Path:
     path = folder / kind / name
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return _write_key(path, key)
+        _write_key(path, key, name)
+        return path
     except FileExistsError:
         raise KeyFolderError(
             f"{path}: exists, and keys are never written over: choose another name"
@@ -134,100 +144,93 @@ def _add_key(folder: Path, kind: str, name: str, key: _PrivateKey) -> Path:
         raise _unwritable(folder, error) from None
 
 
+def renew_server(folder: Path) -> Path:
+    """Make a new key and certificate of the server, of the names of the old one.
+
+    The private key is new too, so that a stolen one serves no longer than its
+    certificate. Both files are replaced, the certificate last.
+
+    Args:
+        folder: With ca.crt, ca.key and server.crt.
+
+    Returns:
+        Path of the certificate.
+
+    Raises:
+        KeyFolderError: A file is missing or cannot be used, or cannot be written.
+    """
+    authority = load_certificate(folder / "ca.crt")
+    old = load_certificate(folder / "server.crt")
+    key = _load_authority_key(folder / "ca.key", authority)
+    fresh = ec.generate_private_key(CURVE)
+    names = alternative_names(old)
+    (common,) = old.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    certificate = make_server_certificate(
+        authority, key, fresh.public_key(), str(common.value), names
+    )
+    try:
+        write_atomic(folder / "server.key", _private_pem(fresh), 0o600)
+        path = folder / "server.crt"
+        write_atomic(path, certificate.public_bytes(Encoding.PEM), 0o600)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    return path
+
+
+def _load_authority_key(
+    path: Path, authority: x509.Certificate
+) -> ec.EllipticCurvePrivateKey:
+    """Read the authority's key.
+
+    Raises:
+        KeyFolderError: There is none, or it is not of that authority.
+    """
+    try:
+        key = load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError):
+        raise KeyFolderError(
+            f"{path}: is no private key: bring ca.key there for the renewal, or make a "
+            "new folder of keys if it is lost"
+        ) from None
+    if (
+        not isinstance(key, ec.EllipticCurvePrivateKey)
+        or key.public_key() != authority.public_key()
+    ):
+        raise KeyFolderError(
+            f"{path}: is no private key of the ca.crt beside it: bring the one that is"
+        )
+    return key
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
 def _write_certificates(
     folder: Path, server_name: str, names: list[x509.GeneralName]
 ) -> None:
     """Write the authority and the server's certificate, each with its key."""
-    authority_key = ec.generate_private_key(_CURVE)
-    server_key = ec.generate_private_key(_CURVE)
-    authority = _authority(authority_key)
-    server = _server_certificate(
+    authority_key = ec.generate_private_key(CURVE)
+    server_key = ec.generate_private_key(CURVE)
+    authority = make_authority(authority_key, names)
+    server = make_server_certificate(
         authority, authority_key, server_key.public_key(), server_name, names
     )
     for name, key, certificate in (
         ("ca", authority_key, authority),
         ("server", server_key, server),
     ):
-        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        _write_new(folder / f"{name}.key", pem)
+        _write_new(folder / f"{name}.key", _private_pem(key))
         _write_new(folder / f"{name}.crt", certificate.public_bytes(Encoding.PEM))
 
 
-def _authority(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
-    """Return a self-signed certificate that signs servers' and no other authorities'."""
-    name = _subject("fedllm private CA")
-    builder = _unsigned(name, name, key.public_key())
-    builder = builder.add_extension(x509.BasicConstraints(True, 0), critical=True)
-    builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
-    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
-    return builder.add_extension(identifier, False).sign(key, hashes.SHA384())
-
-
-def _server_certificate(
-    authority: x509.Certificate,
-    authority_key: ec.EllipticCurvePrivateKey,
-    public_key: ec.EllipticCurvePublicKey,
-    server_name: str,
-    names: list[x509.GeneralName],
-) -> x509.Certificate:
-    """Return a certificate for a TLS server of these names, and for nothing else."""
-    builder = _unsigned(_subject(server_name), authority.subject, public_key)
-    builder = builder.add_extension(x509.BasicConstraints(False, None), critical=True)
-    builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
-    builder = builder.add_extension(
-        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
-    )
-    builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(
-        authority_key.public_key()
-    )
-    builder = builder.add_extension(identifier, critical=False)
-    return builder.sign(authority_key, hashes.SHA384())
-
-
-def _unsigned(
-    subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey
-) -> x509.CertificateBuilder:
-    """Return the fields that both certificates share."""
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder(issuer, subject, public_key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _BACKDATED)
-        .not_valid_after(now + timedelta(days=VALID_DAYS))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), False)
-    )
-
-
-def _usage(signs_certificates: bool) -> x509.KeyUsage:
-    """Return the usage of a key: to sign certificates, or to take part in a handshake."""
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _subject(name: str) -> x509.Name:
-    # A common name has at most 64 characters; clients check the alternative names.
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
-
-
-def _write_key(path: Path, key: _PrivateKey) -> Path:
+def _write_key(path: Path, key: _PrivateKey, comment: str) -> None:
     """Write a key pair in OpenSSH's format, which Flower's SuperNodes read."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     _write_new(path, private)
-    public += f" {path.name}\n".encode()
-    _write_new(path.with_name(f"{path.name}.pub"), public)
-    return path
+    _write_new(path.with_name(f"{path.name}.pub"), public + f" {comment}\n".encode())
 
 
 def _write_new(path: Path, data: bytes) -> None:
@@ -239,22 +242,10 @@ def _write_new(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _alternative_name(name: str) -> x509.GeneralName:
-    """Return a name as certificates have it: an IP address or a DNS name."""
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        if not _NAME.fullmatch(name):
-            raise KeyFolderError(
-                f"server name: must be a DNS name or an IP address (got {name!r})"
-            ) from None
-        return x509.DNSName(name)
-
-
 def _check_names(nodes: Sequence[str]) -> None:
     """Raise if a name is no plain file name."""
     for node in nodes:
-        if not _NAME.fullmatch(node) or node.endswith(".pub"):
+        if not HOST_NAME.fullmatch(node) or node.endswith(".pub"):
             raise KeyFolderError(
                 "name: letters, digits, dots, dashes and underscores, with a "
                 f"letter or digit at both ends, and not .pub (got {node!r})"

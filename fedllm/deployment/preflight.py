@@ -51,6 +51,10 @@ class Check:
     text: str
     remedy: str = ""
 
+    def __str__(self) -> str:
+        text = f"{self.level:<5} {self.name}: {self.text}\n"
+        return text + (f"      -> {self.remedy}\n" if self.remedy else "")
+
 
 def checks(config: RunConfig) -> Iterator[Check]:
     """Yield all checks of a config, cheap ones first."""
@@ -151,15 +155,18 @@ def _is_there(name: str) -> bool:
     """Return whether a model need not be fetched."""
     if name == BUILT_IN_MODEL.name:
         return (fedllm_home() / "models" / name).is_dir()
-    return Path(name).expanduser().is_dir() or _cached(name) is not None
+    return Path(name).expanduser().is_dir() or cached_model(name) is not None
 
 
-def _cached(name: str) -> str | None:
+def cached_model(name: str) -> str | None:
     """Return the folder of a hub model in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
+    from fedllm.models.loading import repository
+
+    repo, commit = repository(name)
     try:
-        found = try_to_load_from_cache(name, "config.json")
+        found = try_to_load_from_cache(repo, "config.json", revision=commit)
     except ValueError:
         return None
     return str(Path(found).parent) if isinstance(found, str) else None
@@ -177,7 +184,7 @@ def _model(config: RunConfig) -> Check:
     location = locate(name, fedllm_home())
     if Path(location).is_dir():
         return Check("model", "ok", location)
-    cached = _cached(name)
+    cached = cached_model(name)
     if cached is not None:
         return Check("model", "ok", f"{name} is in the hub's cache: {cached}")
     return _hub(name)
@@ -187,11 +194,14 @@ def _hub(name: str) -> Check:
     """Request a model's configuration from the hub, a few hundred bytes, briefly."""
     from huggingface_hub import constants
 
+    from fedllm.models.loading import repository
+
     remedy = "name a local folder (model.name), or the built-in model"
     if constants.HF_HUB_OFFLINE:
         text = f"{name} is not in the cache, and HF_HUB_OFFLINE forbids the hub"
         return Check("model", "FAIL", text, f"unset it, or {remedy}")
-    url = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
+    repo, commit = repository(name)
+    url = f"{constants.ENDPOINT}/{repo}/resolve/{commit or 'main'}/config.json"
     try:
         urlopen(Request(url, method="HEAD"), timeout=_HUB_SECONDS).close()
     except HTTPError as error:
@@ -304,7 +314,7 @@ def _model_config(config: RunConfig) -> "PretrainedConfig | None":
     name = config.model.name
     folder = name if Path(name).expanduser().is_dir() else None
     if name != BUILT_IN_MODEL.name:
-        folder = folder or _cached(name)
+        folder = folder or cached_model(name)
     if folder is not None:
         return load_config(str(Path(folder).expanduser()))
     known = KNOWN_MODELS.get(name)

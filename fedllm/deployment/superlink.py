@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedllm.errors import ConfigError, FederationError
+from fedllm.strict_modes import require_strict_modes
 
 # Each makes the caller responsible for TLS, and --keys needless.
 _OWN_TRANSPORT = ("--insecure", "--ssl-certfile")
@@ -24,8 +25,11 @@ def superlink_arguments(
         others: Arguments that are handed on. They come last, so that they win.
 
     Raises:
-        ConfigError: The keys are missing.
+        ConfigError: The keys are missing, or another user may write them or the state.
     """
+    # The names of databases that are no file begin so.
+    if not database.startswith(":"):
+        require_strict_modes(Path(database).expanduser())
     arguments = ["--port", str(port), "--database", database]
     if keys is not None:
         arguments += _transport(keys)
@@ -68,7 +72,7 @@ def _transport(keys: Path) -> list[str]:
     """Return the arguments for TLS and for nodes' keys.
 
     Raises:
-        ConfigError: A file is missing.
+        ConfigError: A file is missing, or another user may write it.
     """
     files = {
         "--ssl-ca-certfile": keys / "ca.crt",
@@ -80,5 +84,7 @@ def _transport(keys: Path) -> list[str]:
         raise ConfigError(
             f"--keys: there is no {', '.join(missing)}: make the folder by `fedllm keys`"
         )
+    for path in files.values():
+        require_strict_modes(path)
     pairs = [word for flag, path in files.items() for word in (flag, str(path))]
     return [*pairs, "--enable-supernode-auth"]

@@ -1,7 +1,6 @@
 """The fork server of a SuperNode: whether it is of use, and how it is started."""
 
 import os
-import shlex
 import shutil
 import socket
 import subprocess
@@ -13,7 +12,6 @@ from pathlib import Path
 from fedllm.config import fedllm_home
 from fedllm.deployment import fork_client
 
-CLIENTAPP = "flwr-clientapp"
 FORK_SERVER_COMMAND = (sys.executable, "-P", "-m", "fedllm.deployment.fork_server")
 
 _NO_CLIENT_TO_FORK = {"--isolation=process", "process", fork_client.INSTALLS}
@@ -41,84 +39,69 @@ def can_fork(arguments: Sequence[str]) -> bool:
 
 
 def start_fork_server(
-    clientapp: Path, server: tuple[str, ...]
+    server: tuple[str, ...],
 ) -> tuple[Path, "subprocess.Popen[bytes]", int]:
     """Start a process that forks clients for as long as this one lives.
 
     Args:
-        clientapp: Flower's own `flwr-clientapp`, which runs if no client can be forked.
         server: The command of `fedllm.deployment.fork_server`, less its arguments.
 
     Returns:
-        The folder of a program `flwr-clientapp`, for PATH, which the server removes when
-        it ends; the server; and a descriptor: the server ends when it is closed. A program
-        that this process becomes inherits the descriptor, and a child does not.
+        Its socket, whose folder the server removes when it ends; the server; and a
+        descriptor: the server ends when it is closed. A program that this process becomes
+        inherits the descriptor, and a child does not.
 
     Raises:
-        OSError: No folder will do for the program and the socket.
+        OSError: No folder will do for the socket.
     """
-    folder, listening = _make_program_and_socket(clientapp)
+    path, listening = _make_socket()
     ended, alive = os.pipe()
     os.set_inheritable(alive, True)
     with listening:
         descriptors = (listening.fileno(), ended)
         try:
             process = subprocess.Popen(
-                [*server, str(folder), *map(str, descriptors)],
+                [*server, str(path.parent), *map(str, descriptors)],
                 pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
             )
         except OSError:
             os.close(alive)
-            shutil.rmtree(folder)
+            shutil.rmtree(path.parent)
             raise
         finally:
             os.close(ended)
-    return folder, process, alive
+    return path, process, alive
 
 
-def _make_program_and_socket(clientapp: Path) -> tuple[Path, socket.socket]:
-    """Return the folder of the program, and a socket in it that listens already.
+def _make_socket() -> tuple[Path, socket.socket]:
+    """Return the path of a socket that listens already, and the socket.
 
     Raises:
         OSError: Neither folder will do.
     """
-    # The program goes first on a PATH, so it lies where nobody else can write, if possible.
+    # Where nobody else can write, if possible: who listens there gets every client's token.
     try:
-        return _make_in(fedllm_home(), clientapp)
+        return _make_socket_in(fedllm_home())
     except OSError:
-        return _make_in(Path(tempfile.gettempdir()), clientapp)
+        return _make_socket_in(Path(tempfile.gettempdir()))
 
 
-def _make_in(parent: Path, clientapp: Path) -> tuple[Path, socket.socket]:
-    """Make the program's folder in this one.
+def _make_socket_in(parent: Path) -> tuple[Path, socket.socket]:
+    """Make a folder in this one that only this user may enter, and a socket in that.
 
     Raises:
-        OSError: Its path is too long for a socket, or programs cannot be run there.
+        OSError: Its path is too long for a socket.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="fedllm-supernode-", dir=parent))
-    path, program = folder / "socket", folder / CLIENTAPP
-    words = [
-        sys.executable,
-        "-I",
-        "-S",
-        fork_client.__file__,
-        str(path),
-        str(clientapp),
-    ]
+    path = Path(tempfile.mkdtemp(prefix="fedllm-supernode-", dir=parent)) / "socket"
     listening = socket.socket(socket.AF_UNIX)
     try:
-        text = f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'
-        program.write_text(text, encoding="utf-8")
-        program.chmod(0o700)
-        if not os.access(program, os.X_OK):
-            raise PermissionError("programs cannot be run there")
         # Before the SuperNode starts: no message finds it missing.
         listening.bind(str(path))
         listening.listen()
     except OSError as error:
         listening.close()
-        shutil.rmtree(folder)
-        raise OSError(f"{error} ({folder})") from error
-    return folder, listening
+        shutil.rmtree(path.parent)
+        raise OSError(f"{error} ({path.parent})") from error
+    return path, listening

@@ -2,13 +2,14 @@
 
 import contextlib
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedllm.config import RunConfig, fedllm_home, parse_run_config
 from fedllm.errors import AdapterError, FedllmError
+from fedllm.foreign_text import printable
 from fedllm.runs.directory import CONFIG_FILE, RESULT_FILE, read_json
 
 Turn = tuple[str, str]
@@ -160,11 +161,19 @@ def _model_in(folder: Path) -> ModelChoice:
     if run_file.exists() and origin:
         config = parse_run_config(_entry(run_file, "run_config"))
     round_text = f", round {origin['server_round']}" if origin else ""
-    name = origin.get("model", base_name)
-    described = f"answers: {name} with the adapter {folder}{round_text}"
+    described = (
+        f"answers: {_shown(base_name, origin)} with the adapter {folder}{round_text}"
+    )
     # Plain PEFT does not store the bits of its base.
     bits = int(origin.get("quantization", 4))
     return ModelChoice(folder, base_name, bits, described, config)
+
+
+def _shown(base_name: str, origin: Mapping[str, Any]) -> str:
+    """Return the name of the base that is loaded, short only where it is the same."""
+    name = str(origin.get("model", base_name))
+    is_same = name == base_name or Path(base_name).name == name
+    return printable(name if is_same else base_name)
 
 
 def _entry(path: Path, key: str) -> Any:

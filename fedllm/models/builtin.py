@@ -20,6 +20,7 @@ from fedllm.atomic_files import create_once, is_disk_full
 from fedllm.errors import ModelError
 from fedllm.models.known import BUILT_IN_MODEL
 from fedllm.models.load_errors import no_progress_bars
+from fedllm.models.manifest import forget
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,13 @@ def fetch(home: Path) -> Path:
             fit on the disk.
     """
     folder = home / "models" / _NAME
+
+    def make(partial: Path) -> None:
+        _make(partial)
+        forget(folder, home)
+
     try:
-        return create_once(folder, _make)
+        return create_once(folder, make)
     except Exception as error:
         # safetensors has an error of its own for a failed write.
         if is_disk_full(error):

@@ -74,6 +74,11 @@ def _explanation(location: str, error: Exception) -> str:
             f"{location} needs code of its own, which is not run here: name a model"
             " that transformers knows"
         )
+    if "safetensors" in first_line and "no file named" in first_line:
+        return (
+            f"{location} has no weights in safetensors, and other formats may hold code: "
+            "convert it with transformers' save_pretrained, where you trust its maker"
+        )
     if any(is_disk_full(link) for link in chain):
         return f"no space left for {location}: free some, or move HF_HOME"
     if Path(location).is_dir():

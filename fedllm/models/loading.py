@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,12 @@ from fedllm.errors import ModelError
 from fedllm.models import builtin
 from fedllm.models.known import BUILT_IN_MODEL
 from fedllm.models.load_errors import loading_errors, no_progress_bars
+from fedllm.models.manifest import (
+    QUANTISED_FOLDER,
+    file_hashes,
+    folder_digest,
+    forget,
+)
 from fedllm.models.quantization import (
     is_no_cast,
     keep_gradients_right,
@@ -27,7 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ADAPTER_FILE = "adapter_config.json"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_CONFIG = "config.json"
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<commit>[0-9a-f]{40}))?")
 
 
 def locate(name: str, home: Path) -> str:
@@ -60,9 +68,56 @@ def locate(name: str, home: Path) -> str:
         raise ModelError(
             f"{name} is not a folder on this machine; model.name takes "
             f"{BUILT_IN_MODEL.name}, a folder, or a hub id such as "
-            f"{BUILT_IN_MODEL.hub_name}"
+            f"{BUILT_IN_MODEL.hub_name}, alone or pinned by @ and a commit of 40 "
+            "hexadecimal digits"
         )
     return name
+
+
+def repository(location: str) -> tuple[str, str | None]:
+    """Return the hub's name of a location, and the commit that it is pinned to, if any.
+
+    Args:
+        location: What `locate` returned.
+    """
+    found = None if Path(location).is_dir() else _HUB_ID.fullmatch(location)
+    return (location, None) if found is None else (found["name"], found["commit"])
+
+
+@lru_cache(maxsize=8)
+def _commit(location: str) -> str | None:
+    """Return the commit of a hub id that all of this process takes; None for a folder.
+
+    Without a pin it is the hub's newest when the process first asks: configuration, weights
+    and tokenizer are of one commit, whatever is pushed meanwhile.
+
+    Raises:
+        ModelError: The hub is out of reach and the model is not in its cache.
+    """
+    if Path(location).is_dir():
+        return None
+    from transformers.utils import cached_file
+
+    name, commit = repository(location)
+    if commit is not None:
+        return commit
+    with loading_errors(location):
+        found = re.search(
+            r"/snapshots/([0-9a-f]{40})/", str(cached_file(name, _CONFIG))
+        )
+        if found is None:
+            raise OSError(f"its {_CONFIG} is of no commit")
+        return found[1]
+
+
+def _source(location: str) -> dict[str, Any]:
+    """Return the arguments by which transformers finds a model and runs no code of it."""
+    source = {"trust_remote_code": False, "revision": _commit(location)}
+    name, _ = repository(location)
+    return {
+        "pretrained_model_name_or_path": name,
+        **{key: value for key, value in source.items() if value is not None},
+    }
 
 
 def _adapter_in_base(location: str) -> str:
@@ -92,7 +147,7 @@ def load_config(location: str) -> "PretrainedConfig":
     if not Path(location).is_dir() and _hub_has_adapter(location):
         raise ModelError(_adapter_in_base(location))
     with loading_errors(location):
-        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(**_source(location))
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
             f"{location} is a {config.model_type} model, which does not generate text;"
@@ -106,12 +161,13 @@ def load_config(location: str) -> "PretrainedConfig":
     return config
 
 
-def _hub_has_adapter(name: str) -> bool:
+def _hub_has_adapter(location: str) -> bool:
     """Return whether a hub repository holds an adapter, as transformers looks for one."""
     from transformers.utils import find_adapter_config_file
 
-    with loading_errors(name):
-        return find_adapter_config_file(name) is not None
+    name, commit = repository(location)[0], _commit(location)
+    with loading_errors(location):
+        return find_adapter_config_file(name, revision=commit) is not None
 
 
 def fingerprint(location: str) -> str:
@@ -122,7 +178,7 @@ def fingerprint(location: str) -> str:
     """
     folder = Path(location)
     if not folder.is_dir():
-        return f"{location} {_commit(load_config(location))}"
+        return f"{repository(location)[0]} {_commit(location)}"
     digest = hashlib.sha256()
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     for path in [*sorted(weights), folder / "config.json"]:
@@ -131,6 +187,24 @@ def fingerprint(location: str) -> str:
             file.seek(max(0, size - (1 << 20)))
             digest.update(f"{path.name} {size} ".encode() + file.read())
     return f"{folder.name} {digest.hexdigest()[:16]}"
+
+
+def base_digest(location: str, home: Path) -> str:
+    """Return what two machines compare to know that they hold the same base model.
+
+    For a folder it covers all weights, the configuration and the tokenizer; for a hub id
+    the commit.
+
+    Args:
+        location: What `locate` returned.
+        home: The program's folder, which keeps the hashes.
+
+    Raises:
+        ModelError: The model cannot be read or reached, or a file that we made has changed.
+    """
+    if Path(location).is_dir():
+        return folder_digest(Path(location), home)
+    return fingerprint(location)
 
 
 def load_tokenizer(location: str) -> "PreTrainedTokenizerBase":
@@ -144,10 +218,9 @@ def load_tokenizer(location: str) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
+    source = _source(location)
     with loading_errors(location):
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            location, trust_remote_code=False, padding_side="right"
-        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(**source, padding_side="right")
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {location} names no end of text (eos_token), without"
@@ -205,17 +278,19 @@ def load_base(
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config = load_config(location)
+    load_config(location)
+    if Path(location).is_dir():
+        file_hashes(Path(location), home)
     if quantization:
         require_bitsandbytes(device)
-        model = _load_quantised(location, config, quantization, home, device)
+        model = _load_quantised(location, quantization, home, device)
         if quantization == 4:
             keep_gradients_right(model)
         # An 8-bit layer logs at each pass that it casts to float16, as is its design.
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(is_no_cast)
     else:
         options = {"dtype": torch.float32} if in_float32 else {}
-        model = _load(location, device, revision=_commit(config), **options)
+        model = _load(location, device, **options)
     if quantize_embeddings:
         require_bitsandbytes(device)
         from fedllm.models.quantized_embeddings import quantise_embeddings
@@ -264,16 +339,14 @@ def _load(location: str, device: str, **options: Any) -> Any:
         loading_errors(location),
     ):
         return AutoModelForCausalLM.from_pretrained(
-            location,
             device_map={"": device},
-            trust_remote_code=False,
-            **{"dtype": compute_dtype(device), **options},
+            # Other formats of weights are pickles, which may hold code.
+            use_safetensors=True,
+            **{**_source(location), "dtype": compute_dtype(device), **options},
         )
 
 
-def _load_quantised(
-    location: str, config: "PretrainedConfig", bits: int, home: Path, device: str
-) -> Any:
+def _load_quantised(location: str, bits: int, home: Path, device: str) -> Any:
     """Load a quantised base from the cache, quantising it if it is not there."""
     made: list[Any] = []
 
@@ -285,7 +358,6 @@ def _load_quantised(
             return _load(
                 location,
                 device,
-                revision=_commit(config),
                 quantization_config=_quantization_config(bits, device),
             )
 
@@ -294,7 +366,7 @@ def _load_quantised(
         with no_progress_bars():
             made[0].save_pretrained(folder)
 
-    folder = home / "models" / "quantised" / _key(location, config, bits, device)
+    folder = home / QUANTISED_FOLDER / _key(location, bits, device)
     try:
         create_once(folder, make)
     except ModelError:
@@ -310,6 +382,9 @@ def _load_quantised(
             "no space left" if is_disk_full(error) else error,
         )
         return made[0] if made else quantise()
+    if made:
+        forget(folder, home)
+    file_hashes(folder, home)
     return made[0] if made else _load(str(folder), device)
 
 
@@ -348,7 +423,7 @@ def _quantization_config(bits: int, device: str) -> Any:
     )
 
 
-def _key(location: str, config: "PretrainedConfig", bits: int, device: str) -> str:
+def _key(location: str, bits: int, device: str) -> str:
     """Return a folder name that changes with all that the quantised weights depend on.
 
     A local model counts as changed if a file's size or time changed: reading gigabytes at
@@ -357,7 +432,7 @@ def _key(location: str, config: "PretrainedConfig", bits: int, device: str) -> s
     import bitsandbytes
 
     folder = Path(location)
-    content: Any = _commit(config)
+    content: Any = _commit(location)
     if folder.is_dir():
         files = sorted(path for path in folder.iterdir() if path.is_file())
         stats = ((path.name, path.stat()) for path in files)
@@ -368,9 +443,3 @@ def _key(location: str, config: "PretrainedConfig", bits: int, device: str) -> s
     ]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return f"{folder.name}-{bits}bit-{digest[:16]}"
-
-
-def _commit(config: "PretrainedConfig") -> str | None:
-    """Return the hub's commit of the configuration: the weights must be of the same one."""
-    commit: str | None = getattr(config, "_commit_hash", None)
-    return commit

@@ -255,12 +255,22 @@ def differences(request: Request, other: Request) -> list[str]:
 
 @contextlib.contextmanager
 def _locked() -> Iterator[Path]:
-    """Yield the node's folder, which no other process changes meanwhile."""
+    """Yield the node's folder, which no other process changes meanwhile.
+
+    Raises:
+        NodeError: Something in it cannot be written.
+    """
     folder = node_folder()
-    with FileLock(folder / "approvals.lock", mode=0o600):
-        for name in ("requests", "approvals"):
-            (folder / name).mkdir(mode=0o700, exist_ok=True)
-        yield folder
+    try:
+        with FileLock(folder / "approvals.lock", mode=0o600):
+            for name in ("requests", "approvals"):
+                (folder / name).mkdir(mode=0o700, exist_ok=True)
+            yield folder
+    except OSError as error:
+        raise NodeError(
+            f"{error.filename or folder}: cannot be written: {error.strerror}: nothing is "
+            "answered that cannot be counted"
+        ) from None
 
 
 def _remember(folder: Path, request: Request) -> None:

@@ -22,7 +22,7 @@ from filelock import FileLock
 from fedllm.atomic_files import sync_folder, write_atomic
 from fedllm.config import fedllm_home
 from fedllm.errors import NodeError
-from fedllm.strict_modes import require_strict_modes
+from fedllm.strict_modes import make_strict_folder
 
 LOG_HEAD = "FEDLLM_LOG_HEAD"
 """Variable that names the file which gets a copy of the head."""
@@ -55,14 +55,12 @@ def node_folder() -> Path:
     """
     folder = fedllm_home() / "node"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_strict_folder(folder)
     except OSError as error:
         raise NodeError(
             f"{folder}: cannot be made: {error.strerror}: set FEDLLM_HOME to a folder "
             "that can be written"
         ) from None
-    # Afterwards: below /tmp another user may have made it first.
-    require_strict_modes(folder)
     return folder
 
 

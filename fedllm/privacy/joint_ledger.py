@@ -31,8 +31,8 @@ _NOT_COVERED = [
     "sign it",
     "who is connected, which client gave no sum and by which code, and when each client "
     "answers (timing)",
-    "a registered node that speaks Flower's protocol by itself: at the SuperLink it can read "
-    "the run's traffic and seconds",
+    "a run's traffic and its clients' seconds so far, which Flower shows to each registered "
+    "node that asks",
     "the choice of settings, where it was made on private data",
     "earlier and later runs over the same rows: their epsilons add up (each node's own ledger "
     "counts them)",

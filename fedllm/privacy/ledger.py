@@ -12,12 +12,14 @@ _NOT_COVERED = [
     "whether a client is among those of the run at all: their number is published",
     "rows declared public, if a client trains on them: their losses, and the choice of a "
     "round by them, have no noise",
-    "a registered node that speaks Flower's protocol by itself: at the SuperLink it can test "
-    "whether an update that it guesses was sent, and read the run's traffic and seconds",
+    "a run's traffic and its clients' seconds so far, which Flower shows to each registered "
+    "node that asks",
     "the choice of settings, where it was made on private data",
     "who is connected, when each client answers (timing), and, where cohorts are not "
     "secret, which clients gave no usable update and by which code",
-    "earlier and later runs over the same clients: their epsilons add up",
+    "earlier and later runs over the same clients, which add up: a node with max-epsilon "
+    "counts what they promise and stops (fedllm node budget); no node sees whether a server "
+    "adds that noise, against which only updates that it cannot read would help",
     "a client with several nodes: the bound is for one node",
 ]
 _SAMPLING_WORDS = {
@@ -122,6 +124,11 @@ class Ledger(ReleaseLedger[PrivacySettings]):
         epsilon = bounded(spent.zero_out)
         not_covered = list(_NOT_COVERED)
         if settings.sampling == "poisson":
+            not_covered.append(
+                "the other clients: by a run's traffic and seconds, which Flower shows them, "
+                "the size of a cohort is no secret from them, and for them the epsilon "
+                "without amplification holds"
+            )
             not_covered.append(
                 "Flower's own log and database, which know each cohort and are trusted "
                 "with the server (`flwr list --run-id` prints a run's traffic and its "

@@ -24,8 +24,8 @@ _NOT_COVERED = [
     "with it the sampling probability, its noise and the epsilon that it reports",
     "time and memory: how long a client takes, and whether it passes the run's time limit or "
     "its own memory (codes time-limit, out-of-memory, failed, or no answer), depends on how "
-    "long its rows are; after three requests without an update a client answers nothing more "
-    "in that run",
+    "long its rows are; after three requests without an update a client gives one answer for "
+    "the rest of that run, and another run begins a new count",
     "a file that is read as a whole (.json, .csv, .parquet) and is malformed as a whole: the "
     "code is no-data, also where one row is the cause; a broken line of .jsonl is a record",
     "the kernels of a GPU: that a record's gradient is the same in any company was tested on "

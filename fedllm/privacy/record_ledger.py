@@ -6,27 +6,17 @@ that a row holds: neither tells whether a certain row was there, and no edit, co
 of the rows begins a budget anew. A row that came later is counted with what was spent before it.
 """
 
-import hashlib
-import hmac
-import json
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from fedllm.atomic_files import sync_folder, write_atomic, write_synced
-from fedllm.errors import BudgetError, PrivacyError
+from fedllm.errors import BudgetError
 from fedllm.privacy.accounting import Event, calibrate, default_delta, record_epsilon
+from fedllm.privacy.sealed_folder import SealedFolder
 from fedllm.privacy.wording import plain
 
-_KEY_FILE = "key"
-_LEDGER_FILE = "ledger.json"
-_FORMAT = 2
-_OWNER_ONLY = 0o600
+_EMPTY: Mapping[str, Any] = {"format": 2, "plans": {}, "releases": []}
 
 
 @dataclass(frozen=True)
@@ -96,24 +86,17 @@ class RecordLedger:
         folder: Made, with a fresh key and an empty ledger, if there is none.
 
     Raises:
+        ConfigError: Another user may write its place.
         PrivacyError: The ledger cannot be trusted or written.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._path = folder / _LEDGER_FILE
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = FileLock(str(folder) + ".lock", mode=0o600)
-            with self._lock:
-                if not folder.exists():
-                    self._create()
-                self._key = self._read_key()
-        except OSError as error:
-            raise PrivacyError(
-                f"{folder}: the ledger cannot be used: {error.strerror}; without it "
-                "nothing may be released"
-            ) from None
+        self._folder = SealedFolder(folder, _EMPTY)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it was begun just now."""
+        return self._folder.is_new
 
     def plan(self, run: str) -> RecordPlan | None:
         """Return the plan of a run that this client already takes part in.
@@ -121,18 +104,18 @@ class RecordLedger:
         Args:
             run: Identifier of the run and its privacy settings.
         """
-        with self._locked() as content:
+        with self._folder.locked() as content:
             known = content["plans"].get(run)
         return None if known is None else RecordPlan(**known)
 
     def remember_plan(self, run: str, plan: RecordPlan) -> RecordPlan:
         """Store a run's plan unless there is one; return the plan that holds."""
-        with self._locked() as content:
+        with self._folder.locked() as content:
             known = content["plans"].get(run)
             if known is not None:
                 return RecordPlan(**known)
             content["plans"][run] = asdict(plan)
-            self._write(content)
+            self._folder.write(content)
         return plan
 
     def epsilon(self, delta: float, event: Event | None = None) -> float:
@@ -142,7 +125,7 @@ class RecordLedger:
             delta: In (0, 1).
             event: One more release.
         """
-        with self._locked() as content:
+        with self._folder.locked() as content:
             return record_epsilon(_releases(content, event), delta)
 
     def require(self, event: Event, delta: float, limit: float) -> None:
@@ -169,84 +152,12 @@ class RecordLedger:
             PrivacyError: The ledger cannot be trusted or written; then nothing may be
                 released.
         """
-        with self._locked() as content:
+        with self._folder.locked() as content:
             content["releases"] = _releases(content, event)
             spent = record_epsilon(content["releases"], delta)
             _require_at_most(spent, limit)
-            self._write(content)
+            self._folder.write(content)
         return spent
-
-    @contextmanager
-    def _locked(self) -> Iterator[dict[str, Any]]:
-        """Hold the lock and yield the ledger's content."""
-        with self._lock:
-            yield self._read()
-
-    def _create(self) -> None:
-        """Make key and ledger together, never one without the other."""
-        fresh = self._folder.with_name(f".{self._folder.name}-{secrets.token_hex(4)}")
-        fresh.mkdir(mode=0o700)
-        self._key = secrets.token_bytes(32)
-        write_synced(fresh / _KEY_FILE, self._key, _OWNER_ONLY)
-        empty = {"format": _FORMAT, "plans": {}, "releases": []}
-        write_synced(fresh / _LEDGER_FILE, self._sealed(empty), _OWNER_ONLY)
-        fresh.rename(self._folder)
-        sync_folder(self._folder.parent)
-
-    def _read_key(self) -> bytes:
-        try:
-            key = (self._folder / _KEY_FILE).read_bytes()
-        except FileNotFoundError:
-            key = b""
-        if len(key) != 32:
-            raise self._damaged("its key is missing or damaged")
-        return key
-
-    def _read(self) -> dict[str, Any]:
-        """Return the ledger's content.
-
-        Raises:
-            PrivacyError: It is missing, or its signature does not match this folder's key.
-        """
-        try:
-            outer = json.loads(self._path.read_text("utf-8"))
-            content, seal = outer["content"], outer["seal"]
-            valid = isinstance(seal, str) and hmac.compare_digest(
-                seal.encode(), self._seal(content).encode()
-            )
-        except OSError as error:
-            raise self._damaged(f"{error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
-            raise self._damaged("it is cut short or not a ledger") from None
-        if not valid or content.get("format") != _FORMAT:
-            raise self._damaged("it was edited, or belongs to other data")
-        return dict(content)
-
-    def _write(self, content: Mapping[str, Any]) -> None:
-        """Write the ledger whole, so that it survives a power cut."""
-        try:
-            write_atomic(self._path, self._sealed(content), _OWNER_ONLY)
-        except OSError as error:
-            raise PrivacyError(
-                f"{self._path}: cannot be written: {error.strerror}; nothing is released"
-            ) from None
-
-    def _sealed(self, content: Mapping[str, Any]) -> bytes:
-        outer = {"seal": self._seal(content), "content": content}
-        return json.dumps(outer, allow_nan=False).encode()
-
-    def _seal(self, content: Mapping[str, Any]) -> str:
-        """Return the keyed hash of the whole content."""
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        return hmac.new(
-            self._key, b"ledger" + text.encode(), hashlib.sha256
-        ).hexdigest()
-
-    def _damaged(self, why: str) -> PrivacyError:
-        return PrivacyError(
-            f"{self._path}: the ledger cannot be trusted: {why}. Put back the folder's "
-            "last state; moving it away forgets what was spent"
-        )
 
 
 def _releases(content: Mapping[str, Any], event: Event | None) -> list[Event]:

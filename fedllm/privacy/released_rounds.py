@@ -15,6 +15,7 @@ from filelock import FileLock
 from fedllm.atomic_files import write_atomic
 from fedllm.errors import PrivacyError
 from fedllm.foreign_text import printable
+from fedllm.strict_modes import make_strict_folder
 
 _NAME = re.compile(r"[\w-][\w.-]{0,199}", re.ASCII)
 _OWNER_ONLY = 0o600
@@ -49,7 +50,7 @@ class ReleasedRounds:
             PrivacyError: There is one already, or it cannot be written.
         """
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_strict_folder(self.path.parent)
             with self._lock:
                 if self.path.exists():
                     raise PrivacyError(

@@ -42,7 +42,8 @@ trained by fedllm on {run.config["num_clients"]} clients in {run.rounds_done} ro
 
 | | |
 |---|---|
-| base model | {model.hub_name if model else name} |
+| base model | {model.hub_name if model else name.partition("@")[0]} |
+| its commit, or hashes | {run.config.get("base_digest", "not known")} |
 | its licence | {model.licence if model else "not known here: see where it comes from"} |
 | data | {data} |
 | its licence | {rows.licence if rows else "not known here: ask who holds it"} |
@@ -74,7 +75,7 @@ def _metadata(run: RunRecord, merged: bool) -> str:
     settings = run.settings
     model = KNOWN_MODELS.get(str(settings["model.name"]))
     rows = EMBEDDED.get(str(settings["data.name"]))
-    base = model.hub_name if model else str(run.config["base"])
+    base, _, _ = (model.hub_name if model else str(run.config["base"])).partition("@")
     lines: dict[str, Any] = {}
     # A path on this machine is no name that the hub could look up.
     if not Path(base).is_absolute():

@@ -1,6 +1,5 @@
 """The results of a comparison: compare.json, compare.md, compare.svg and compare.html."""
 
-import html
 import io
 import json
 import math
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedllm.atomic_files import write_atomic
-from fedllm.reporting.markup import document, table
+from fedllm.reporting.markup import Html, document, html, join, table
 from fedllm.reporting.plots import SERIES, inline, style
 
 if TYPE_CHECKING:
@@ -90,9 +89,9 @@ def write_comparison(
     write_atomic(out / "compare.md", whole.encode())
     _plot(out / "compare.svg", summary)
     sections = [
-        f"<header><h1>{_TITLE}</h1></header>{table(head, cells)}",
-        f"<p>{html.escape(means)}</p><p>{html.escape(BUDGET)}</p>",
-        f'<div class="plots">{"".join(_figures(summary))}</div>',
+        html("<header><h1>{}</h1></header>{}", _TITLE, table(head, cells)),
+        html("<p>{}</p><p>{}</p>", means, BUDGET),
+        html('<div class="plots">{}</div>', join(_figures(summary))),
     ]
     write_atomic(out / "compare.html", document(_TITLE, sections).encode())
     return text
@@ -149,7 +148,7 @@ def _plot(path: Path, summary: Mapping[str, Mapping[str, Any]]) -> None:
     figure.savefig(path, format="svg")
 
 
-def _figures(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _figures(summary: Mapping[str, Mapping[str, Any]]) -> list[Html]:
     """Return the same panels for a page, in its colours."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -164,7 +163,7 @@ def _figures(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
             figure.savefig(out, format="svg", transparent=True)
         values = [f"{arm} {_cell(row[name], 3)}" for arm, row in summary.items()]
         svg = inline(out.getvalue(), name, title, ", ".join(values))
-        figures.append(f"<figure><h3>{title}</h3>{svg}</figure>")
+        figures.append(html("<figure><h3>{}</h3>{}</figure>", title, svg))
     return figures
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from fedllm.config import RunConfig, flat
 from fedllm.privacy.wording import plain
 from fedllm.reporting import privacy_section
-from fedllm.reporting.markup import document, escape, table
+from fedllm.reporting.markup import Html, document, html, join, table
 from fedllm.reporting.plots import plots
 from fedllm.reporting.sentences import caution, kind_and_rank, verdict
 from fedllm.runs.record import RunRecord
@@ -38,11 +38,11 @@ _SECRET_COLUMNS = {
 }
 
 
-def page(run: RunRecord) -> str:
+def page(run: RunRecord) -> Html:
     """Return the page, which needs no network, script or other file."""
-    reload = ""
+    reload = html("")
     if run.state == "running":
-        reload = f'<meta http-equiv="refresh" content="{_RELOAD_SECONDS}">\n'
+        reload = html('<meta http-equiv="refresh" content="{}">\n', _RELOAD_SECONDS)
     sections = [
         _header(run),
         privacy_section.privacy(run),
@@ -58,7 +58,7 @@ def page(run: RunRecord) -> str:
     return document(title, sections, reload)
 
 
-def _header(run: RunRecord) -> str:
+def _header(run: RunRecord) -> Html:
     """Return the head: what is trained, on how many clients, and how far it is."""
     settings, size = run.settings, run.config.get("num_clients")
     state = {
@@ -68,23 +68,34 @@ def _header(run: RunRecord) -> str:
         "interrupted": "interrupted",
     }[run.state]
     parts = [
-        f'<p class="eyebrow"><span>fedllm run {escape(run.folder.name)}</span>'
-        f'<span class="state">{state}</span></p>',
-        f"<h1>{escape(settings.get('model.name', 'A run'))}</h1>",
+        html(
+            '<p class="eyebrow"><span>fedllm run {}</span>'
+            '<span class="state">{}</span></p>',
+            run.folder.name,
+            state,
+        ),
+        html("<h1>{}</h1>", settings.get("model.name", "A run")),
     ]
     if size is not None:
         value = run.config.get("num_trainable", 0)
         parts.append(
-            f"<p>An adapter ({escape(kind_and_rank(settings))}, {value:,} trained values) "
-            f"trained on <strong>{size} clients</strong> in {run.rounds_done} of "
-            f"{run.rounds_planned} rounds; data: {escape(settings.get('data.name'))}.</p>"
+            html(
+                "<p>An adapter ({}, {} trained values) trained on <strong>{} clients"
+                "</strong> in {} of {} rounds; data: {}.</p>",
+                kind_and_rank(settings),
+                f"{value:,}",
+                size,
+                run.rounds_done,
+                run.rounds_planned,
+                settings.get("data.name"),
+            )
         )
     if run.reason:
-        parts.append(f'<p class="alert">{escape(run.reason)}</p>')
-    return f"<header>{''.join(parts)}</header>"
+        parts.append(html('<p class="alert">{}</p>', run.reason))
+    return html("<header>{}</header>", join(parts))
 
 
-def _result(run: RunRecord) -> str:
+def _result(run: RunRecord) -> Html:
     """Return the results in numbers."""
     tiles: list[tuple[str, str]] = []
     losses = [r.get("validation_loss") for r in run.rounds]
@@ -111,70 +122,91 @@ def _result(run: RunRecord) -> str:
             tiles.append((name, f"{total:,.0f} {unit}"))
         elif run.secret_cohorts:
             tiles.append((name, SECRET))
-    body = "".join(f"<div><dt>{k}</dt><dd>{_tile(v)}</dd></div>" for k, v in tiles)
+    body = join(
+        html("<div><dt>{}</dt><dd>{}</dd></div>", k, _tile(v)) for k, v in tiles
+    )
     if not body and result is None:
-        return ""
-    sentence = "" if result is None else f"<p>{escape(verdict(result))}</p>"
-    return f'<h2>Results</h2>{sentence}<dl class="tiles">{body}</dl>{_probe(run)}'
+        return html("")
+    return html(
+        '<h2>Results</h2>{}<dl class="tiles">{}</dl>{}',
+        "" if result is None else html("<p>{}</p>", verdict(result)),
+        body,
+        _probe(run),
+    )
 
 
-def _tile(value: str) -> str:
-    return f"<small>{value}</small>" if value == SECRET else escape(value)
+def _tile(value: str) -> Html:
+    return html("<small>{}</small>" if value == SECRET else "{}", value)
 
 
-def _probe(run: RunRecord) -> str:
+def _probe(run: RunRecord) -> Html:
     """Return what noise alone did to the loss."""
     probe = run.privacy.get("noise_probe")
     if not probe:
-        return ""
-    return (
-        f'<p class="soft">The noise of all rounds alone, without any client, moves the '
-        f"validation loss from {probe['before']:.3f} to {probe['noise_alone']:.3f}.</p>"
+        return html("")
+    return html(
+        '<p class="soft">The noise of all rounds alone, without any client, moves the '
+        "validation loss from {} to {}.</p>",
+        f"{probe['before']:.3f}",
+        f"{probe['noise_alone']:.3f}",
     )
 
 
-def _plots(run: RunRecord) -> str:
+def _plots(run: RunRecord) -> Html:
     """Return the plots of all known values, and the reason why others are missing."""
     if not run.rounds:
-        return ""
+        return html("")
     figures = [
-        f"<figure><h3>{p.title}</h3>{p.svg}<figcaption>{escape(p.summary)}</figcaption>"
-        "</figure>"
-        for p in plots(run)
+        html(
+            "<figure><h3>{}</h3>{}<figcaption>{}</figcaption></figure>",
+            plot.title,
+            plot.svg,
+            plot.summary,
+        )
+        for plot in plots(run)
     ]
-    secret = ""
+    secret = html("")
     if run.secret_cohorts:
-        secret = (
+        secret = html(
             "<p>Participation, rejected updates, traffic and the seconds of training: "
-            f"{SECRET}.</p>"
+            "{}.</p>",
+            SECRET,
         )
-    return f'<h2>Round by round</h2>{secret}<div class="plots">{"".join(figures)}</div>'
-
-
-def _answers(run: RunRecord) -> str:
-    """Return the answers of both models to the same questions."""
-    if not run.answers or not run.answers["answers"]:
-        return ""
-    parts = []
-    for answer in run.answers["answers"]:
-        parts.append(
-            f'<div class="answer"><h3>{escape(answer["question"])}</h3><dl>'
-            f"<dt>base</dt><dd>{escape(answer['base'])}</dd>"
-            f'<div class="tuned"><dt>tuned, round {run.answers["server_round"]}</dt>'
-            f"<dd>{escape(answer['tuned'])}</dd></div>"
-            f"<dt>what the data says</dt><dd>{escape(answer['reference'])}</dd></dl></div>"
-        )
-    return (
-        "<h2>The same questions to both models</h2>"
-        f"<p><strong>{escape(caution(run.settings))}</strong> The questions are rows declared public; "
-        f"answers end after {run.answers['max_new_tokens']} tokens.</p>{''.join(parts)}"
+    return html(
+        '<h2>Round by round</h2>{}<div class="plots">{}</div>', secret, join(figures)
     )
 
 
-def _rounds(run: RunRecord) -> str:
+def _answers(run: RunRecord) -> Html:
+    """Return the answers of both models to the same questions."""
+    if not run.answers or not run.answers["answers"]:
+        return html("")
+    parts = [
+        html(
+            '<div class="answer"><h3>{}</h3><dl><dt>base</dt><dd>{}</dd>'
+            '<div class="tuned"><dt>tuned, round {}</dt><dd>{}</dd></div>'
+            "<dt>what the data says</dt><dd>{}</dd></dl></div>",
+            answer["question"],
+            answer["base"],
+            run.answers["server_round"],
+            answer["tuned"],
+            answer["reference"],
+        )
+        for answer in run.answers["answers"]
+    ]
+    return html(
+        "<h2>The same questions to both models</h2><p><strong>{}</strong> The questions "
+        "are rows declared public; answers end after {} tokens.</p>{}",
+        caution(run.settings),
+        run.answers["max_new_tokens"],
+        join(parts),
+    )
+
+
+def _rounds(run: RunRecord) -> Html:
     """Return the table of rounds without its empty columns."""
     if not run.rounds:
-        return ""
+        return html("")
     ratio = run.privacy.get("noise_to_signal")
     lines = [
         {**line, "noise_to_signal": ratio if line["server_round"] else None}
@@ -187,14 +219,16 @@ def _rounds(run: RunRecord) -> str:
         used = [k for k in _COLUMNS if k in used or k in _SECRET_COLUMNS]
     used = used or ["server_round", "validation_loss"]
     rows = [[_cell(run, line, key) for key in used] for line in lines]
-    note = ""
+    note = html("")
     if run.secret_cohorts:
-        note = f'<p class="soft">*: {SECRET}.</p>'
+        note = html('<p class="soft">*: {}.</p>', SECRET)
     head = [_COLUMNS[key] for key in used]
-    return (
-        f"<details><summary>All rounds as a table</summary>{table(head, rows)}"
+    return html(
+        "<details><summary>All rounds as a table</summary>{}"
         '<p class="soft">Round 0 is the untuned model; a dash: not measured.</p>'
-        f"{note}</details>"
+        "{}</details>",
+        table(head, rows),
+        note,
     )
 
 
@@ -237,9 +271,9 @@ def _sum(run: RunRecord, *keys: str) -> float | None:
     return sum(known) if known and len(known) == len(values) else None
 
 
-def _settings(run: RunRecord) -> str:
+def _settings(run: RunRecord) -> Html:
     """Return the configuration, changed settings first, and the versions."""
-    folder = f'<p class="soft">Run folder: <code>{escape(run.folder)}</code></p>'
+    folder = html('<p class="soft">Run folder: <code>{}</code></p>', run.folder)
     settings, defaults = run.settings, flat(RunConfig())
     if not settings:
         return folder
@@ -249,11 +283,13 @@ def _settings(run: RunRecord) -> str:
     changes = (
         table(["Changed from its default", "Value"], changed, "words")
         if changed
-        else "<p>Every setting has its default.</p>"
+        else html("<p>Every setting has its default.</p>")
     )
-    return (
-        f"<h2>Configuration</h2>{changes}"
-        f"<details><summary>All settings</summary>{table(['Key', 'Value'], every, 'words')}"
-        "</details><details><summary>Versions</summary>"
-        f"{table(['Package', 'Version'], versions, 'words')}</details>{folder}"
+    return html(
+        "<h2>Configuration</h2>{}<details><summary>All settings</summary>{}</details>"
+        "<details><summary>Versions</summary>{}</details>{}",
+        changes,
+        table(["Key", "Value"], every, "words"),
+        table(["Package", "Version"], versions, "words"),
+        folder,
     )

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fedllm.reporting.markup import Html, escape
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -42,7 +44,7 @@ class Plot:
     name: str
     title: str
     summary: str
-    svg: str
+    svg: Html
 
 
 def plots(run: "RunRecord") -> list[Plot]:
@@ -240,10 +242,8 @@ def _plot(
     return Plot(name, title, summary, inline(out.getvalue(), name, title, summary))
 
 
-def inline(svg: str, name: str, title: str, summary: str) -> str:
+def inline(svg: str, name: str, title: str, summary: str) -> Html:
     """Return matplotlib's file as an element of a page: no head, no links, ids of its own."""
-    from html import escape
-
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
@@ -257,7 +257,8 @@ def inline(svg: str, name: str, title: str, summary: str) -> str:
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
-    return "\n".join(line.strip() for line in svg.splitlines() if line.strip())
+    # matplotlib escapes the texts that it draws.
+    return Html("\n".join(line.strip() for line in svg.splitlines() if line.strip()))
 
 
 def _ends(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:

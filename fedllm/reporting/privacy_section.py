@@ -11,48 +11,58 @@ from fedllm.privacy.wording import (
     percent,
     plain,
 )
-from fedllm.reporting.markup import escape, table
+from fedllm.reporting.markup import Html, html, join, table
 from fedllm.reporting.sentences import protection
 from fedllm.runs.record import RunRecord
 
 
-def privacy(run: RunRecord) -> str:
+def privacy(run: RunRecord) -> Html:
     """Return epsilon and the statement, and what they mean."""
     privacy = run.privacy
     if not privacy:
-        return ""
+        return html("")
     epsilon, unit = privacy.get("epsilon"), privacy.get("unit")
     if unit == "none":
-        head = '<p class="epsilon">No privacy</p>'
+        head = html('<p class="epsilon">No privacy</p>')
     else:
         words = protection(privacy)
-        so_far = " so far" if run.state == "running" else ""
-        head = (
-            f'<p class="epsilon">ε&nbsp;=&nbsp;{escape(plain(epsilon))} <small>at '
-            f"δ&nbsp;=&nbsp;{privacy['delta']:g}{so_far}: protection is "
-            f"<strong>{words}</strong></small></p>{_bands(words)}"
+        head = html(
+            '<p class="epsilon">ε&nbsp;=&nbsp;{} <small>at δ&nbsp;=&nbsp;{}{}: '
+            "protection is <strong>{}</strong></small></p>{}",
+            plain(epsilon),
+            f"{privacy['delta']:g}",
+            " so far" if run.state == "running" else "",
+            words,
+            _bands(words),
         )
-    statement = f'<p class="statement">{escape(privacy["statement"])}</p>'
-    return f'<section class="privacy">{head}{statement}{_meaning(privacy)}</section>'
+    return html(
+        '<section class="privacy">{}<p class="statement">{}</p>{}</section>',
+        head,
+        privacy["statement"],
+        _meaning(privacy),
+    )
 
 
-def _bands(current: str) -> str:
+def _bands(current: str) -> Html:
     """Return the scale of epsilon with the band of this run marked."""
     items, low = [], ""
     for most, word in BANDS:
-        here = ' aria-current="true"' if word == current else ""
+        here = html(' aria-current="true"' if word == current else "")
         reach = f"ε up to {most:g}" if most < float("inf") else f"ε above {low}"
-        items.append(f"<li{here}>{word}<br>{reach}</li>")
+        items.append(html("<li{}>{}<br>{}</li>", here, word, reach))
         low = f"{most:g}"
-    source = f'<p class="soft">Words by {escape(BANDS_SOURCE)}.</p>'
-    return f'<ol class="bands">{"".join(items)}</ol>{source}'
+    return html(
+        '<ol class="bands">{}</ol><p class="soft">Words by {}.</p>',
+        join(items),
+        BANDS_SOURCE,
+    )
 
 
-def _meaning(privacy: dict[str, Any]) -> str:
+def _meaning(privacy: dict[str, Any]) -> Html:
     """Return how often an attacker can be right: an adjective alone would flatter."""
     epsilon, delta = privacy.get("epsilon"), privacy.get("delta")
     if privacy.get("unit") == "none" or epsilon is None or delta is None:
-        return ""
+        return html("")
     unit = "one record of a client" if privacy["unit"] == "record" else "one client"
     replaced = privacy.get("epsilon_replace_one")
     other = " (zero-out), or which of two data sets it held (replace-one)"
@@ -70,18 +80,21 @@ def _meaning(privacy: dict[str, Any]) -> str:
     ]
     if exact:
         head.append("Right at most, by this run's noise")
-    return (
+    note = html(
+        '<p class="soft">ε and δ bound any mechanism, so they are the weaker limit; '
+        "the noise of this run is Gaussian, for which the exact limit is known.</p>"
+    )
+    return html(
         "<h3>What the bound allows</h3><p>An attacker knows everything else about the data "
-        f"and guesses the outcome of a fair coin: whether {unit} was there or not{other}. "
+        "and guesses the outcome of a fair coin: whether {unit} was there or not{other}. "
         "Blind guesses are right in 50 % of cases; no method is right more often than "
-        "this. (The factor "
-        f"e^{escape(plain(epsilon))} is {_factor(epsilon)}.)</p>{table(head, body)}"
-        + (
-            '<p class="soft">ε and δ bound any mechanism, so they are the weaker limit; '
-            "the noise of this run is Gaussian, for which the exact limit is known.</p>"
-            if exact
-            else ""
-        )
+        "this. (The factor e^{epsilon} is {factor}.)</p>{table}{note}",
+        unit=unit,
+        other=other,
+        epsilon=plain(epsilon),
+        factor=_factor(epsilon),
+        table=table(head, body),
+        note=note if exact else "",
     )
 
 
@@ -93,27 +106,28 @@ def _factor(epsilon: float) -> str:
     return f"{math.ceil(factor):,}" if factor >= 100 else f"{factor + 0.005:.2f}"
 
 
-def audit(run: RunRecord) -> str:
+def audit(run: RunRecord) -> Html:
     """Return the results of an audit."""
     audit = run.audit
     if audit is None:
-        return ""
+        return html("")
     rows = [
         [str(check.get("name")), _passed(check.get("passed")), str(check.get("text"))]
         for check in audit.get("checks") or []
         if isinstance(check, dict)
     ]
     bounds = _bounds(audit.get("rehearsal") or audit)
-    return (
-        f"<h2>Audit: {_passed(audit.get('passed'))}</h2>"
-        + (table(["Epsilon", "", ""], bounds, "words") if bounds else "")
-        + f"<p>{escape(audit.get('meaning', ''))}</p>"
-        + (
-            f"<details><summary>{len(rows)} checks</summary>"
-            f"{table(['Check', '', 'Result'], rows, 'words')}</details>"
-            if rows
-            else ""
-        )
+    checks = html(
+        "<details><summary>{} checks</summary>{}</details>",
+        len(rows),
+        table(["Check", "", "Result"], rows, "words"),
+    )
+    return html(
+        "<h2>Audit: {}</h2>{}<p>{}</p>{}",
+        _passed(audit.get("passed")),
+        table(["Epsilon", "", ""], bounds, "words") if bounds else "",
+        audit.get("meaning", ""),
+        checks if rows else "",
     )
 
 
@@ -141,7 +155,8 @@ def _passed(value: object) -> str:
     return "passed" if value is True else "FAILED"
 
 
-def not_covered(run: RunRecord) -> str:
+def not_covered(run: RunRecord) -> Html:
     """Return the list of what the statement does not cover."""
-    items = "".join(f"<li>{escape(x)}</li>" for x in run.privacy.get("not_covered", []))
-    return f"<h2>Not covered by the statement</h2><ul>{items}</ul>" if items else ""
+    items = join(html("<li>{}</li>", x) for x in run.privacy.get("not_covered", []))
+    shown = html("<h2>Not covered by the statement</h2><ul>{}</ul>", items)
+    return shown if items else html("")

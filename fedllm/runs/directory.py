@@ -17,6 +17,7 @@ from fedllm.adapters.files import save_adapter
 from fedllm.adapters.spec import AdapterSpec
 from fedllm.atomic_files import is_disk_full, write_atomic
 from fedllm.errors import FederationError, FedllmError
+from fedllm.strict_modes import make_strict_folder, require_strict_modes
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -42,12 +43,13 @@ class RunDirectory:
         Only its owner can read it.
 
         Raises:
+            ConfigError: Another user may write its place.
             FederationError: The disk is full or the folder cannot be written.
         """
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
         path = home / "runs" / f"{stamp}_{run_id}"
         with _disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_strict_folder(path.parent)
             count = 1
             # Each run has a name of its own, even if two start in the same second, and
             # if the folder of one is gone, whose released rounds are still known.
@@ -72,8 +74,10 @@ class RunDirectory:
         """Lock this folder against runs in other processes, until this one ends.
 
         Raises:
+            ConfigError: Another user may write the folder, so its ledger proves nothing.
             FederationError: Another run holds the lock.
         """
+        require_strict_modes(self.path)
         with _disk_errors(self.path):
             try:
                 self._lock.acquire(blocking=False)

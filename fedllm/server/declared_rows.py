@@ -2,15 +2,14 @@
 
 import logging
 from collections.abc import Sequence
-from secrets import token_hex
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedllm.config import RunConfig
 from fedllm.errors import FederationError
 from fedllm.server.reply_stream import ReplyStream
-from fedllm.wire.messages import CONFIG, NONCE, read_declared_rows, read_reply
+from fedllm.wire.messages import CONFIG, own_config, read_declared_rows, read_reply
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +69,8 @@ def ask_declared_rows(
 
 
 def _question(node_id: int, config: RunConfig) -> Message:
-    # As in a round: without something that nobody can guess, another could answer it.
-    record = ConfigRecord({NONCE: token_hex(16)})
     return Message(
-        content=RecordDict({CONFIG: record}),
+        content=RecordDict({CONFIG: own_config({})}),
         dst_node_id=node_id,
         message_type=MessageType.QUERY,
         ttl=config.strategy.round_timeout,

@@ -22,6 +22,7 @@ from fedllm.reporting.monitor import RunMonitor
 from fedllm.runs.directory import RESULT_FILE, RunDirectory
 from fedllm.runs.record import ANSWERS_FILE
 from fedllm.server.account import PrivacyAccount
+from fedllm.server.announcement import announce
 from fedllm.server.noise_probe import require_harmless_noise
 from fedllm.server.population import replace_departed
 from fedllm.server.reply_stream import ReplyStream
@@ -37,7 +38,12 @@ from fedllm.server.summary import log_outcome, log_plan
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
 from fedllm.strategy.joint_record_dp import JointRecordDP
-from fedllm.wire.messages import ADAPTER_KIND, array_record, read_global
+from fedllm.wire.messages import (
+    ADAPTER_KIND,
+    BASE_MODEL,
+    array_record,
+    read_global,
+)
 from fedllm.wire.resumed_run import ORIGINAL_RUN, original_run
 
 logger = logging.getLogger(__name__)
@@ -54,6 +60,7 @@ class Federation:
         resumed: Whether the run was begun before.
         population: Node ids of all clients.
         spec: The adapter.
+        base_digest: What the clients compare their base model with.
         directory: The run folder, locked.
         public: Scores adapters on public rows.
         account: What was spent.
@@ -69,6 +76,7 @@ class Federation:
     resumed: bool
     population: list[int]
     spec: AdapterSpec
+    base_digest: str
     directory: RunDirectory
     public: PublicRows
     account: PrivacyAccount
@@ -84,7 +92,8 @@ class Federation:
             The content of result.json.
 
         Raises:
-            FederationError: No client ever returned a usable update.
+            FederationError: No client ever returned a usable update, or every one refuses
+                the run.
             PrivacyError: Noise alone is destructive, and the settings do not allow that.
         """
         try:
@@ -118,6 +127,8 @@ class Federation:
     def _train(self) -> None:
         """Run the rounds that are left, while there is budget."""
         progress = self.progress
+        if self.config.cohorts_are_secret:
+            announce(self.config, self.grid, self.population, self._instructions())
         for server_round in range(
             progress.next_round, self.config.num_server_rounds + 1
         ):
@@ -190,9 +201,12 @@ class Federation:
     def _instructions(self) -> ConfigRecord:
         """Return what every message holds besides its round.
 
-        That is the adapter's kind, and the original run's settings if it was resumed.
+        That is the adapter's kind, the base model's digest, and the original run's
+        settings if it was resumed.
         """
-        record = ConfigRecord({ADAPTER_KIND: self.spec.kind})
+        record = ConfigRecord(
+            {ADAPTER_KIND: self.spec.kind, BASE_MODEL: self.base_digest}
+        )
         if self.resumed:
             record[ORIGINAL_RUN] = original_run(self.config, self.run_id)
         return record

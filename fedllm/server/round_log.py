@@ -1,5 +1,6 @@
 """What a round leaves behind: its warnings, its log line, its line in metrics.jsonl."""
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from fedllm.errors import FederationError
 from fedllm.server.account import PrivacyAccount
 from fedllm.strategy.round_stats import Round
 from fedllm.strategy.server_optimizer import cosine
+from fedllm.wire.masking import OTHER_VERSION, WIRE_FORMAT
 from fedllm.wire.messages import ERROR_CODES
 
 logger = logging.getLogger(__name__)
@@ -111,9 +113,9 @@ def log_failures(config: RunConfig, server_round: int, stats: Round) -> None:
         return
     for node_id, code, text in stats.rejected:
         logger.warning(
-            "round %d: node %d: no usable update (code %s)%s",
+            "round %d: node %s: no usable update (code %s)%s",
             server_round,
-            node_id,
+            short_name(node_id),
             code,
             f": {text}" if text else where_to_look(code),
         )
@@ -144,11 +146,24 @@ def require_training(trained: bool, failures: Counter[str]) -> None:
     )
 
 
+def short_name(node_id: int) -> str:
+    """Return what a log may call a node: a hash of its id, which is kept.
+
+    `printf %s NODE_ID | sha256sum` begins with it.
+    """
+    return hashlib.sha256(str(node_id).encode()).hexdigest()[:8]
+
+
 def where_to_look(code: str) -> str:
     """Return whose log has the reason why an update came to nothing."""
     if code in ERROR_CODES:
         return (
             "; the client failed, and its own log has the reason if it could write "
             "one: logs/client-<partition>.log under its ~/.fedllm"
+        )
+    if code == OTHER_VERSION:
+        return (
+            f"; its fedllm does not write wire format {WIRE_FORMAT}: install the server's "
+            "version there"
         )
     return "; the server rejected the reply, and the client's log need not explain it"

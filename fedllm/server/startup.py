@@ -91,11 +91,13 @@ def _assemble(
     resumed: Resumed | None,
 ) -> Federation:
     """Find the model and the clients, and build what the rounds need."""
-    from fedllm.models.loading import fingerprint, load_config, locate
+    from fedllm.models.loading import base_digest, fingerprint, load_config, locate
 
     home = fedllm_home()
     base_name = locate(config.model.name, home)
     model_config = load_config(base_name)
+    digest = base_digest(base_name, home)
+    _log_unpinned(config, digest)
     if config.adapter.kind != "auto":
         # An adapter that does not fit fails before anybody is waited for.
         adapter_spec(config.adapter, model_config, config.seed)
@@ -133,7 +135,7 @@ def _assemble(
         saver.restore_folder(progress, len(population))
     else:
         directory.write_json(
-            CONFIG_FILE, _resolved(config, len(population), base_name, spec)
+            CONFIG_FILE, _resolved(config, len(population), base_name, digest, spec)
         )
     return Federation(
         config=config,
@@ -142,6 +144,7 @@ def _assemble(
         resumed=resumed is not None,
         population=population,
         spec=spec,
+        base_digest=digest,
         directory=directory,
         public=PublicRows(config, home),
         account=account,
@@ -150,6 +153,26 @@ def _assemble(
         monitor=monitor,
         progress=progress,
     )
+
+
+def _log_unpinned(config: RunConfig, digest: str) -> None:
+    """Warn if another machine, or another day, may take another model or other rows."""
+    from fedllm.data.rows import is_hub_id
+    from fedllm.models.loading import repository
+
+    name, commit = repository(config.model.name)
+    if digest.startswith(f"{name} ") and commit is None:
+        logger.warning(
+            "model.name: %s is not pinned, and is commit %s today: "
+            "model.name='%s@%s' is the same model on every node and day",
+            *(name, digest.split()[-1], name, digest.split()[-1]),
+        )
+    if is_hub_id(config.data.name) and "@" not in config.data.name:
+        logger.warning(
+            "data.name: %s is not pinned: each node takes the newest commit that it "
+            "finds; write %s@ and the commit",
+            *(config.data.name, config.data.name),
+        )
 
 
 def _with_adapter_kind(config: RunConfig, num_clients: int) -> RunConfig:
@@ -192,13 +215,18 @@ def _progress_of(
 
 
 def _resolved(
-    config: RunConfig, num_clients: int, base_name: str, spec: AdapterSpec
+    config: RunConfig,
+    num_clients: int,
+    base_name: str,
+    digest: str,
+    spec: AdapterSpec,
 ) -> dict[str, Any]:
     """Return the content of config.json: every setting, and what it resolved to."""
     return {
         "run_config": flat(config),
         "num_clients": num_clients,
         "base": base_name,
+        "base_digest": digest,
         "num_trainable": spec.num_trainable,
         "versions": {
             "python": platform.python_version(),

@@ -7,7 +7,6 @@ nor the result depends on how many there are or in which order they come.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from secrets import token_hex
 
 import numpy as np
 import numpy.typing as npt
@@ -36,10 +35,10 @@ from fedllm.strategy.server_optimizer import ServerOptimizer, cosine
 from fedllm.wire.messages import (
     ARRAYS,
     CONFIG,
-    NONCE,
     Reply,
     array_record,
     encoded_record,
+    own_config,
     read_global,
     read_reply,
 )
@@ -288,20 +287,11 @@ class AdapterFedAvg(FedAvg):
     def _messages(
         self, content: RecordDict, nodes: list[int], kind: str, server_round: int
     ) -> list[Message]:
-        """Make one message a node; all share the arrays.
-
-        A message's id is the hash of what is in it, and whoever knows the id of another node's
-        message can answer or delete it. So each holds something that nobody can guess.
-        """
+        """Make one message a node; all share the arrays, and none its config."""
         return [
             Message(
                 content=RecordDict(
-                    {
-                        **content,
-                        CONFIG: ConfigRecord(
-                            {**content.config_records[CONFIG], NONCE: token_hex(16)}
-                        ),
-                    }
+                    {**content, CONFIG: own_config(content.config_records[CONFIG])}
                 ),
                 dst_node_id=node,
                 message_type=kind,

@@ -12,8 +12,8 @@ are part of its sensitivity. So a micro-batch is always full, its length is a fu
 each of its examples, nothing is masked, and the head runs on one example.
 
 That was seen to hold bit for bit on a CPU, for the models of `MODEL_TYPES`. On the device in
-use it is tried before the first step, on public tokens. All other models, and those that fail
-the trial, get one example a pass. A mixture of experts, for instance, multiplies the tokens
+use it is tried first, on public tokens. All other models, and lengths that fail the trial, get
+one example a pass. A mixture of experts, for instance, multiplies the tokens
 that chose an expert together, whosesoever they are, and no short trial would show it.
 """
 
@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -40,6 +41,9 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 _LENGTH_STEP = 16
 """Examples are padded to the next multiple of this many tokens."""
+
+# What was found on the device: model -> (padded length, size of a micro-batch) -> found.
+_trials: WeakKeyDictionary[Any, dict[tuple[int, int], bool]] = WeakKeyDictionary()
 
 
 class _NotByExampleError(Exception):
@@ -83,10 +87,9 @@ class PerExample:
         self._pad_token_id = pad_token_id
         self._device = next(model.parameters()).device
         self._layers = _linear_layers(model, self.trained)
-        self._together = getattr(
+        self._by_layers = getattr(
             model.config, "model_type", None
         ) in MODEL_TYPES and len(self._layers) == len(self.trained)
-        self._tried_sizes: set[int] = set()
         self.num_unfit = 0
 
     def gradients(
@@ -109,52 +112,59 @@ class PerExample:
             device. NaN in one row stays in that row. An example that the model cannot
             take has no row, and `num_unfit` counts it.
         """
-        self._try_together(micro_batch_size)
         fit = [example for example in examples if self._fits(example)]
         self.num_unfit += len(examples) - len(fit)
         ordered = sorted(fit, key=lambda row: len(row["input_ids"]))
-        for _, alike in groupby(ordered, key=_padded_length):
+        for length, alike in groupby(ordered, key=_padded_length):
+            together = self._keeps_apart(length, micro_batch_size)
             for batch in _chunks(list(alike), micro_batch_size):
-                if self._together:
+                if together:
                     try:
                         full = batch + batch[-1:] * (micro_batch_size - len(batch))
                         yield self._pass(full)[: len(batch)]
                         continue
-                    except _NotByExampleError:
-                        self._together = False
                     except _UNFIT as error:
                         _raise_if_of_memory(error)
                 for example in batch:
-                    yield from self._alone(example, micro_batch_size)
+                    yield from self._alone(example, micro_batch_size, together)
 
-    def _try_together(self, size: int) -> None:
-        """Compare public examples alone and in company, and part them if a bit differs.
+    def _keeps_apart(self, length: int, size: int) -> bool:
+        """Return whether one pass may serve several examples of a padded length.
 
-        Every length class has kernels of its own, so a short and a longer one are tried, and
-        every example at two places of a batch.
+        A function of model, device, length and size, and of no example: one example more
+        may not change how the others are computed. An accelerator chooses kernels by the
+        length, so there each length is tried; on a CPU, where a pass is dear and the tests
+        compare many lengths, the shortest stands for all. A process tries each but once.
         """
-        if not self._together or size == 1 or size in self._tried_sizes:
-            return
-        self._tried_sizes.add(size)
-        vocabulary = int(self._model.get_base_model().config.vocab_size)
-        for steps in (1, 4):
-            batch = [_public_example(i, steps, vocabulary) for i in range(size)]
-            try:
-                among = self._pass(batch)
-                turned = self._pass(batch[::-1]).flip(0)
-                alone = self._pass(batch[:1] * size)
-                same = torch.equal(among, turned) and torch.equal(
-                    alone, among[:1].expand_as(alone)
-                )
-            except _NotByExampleError:
-                same = False
-            if not same:
+        if not self._by_layers:
+            return False
+        if self._device.type == "cpu":
+            length = _LENGTH_STEP
+        tried = _trials.setdefault(self._model, {})
+        if (length, size) not in tried:
+            tried[length, size] = self._try(length, size)
+            if not tried[length, size]:
                 logger.info(
                     "gradients of examples differ with their company on this device, so "
                     "each gets a pass of its own: slower, and as private"
                 )
-                self._together = False
-                return
+        return tried[length, size]
+
+    def _try(self, length: int, size: int) -> bool:
+        """Return whether public examples have the same bits at another place, in other company."""
+        vocabulary = int(self._model.get_base_model().config.vocab_size)
+        batch = [_public_example(i, length, vocabulary) for i in range(2 * size)]
+        half = (size + 1) // 2
+        try:
+            among = self._pass(batch[:size])
+            # The later half moves to the front, the other way round, beside new examples.
+            moved = self._pass(batch[size - half : size][::-1] + batch[size + half :])
+        except _NotByExampleError:
+            return False
+        except _UNFIT as error:
+            _raise_if_of_memory(error)
+            return False
+        return torch.equal(among[size - half :], moved[:half].flip(0))
 
     def _fits(self, example: Mapping[str, Any]) -> bool:
         """Return whether the model has an example's tokens and, if bounded, positions.
@@ -169,14 +179,16 @@ class PerExample:
             _padded_length(example) <= most
         )
 
-    def _alone(self, example: Mapping[str, Any], size: int) -> Iterator[torch.Tensor]:
+    def _alone(
+        self, example: Mapping[str, Any], size: int, together: bool
+    ) -> Iterator[torch.Tensor]:
         """Yield one example's gradient, or nothing if the model cannot take it.
 
-        Where one pass serves several, a batch of copies gives the bits that any company
-        would have given.
+        If one pass serves several, a batch of copies gives the bits that any company would
+        have given.
         """
         try:
-            if self._together:
+            if together:
                 yield self._pass([example] * size)[:1]
             else:
                 yield self._one(example)
@@ -249,9 +261,9 @@ def _raise_if_of_memory(error: Exception) -> None:
         raise error
 
 
-def _public_example(index: int, steps: int, vocabulary: int) -> dict[str, list[int]]:
-    """Return tokens that depend on no data, of a length that is padded to `steps`."""
-    size = _LENGTH_STEP * steps - index % (_LENGTH_STEP - 4)
+def _public_example(index: int, length: int, vocabulary: int) -> dict[str, list[int]]:
+    """Return tokens that depend on no data, as many as are padded to `length`."""
+    size = length - index % (_LENGTH_STEP - 4)
     tokens = [
         (7 + 31 * index + 17 * place * place) % vocabulary for place in range(size)
     ]

@@ -3,8 +3,9 @@
 import io
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from fedllm.config import Encoding
 from fedllm.foreign_text import printable
 from fedllm.wire.encoding import PACKED, pack, packed_size, unpack
-from fedllm.wire.sums import pack_sum, packed_sum_size, unpack_sum
+from fedllm.wire.masking import MASKED, NONCE, WIRE_FORMAT, Mask, mask_of, masked
 
 ARRAYS = "arrays"
 CONFIG = "config"
@@ -24,6 +25,12 @@ ERROR = "error"
 ADAPTER_KIND = "adapter-kind"
 """Entry of a message's config: the adapter kind that the server chose for `auto`."""
 
+BASE_MODEL = "base-model"
+"""Entry of a message's config: the digest of the server's base model."""
+
+WIRE_FORMAT_KEY = "wire-format"
+"""Entry of a message's config: the format in which the server reads replies."""
+
 NOISE_MULTIPLIER = "noise-multiplier"
 """Entry of a message's config under `privacy.noise="joint"`: z, which the server will add."""
 
@@ -32,9 +39,6 @@ TOTAL_ROWS = "total-rows"
 
 DECLARED_ROWS = "declared-rows"
 """Metric of the reply to the question before round 1: how many rows a client declares."""
-
-NONCE = "nonce"
-"""Entry of a message's config that makes its id, a hash, one that nobody can find."""
 
 CLIENT_PHASES = ("load", "tokenise", "build", "train", "encode")
 """The phases of a client's seconds, in order; sent without DP only."""
@@ -55,9 +59,13 @@ UNREADABLE = 0
 unknown error)."""
 
 _MAX_HEADER_BYTES = 1024
-_KINDS = {"f": "a float of at most 64 bits", "u": "bytes"}
-_USUAL = {"f": "<f4", "u": "|u1"}
-_LARGEST_ITEM = {"f": 8, "u": 1}
+_KINDS = {
+    "f": "a float of at most 64 bits",
+    "u": "bytes",
+    "i": "an integer of at most 64 bits",
+}
+_USUAL = {"f": "<f4", "u": "|u1", "i": "<i8"}
+_LARGEST_ITEM = {"f": 8, "u": 1, "i": 8}
 _MAX_EXAMPLES = 2**31
 
 
@@ -74,7 +82,8 @@ class Reply:
         eval_loss: Loss on the client's own rows; None if not sent or not finite.
         epsilon: What the client reports to have spent; None if not sent or not finite.
         seconds: Phase -> seconds of CLIENT_PHASES; empty if not sent or absurd.
-        code: None, or why there is no update: one of ERROR_CODES or `malformed`.
+        code: None, or why there is no update: one of ERROR_CODES, `malformed` or
+            `other-version`.
         text: The client's own words on its failure, for runs without DP only; printable,
             on one line and short, whoever makes a Reply of whatever was sent.
         num_bytes: Size of the arrays on the wire.
@@ -96,8 +105,20 @@ class Reply:
         object.__setattr__(self, "text", printable(self.text))
 
 
+def own_config(config: Mapping[str, Any]) -> ConfigRecord:
+    """Return a message's config as one node alone gets it.
+
+    A message's id is the hash of what is in it, and whoever knows the id of another node's
+    message can answer or delete it. So each holds something that nobody can guess.
+
+    Args:
+        config: What every node is told.
+    """
+    return ConfigRecord({**config, WIRE_FORMAT_KEY: WIRE_FORMAT, NONCE: token_hex(16)})
+
+
 def error_content(code: str, text: str | None) -> RecordDict:
-    """Make a client's reply without an update, with the reason.
+    """Make a client's reply without an update, with the reason, as it travels.
 
     Args:
         code: One of ERROR_CODES.
@@ -106,7 +127,7 @@ def error_content(code: str, text: str | None) -> RecordDict:
     record: dict[str, Any] = {"code": code}
     if text is not None:
         record["text"] = text[:2000]
-    return RecordDict({ERROR: ConfigRecord(record)})
+    return masked(RecordDict({ERROR: ConfigRecord(record)}))
 
 
 def read_reply(
@@ -126,12 +147,14 @@ def read_reply(
         encoding: How they travel; but for `float32` what is read is the update.
     """
     return _read_with(
-        message, shapes, lambda sent: _read_arrays(sent, shapes, encoding)
+        message,
+        shapes,
+        lambda sent, mask: _read_arrays(sent, shapes, encoding, mask),
     )
 
 
 def read_sum(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> Reply:
-    """Decode a reply of integers, packed by `pack_sum`. Total.
+    """Decode a reply whose arrays are integers, whatever the encoding. Total.
 
     Args:
         message: The reply, as Flower inflated it.
@@ -140,22 +163,13 @@ def read_sum(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> Reply:
     Returns:
         A reply whose arrays are int64.
     """
-    declared = {PACKED: (packed_sum_size(shapes),)}
-
-    def integers(
-        sent: ArrayRecord | None,
-    ) -> tuple[dict[str, npt.NDArray[Any]] | str, int]:
-        packed, num_bytes = _read_named(sent, declared, "u")
-        if isinstance(packed, str):
-            return packed, num_bytes
-        return dict(unpack_sum(packed[PACKED], shapes)), num_bytes
-
-    return _read_with(message, shapes, integers)
-
-
-def sum_record(integers: Mapping[str, npt.NDArray[np.int64]]) -> ArrayRecord:
-    """Make the record of a sum of integers that travels."""
-    return array_record({PACKED: pack_sum(integers)})
+    reply = _read_with(
+        message, shapes, lambda sent, mask: _read_named(sent, shapes, "i", mask)
+    )
+    if reply.arrays is None:
+        return reply
+    whole = {name: array.astype(np.int64) for name, array in reply.arrays.items()}
+    return replace(reply, arrays=whole)
 
 
 def read_declared_rows(message: Message) -> int | None:
@@ -174,10 +188,10 @@ def _read_with(
     message: Message,
     shapes: Mapping[str, tuple[int, ...]],
     read_arrays: Callable[
-        [ArrayRecord | None], tuple[dict[str, npt.NDArray[Any]] | str, int]
+        [ArrayRecord | None, Mask], tuple[dict[str, npt.NDArray[Any]] | str, int]
     ],
 ) -> Reply:
-    """Decode a reply, and its arrays by a reader of records."""
+    """Decode a reply, and its arrays by a reader of masked records."""
     node_id = 0
     try:
         node_id = int(message.metadata.src_node_id)
@@ -187,6 +201,9 @@ def _read_with(
             code = "malformed" if unreadable else "failed"
             return Reply(node_id, code=code, text=reason)
         content = message.content
+        mask = mask_of(content)
+        if isinstance(mask, tuple):
+            return Reply(node_id, code=mask[0], text=mask[1])
         if ERROR in content.config_records:
             record = content.config_records[ERROR]
             sent_code = record.get("code")
@@ -197,7 +214,7 @@ def _read_with(
         if not shapes:
             return Reply(node_id, **metrics)
         sent = content.array_records.get(ARRAYS)
-        arrays, num_bytes = read_arrays(sent)
+        arrays, num_bytes = read_arrays(sent, mask)
     except Exception as error:  # noqa: BLE001 - a hostile reply may raise anything
         return Reply(node_id, code="malformed", text=type(error).__name__)
     if isinstance(arrays, str):
@@ -237,7 +254,7 @@ def read_global(
     Raises:
         ValueError: They are not exactly the declared ones.
     """
-    arrays, _ = _read_arrays(record, shapes, encoding)
+    arrays, _ = _read_arrays(record, shapes, encoding, None)
     if isinstance(arrays, str):
         raise ValueError(f"the server's adapter cannot be used: {arrays}")
     return arrays
@@ -247,20 +264,31 @@ def _read_arrays(
     record: ArrayRecord | None,
     shapes: Mapping[str, tuple[int, ...]],
     encoding: Encoding,
+    mask: Mask | None,
 ) -> tuple[dict[str, npt.NDArray[Any]] | str, int]:
-    """Return the arrays by name or what is wrong with them, and their bytes."""
+    """Return the arrays by name or what is wrong with them, and their bytes.
+
+    Args:
+        record: What was sent.
+        shapes: Name -> declared shape.
+        encoding: How they travel.
+        mask: The reply's; None for the server's arrays, which have none.
+    """
     if encoding == "float32":
-        return _read_named(record, shapes, "f")
+        return _read_named(record, shapes, "f", mask)
     size = sum(int(np.prod(shape)) for shape in shapes.values())
     declared = {PACKED: (packed_size(size, encoding),)}
-    packed, num_bytes = _read_named(record, declared, "u")
+    packed, num_bytes = _read_named(record, declared, "u", mask)
     if isinstance(packed, str):
         return packed, num_bytes
     return dict(unpack(packed[PACKED], shapes, encoding)), num_bytes
 
 
 def _read_named(
-    record: ArrayRecord | None, shapes: Mapping[str, tuple[int, ...]], kind: str
+    record: ArrayRecord | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    kind: str,
+    mask: Mask | None,
 ) -> tuple[dict[str, npt.NDArray[Any]] | str, int]:
     """Return the arrays as they travel, or what is wrong with them, and their bytes."""
     if record is None:
@@ -269,21 +297,24 @@ def _read_named(
         return f"{len(record)} arrays where {len(shapes)} are declared", 0
     num_bytes = 0
     arrays: dict[str, npt.NDArray[Any]] = {}
-    for name, shape in shapes.items():
+    stype = "numpy.ndarray" if mask is None else MASKED
+    # A mask is one stream, and its order is that of the names.
+    for name, shape in sorted(shapes.items()):
         item = record.get(name)
         if item is None:
             return f"array {name} is missing", num_bytes
         num_bytes += len(item.data)
-        if item.stype != "numpy.ndarray":
-            return f"array {name} is not in NumPy's format", num_bytes
+        if item.stype != stype:
+            return f"array {name} is not serialised as {stype}", num_bytes
         largest = _LARGEST_ITEM[kind]
         if len(item.data) > int(np.prod(shape)) * largest + _MAX_HEADER_BYTES:
             return f"array {name} is too large", num_bytes
-        array = _read_npy(item.data, shape, kind)
+        data = item.data if mask is None else mask.apply(item.data)
+        array = _read_npy(data, shape, kind)
         if isinstance(array, str):
             return f"array {name} {array}", num_bytes
         arrays[name] = array
-    return arrays, num_bytes
+    return {name: arrays[name] for name in shapes}, num_bytes
 
 
 def _read_npy(data: bytes, shape: tuple[int, ...], kind: str) -> npt.NDArray[Any] | str:

@@ -239,3 +239,26 @@ def test_saving_writes_the_same_bytes_every_time(tiny_llama, tmp_path):
         digests.add(hashlib.sha256(data).hexdigest())
 
     assert len(digests) == 1
+
+
+def test_a_pinned_base_is_peft_s_name_and_revision(tiny_llama, tmp_path):
+    spec = make_spec(str(tiny_llama), KINDS[0])
+    pinned = "owner/base@" + "a" * 40
+    save_adapter(tmp_path, spec, random_arrays(spec), pinned, {})
+
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "owner/base"
+    assert config["revision"] == "a" * 40
+    assert read_base_name(tmp_path) == pinned
+
+
+@pytest.mark.parametrize("revision", ["v1", "a" * 39, "\x1b[2J", 7])
+def test_a_base_that_floats_under_a_name_is_not_fetched(saved, revision):
+    path = saved / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config |= {"base_model_name_or_path": "owner/base", "revision": revision}
+    path.write_text(json.dumps(config))
+
+    with pytest.raises(AdapterError, match="revision must be a commit of 40") as caught:
+        read_base_name(saved)
+    assert str(caught.value).isprintable()

@@ -72,7 +72,7 @@ def test_a_client_that_refuses_everything_does_not_pass():
     findings = {f.question: f for f in ask_about_rows(refuse)}
 
     assert not findings["which epsilon"].passed
-    assert {"error {'code': 'failed'}"} == {
+    assert {"error {'code': 'failed'}, wire {'format': 2}"} == {
         r for f in findings.values() for r in f.by_reply
     }
 

@@ -14,12 +14,15 @@ from fedllm.errors import ConfigError, DataError, FedllmError, ModelError
 from fedllm.evaluation import held_out_loss
 from fedllm.models.loading import load_config
 from fedllm.training import sft
+from fedllm.wire.masking import WIRE
 from fedllm.wire.messages import (
     ARRAYS,
     CONFIG,
     ERROR,
     METRICS,
+    WIRE_FORMAT_KEY,
     array_record,
+    own_config,
     read_declared_rows,
     read_reply,
     read_sum,
@@ -36,6 +39,7 @@ from tests.helpers.client_replies import (
     values,
 )
 from tests.helpers.flower_messages import instruction, train_instruction
+from tests.helpers.flower_objects import object_ids
 
 SECRET = "patient-4711"
 
@@ -43,7 +47,7 @@ SECRET = "patient-4711"
 def test_under_dp_a_reply_holds_the_trained_arrays_and_nothing_else(answer, arrays):
     reply = answer()
 
-    assert set(reply.content) == {ARRAYS}
+    assert set(reply.content) == {ARRAYS, WIRE}
     got = values(reply, arrays)
     assert set(got) == set(arrays)
     assert max(np.abs(got[name] - arrays[name]).max() for name in got) > 0
@@ -70,7 +74,7 @@ def test_without_dp_the_examples_and_the_loss_come_along(answer, arrays):
     reply = answer(WITHOUT_DP)
 
     read = read_reply(reply, {name: a.shape for name, a in arrays.items()})
-    assert set(reply.content) == {ARRAYS, METRICS}
+    assert set(reply.content) == {ARRAYS, METRICS, WIRE}
     assert read.num_examples == 5
     assert read.train_loss == pytest.approx(np.log(384), abs=0.5)
 
@@ -129,6 +133,52 @@ def test_a_run_that_names_its_kind_is_not_overruled_by_the_server(answer, arrays
     assert set(values(reply, arrays)) == set(arrays)
 
 
+@pytest.mark.parametrize("unit", [{}, WITHOUT_DP, RECORD])
+@pytest.mark.parametrize("encoding", ["float32", "int8"])
+def test_two_replies_of_equal_data_share_no_object(answer, unit, encoding):
+    changes = {**unit, "wire.encoding": encoding}
+    one, two = (answer(changes, encoding=encoding) for _ in range(2))
+
+    assert ARRAYS in one.content and ARRAYS in two.content
+    assert not object_ids(one.content) & object_ids(two.content)
+
+
+def test_two_evaluations_of_equal_data_share_no_object(answer):
+    one, two = (answer(EVALUATE, message_type="evaluate") for _ in range(2))
+
+    assert METRICS in one.content and METRICS in two.content
+    assert not object_ids(one.content) & object_ids(two.content)
+
+
+@pytest.mark.parametrize("unit", [{}, WITHOUT_DP, RECORD])
+@pytest.mark.parametrize("error", [kind("x") for kind, _ in message_handler._CODES])
+def test_two_failures_share_no_object(answer, monkeypatch, unit, error):
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(message_handler, "_train", fail)
+    one, two = answer(unit), answer(unit)
+
+    assert ERROR in one.content and ERROR in two.content
+    assert not object_ids(one.content) & object_ids(two.content)
+
+
+@pytest.mark.parametrize("read", [None, 1, 3, "2"])
+def test_a_server_that_reads_another_format_is_told_to_install_one_version(
+    answer, arrays, read
+):
+    message = train_instruction(arrays)
+    record = message.content.config_records[CONFIG]
+    del record[WIRE_FORMAT_KEY]
+    if read is not None:
+        record[WIRE_FORMAT_KEY] = read
+
+    reply = answer(WITHOUT_DP, message=message)
+
+    assert code_of(reply) == "bad-config"
+    assert "install the same version on both" in text_of(reply)
+
+
 ERRORS = [
     (ConfigError(SECRET), "bad-config"),
     (DataError(SECRET), "no-data"),
@@ -154,7 +204,7 @@ def test_under_dp_every_error_becomes_a_code_and_its_text_stays_here(
         reply = answer()
 
     assert code_of(reply) == code
-    assert dict(reply.content.config_records[ERROR]) == {"code": code}
+    assert set(reply.content.config_records[ERROR]) == {"code", "nonce"}
     out, err = capfd.readouterr()
     assert SECRET not in out + err + caplog.text
     log = (home / "logs" / "client-0.log").read_text(errors="replace")
@@ -193,7 +243,7 @@ def test_running_out_of_memory_on_a_cpu_has_the_code_of_an_accelerators(
 def test_a_bad_run_config_is_a_code_and_counts_as_private(answer, changes):
     reply = answer(changes)
 
-    assert dict(reply.content.config_records[ERROR]) == {"code": "bad-config"}
+    assert code_of(reply) == "bad-config" and text_of(reply) == ""
 
 
 @pytest.mark.parametrize(
@@ -242,7 +292,7 @@ def test_without_dp_a_client_evaluates_on_rows_that_it_does_not_train_on(
     reply = answer(EVALUATE, message_type="evaluate")
     assert values(answer(EVALUATE), arrays)
 
-    assert set(reply.content) == {METRICS}
+    assert set(reply.content) == {METRICS, WIRE}
     read = read_reply(reply, {})
     assert read.eval_loss == pytest.approx(np.log(384), abs=0.5)
     assert read.num_examples == len(seen["scored"])
@@ -283,7 +333,7 @@ def test_a_training_that_passes_the_deadline_stops_with_a_code_of_its_own(answer
 def test_a_joint_reply_is_the_sum_in_integers_and_nothing_else(answer, arrays):
     reply = answer(JOINT, **NUMBERS)
 
-    assert set(reply.content) == {ARRAYS}
+    assert set(reply.content) == {ARRAYS, WIRE}
     read = read_sum(reply, {name: value.shape for name, value in arrays.items()})
     assert read.code is None
     assert any(value.any() for value in (read.arrays or {}).values())
@@ -299,7 +349,7 @@ def test_a_joint_reply_has_the_same_form_for_every_batch_and_every_file(
         numbers = {**NUMBERS, "total_rows": total_rows}
         packed = {**JOINT, "wire.encoding": encoding}
         reply = answer(packed, node, encoding=encoding, **numbers)
-        assert set(reply.content) == {ARRAYS}
+        assert set(reply.content) == {ARRAYS, WIRE}
         sent = reply.content.array_records[ARRAYS]
         return [(name, a.dtype, a.shape, len(a.data)) for name, a in sent.items()]
 
@@ -307,7 +357,7 @@ def test_a_joint_reply_has_the_same_form_for_every_batch_and_every_file(
     useless.write_text('{"instruction": ""}\nno JSON\n')
     usual = form(NODE, 2)
 
-    assert len(usual) == 1
+    assert [name for name, *_ in usual] == sorted(arrays)
     assert form({**NODE, "partition-id": 1}, 2**30) == usual
     assert form({"data-path": str(useless)}, 2) == usual
 
@@ -316,7 +366,8 @@ def test_the_rows_that_are_declared_are_the_owners_or_a_partitions(
     answer, data_file, limits
 ):
     def declared(node: dict[str, Any], changes: dict[str, Any] = JOINT) -> Message:
-        return answer(changes, node, instruction(message_type="query"))
+        content = RecordDict({CONFIG: own_config({})})
+        return answer(changes, node, instruction(content, message_type="query"))
 
     own = {"data-path": str(data_file)}
     joint = {**limits, "privacy-noise": "joint"}
@@ -324,7 +375,7 @@ def test_the_rows_that_are_declared_are_the_owners_or_a_partitions(
     assert read_declared_rows(declared(NODE)) == 5
     for more in ({}, joint):
         reply = declared({**own, **more, "declared-rows": 7})
-        assert set(reply.content) == {METRICS}
+        assert set(reply.content) == {METRICS, WIRE}
         assert read_declared_rows(reply) == 7
     for node in (own, {**NODE, **joint}, {**own, **limits, "declared-rows": 7}):
         assert code_of(declared(node)) == "bad-config"

@@ -244,3 +244,24 @@ def test_a_node_that_allows_joint_noise_takes_its_own_noise_too():
 def test_a_limit_that_means_nothing_is_an_error(limits, what):
     with pytest.raises(ConfigError, match=what):
         node_of(**limits)
+
+
+def test_a_period_needs_a_budget_of_client_level():
+    monthly = {"max_epsilon": 8.0, "budget_period": 30}
+    assert node_of(**monthly).budget_period == 30.0
+    assert node_of(privacy_unit="client", budget_period=30).max_epsilon == 10.0
+    assert node_of(max_epsilon=8.0).budget_period is None
+    for limits, cause in (
+        ({"budget_period": 30}, "needs max-epsilon"),
+        ({**monthly, "privacy_unit": "record"}, "needs max-epsilon under client level"),
+        ({**monthly, "budget_period": 0}, "must be above 0"),
+        ({**monthly, "budget_period": "a month"}, "must be a number"),
+    ):
+        with pytest.raises(ConfigError, match=f"budget-period: {cause}"):
+            node_of(**limits)
+
+
+def test_runs_are_composed_at_the_nodes_delta_and_never_at_one_that_bounds_nothing():
+    assert node_of(max_epsilon=8.0).counted_delta == 1e-5
+    assert node_of(delta=1e-7).counted_delta == 1e-7
+    assert node_of(delta=0.95).counted_delta == 1e-3

@@ -9,6 +9,7 @@ import pytest
 from fedllm.client import cache
 from fedllm.client.message_handler import reply_to
 from fedllm.privacy.accounting import record_epsilon
+from fedllm.wire.masking import WIRE
 from fedllm.wire.messages import ARRAYS
 from tests.helpers.client_replies import (
     JOINT,
@@ -76,12 +77,12 @@ def test_nothing_is_trained_once_the_budget_is_spent(answer, limits, monkeypatch
 
 
 def test_the_adapter_leaves_only_after_the_ledger_is_on_disk(answer, monkeypatch):
-    from fedllm.privacy import record_ledger
+    from fedllm.privacy.sealed_folder import SealedFolder
 
     answer(RECORD)
     monkeypatch.setattr(
-        record_ledger.RecordLedger,
-        "_write",
+        SealedFolder,
+        "write",
         lambda self, content: (_ for _ in ()).throw(OSError(28, "disk full")),
     )
 
@@ -164,7 +165,7 @@ def test_joint_steps_cost_what_the_servers_numbers_say_and_stop_at_the_limit(
 
     for server_round in range(1, steps + 1):
         reply = answer(JOINT, node, server_round=server_round, **NUMBERS)
-        assert set(reply.content) == {ARRAYS}
+        assert set(reply.content) == {ARRAYS, WIRE}
     assert code_of(answer(JOINT, node, **NUMBERS)) == "budget-spent"
     ledger = json.loads((home / "ledgers/own/ledger.json").read_text())
     assert ledger["content"]["releases"] == [[*event, steps]]
@@ -201,3 +202,14 @@ def test_less_noise_than_the_run_config_promises_is_refused(answer):
     promise = {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 2.5}
 
     assert code_of(answer({**JOINT, **promise}, **NUMBERS)) == "bad-config"
+
+
+def test_a_real_client_whose_ledger_begins_is_told_so_once(answer, home, data_file):
+    node = {"data-path": str(data_file), "partition-id": 4}
+    answer(RECORD, node)
+    answer(RECORD, node, server_round=2)
+    answer(RECORD)
+
+    told = (home / "logs/client-4.log").read_text()
+    assert told.count("ledgers/own: a new ledger begins, with nothing spent") == 1
+    assert "a new ledger" not in (home / "logs/client-0.log").read_text()

@@ -28,6 +28,8 @@ def test_the_defaults_pass_with_a_line_a_check_and_a_verdict(capsys):
         "PASS  noise scale",
         "PASS  fresh noise",
         "PASS  order",
+        "PASS  published values",
+        "PASS  checkpoint moments",
         "PASS  ledger",
         "PASS  canaries, one release",
         "PASS  canaries, the run",
@@ -68,7 +70,7 @@ def test_json_is_one_object_with_the_checks_and_nothing_else(capsys):
 
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] is True and report["run"] is None
-    assert len(report["checks"]) == 9 and report["settings"]["planned_rounds"] == 5
+    assert len(report["checks"]) == 11 and report["settings"]["planned_rounds"] == 5
 
 
 def test_a_broken_strategy_ends_with_status_1(monkeypatch, capsys):

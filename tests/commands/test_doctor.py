@@ -42,3 +42,16 @@ def test_a_screen_for_a_person_has_a_remedy_below_what_failed(capsys, typed):
     assert len(lines) <= 24
     assert any(line.startswith("FAIL  model: /nowhere") for line in lines)
     assert lines[-1].endswith("checks failed")
+
+
+def test_a_nodes_rows_are_looked_at_in_place_of_the_machine(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "What?", "response": "That."}\n')
+    words = ["--node", str(rows), "--run-config", "model.name='no/such-model'"]
+    assert exit_status(doctor.main, words) == 0
+    said = capsys.readouterr().out
+    assert "minimum:" in said and "device" not in said
+    assert said.endswith("a run can use these rows\n")
+    rows.write_text("{}\n")
+    assert exit_status(doctor.main, [*words, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["ready"] is False

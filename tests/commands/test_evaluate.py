@@ -179,6 +179,22 @@ def test_float32_computes_in_float32_whatever_the_hardware_prefers(run, monkeypa
     assert types == {torch.float32}
 
 
+def test_the_base_that_is_loaded_is_named_and_not_another_one(tmp_path):
+    """fedllm.json is the maker's word, and adapter_config.json is what is fetched."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    config = {"peft_type": "LORA", "base_model_name_or_path": "a/evil\x1b[2J"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    origin = {"model": "smollm2-135m-instruct", "server_round": 3}
+    (folder / "fedllm.json").write_text(json.dumps(origin))
+
+    described = find_model(str(folder), tmp_path).described
+
+    assert "answers: a/evil\\x1b[2J with" in described
+    assert "smollm2" not in described
+
+
 def test_float32_is_of_no_quantised_base(run, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*QUESTION, "--float32", "--quantization", "4"])

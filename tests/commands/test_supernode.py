@@ -31,21 +31,16 @@ def becomes(monkeypatch, tmp_path) -> Iterator[list[list[str]]]:
 def test_the_command_becomes_a_supernode_that_finds_the_program_first(
     becomes, monkeypatch, tmp_path
 ):
-    asked = []
-    monkeypatch.setattr(
-        supernode,
-        "start_fork_server",
-        lambda clientapp, _: asked.append(clientapp) or (tmp_path / "here", None, -1),
-    )
+    socket = tmp_path / "here" / "socket"
+    monkeypatch.setattr(supernode, "start_fork_server", lambda _: (socket, None, -1))
     before = os.environ["PATH"]
     command.main(["--insecure", "--port", "9094"])
 
     assert becomes == [
         [str(tmp_path / "flower-supernode"), "--insecure", "--port", "9094"]
     ]
-    assert asked == [supernode.PROGRAMS / "flwr-clientapp"]
-    path = f"{tmp_path / 'here'}:{supernode.PROGRAMS}:{tmp_path}:{before}"
-    assert os.environ["PATH"] == path
+    assert os.environ["PATH"] == f"{supernode.PROGRAMS}:{tmp_path}:{before}"
+    assert os.environ["FEDLLM_FORK_SERVER"] == str(socket)
     assert os.environ["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] == "0.05"
     # A clinic's node would report its machine to Flower's makers for each client.
     assert os.environ["FLWR_TELEMETRY_ENABLED"] == "0"
@@ -67,9 +62,12 @@ def test_the_command_starts_no_server_that_nobody_could_use(
 ):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(supernode, "start_fork_server", None)
+    # Of an earlier node, perhaps of another user by now.
+    monkeypatch.setenv("FEDLLM_FORK_SERVER", "/tmp/old")
     command.main([*arguments, "--any-app"])
 
     assert len(becomes) == 1
+    assert "--help" in arguments or "FEDLLM_FORK_SERVER" not in os.environ
 
 
 def test_a_node_whose_clients_cannot_be_forked_says_so_and_starts(
@@ -191,7 +189,7 @@ def test_a_home_or_key_that_others_may_write_is_refused(becomes, monkeypatch, tm
     monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
     with pytest.raises(SystemExit, match=f"others may write {key}"):
         command.main(["--auth-supernode-private-key", str(key)])
-    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "a:b"))
+    monkeypatch.setattr(supernode, "PROGRAMS", tmp_path / "a:b")
     with pytest.raises(SystemExit, match="which a ':' would split"):
         command.main([])
     assert becomes == []

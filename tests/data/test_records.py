@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from fedllm.config import DataConfig
+from fedllm.data import tokens
+from fedllm.data.readers import read_rows
 from fedllm.data.records import load_records, own_records, tokenize_records
 from fedllm.errors import DataError
 from fedllm.models.loading import load_tokenizer
@@ -53,6 +57,19 @@ def test_an_element_and_a_line_that_do_not_fit_are_broken_records(tmp_path):
     assert load_records(DataConfig(), whole) == [GOOD, None, GOOD]
     rows = load_records(DataConfig(), table)
     assert [row is not None for row in rows] == [True, False, True, False, True]
+
+
+def test_a_cell_of_parquet_that_python_cannot_read_is_one_broken_record(tmp_path):
+    days = pa.array([0, 2**30, 0], pa.date32())
+    data = pa.array([b"a", b"b", b"\xff"]).buffers()
+    texts = pa.Array.from_buffers(pa.string(), 3, data)
+    parquet.write_table(pa.table({"q": texts, "day": days}), tmp_path / "a.parquet")
+
+    rows = load_records(DataConfig(), str(tmp_path / "a.parquet"))
+
+    assert [row is not None for row in rows] == [True, False, False]
+    with pytest.raises(DataError, match=r"a.parquet: row 2: cannot be read: "):
+        read_rows(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +130,41 @@ def test_a_template_that_fails_in_any_way_makes_a_record_without_an_example(
 
     assert [e is None for e in found.examples] == [False, True]
     assert any("ZeroDivisionError" in cause for cause in found.causes)
+
+
+class PanicError(BaseException):
+    """As `pyo3_runtime.PanicException`, which is no Exception."""
+
+
+@pytest.mark.parametrize("kind", [PanicError, ValueError])
+def test_a_tokenizer_that_panics_at_a_row_makes_a_record_without_an_example(
+    tiny_chat_llama, monkeypatch, kind
+):
+    tokenizer = load_tokenizer(str(tiny_chat_llama))
+    wanted = tokenize_records([GOOD], tokenizer, DataConfig(), 64).examples
+
+    def encode(used: Any, texts: Any) -> Any:
+        if any("HIV" in text for text in texts):
+            raise kind("panicked")
+        return honest(used, texts)
+
+    honest = tokens.encode
+    monkeypatch.setattr(tokens, "encode", encode)
+    rows: list[Any] = [GOOD, {**GOOD, "instruction": "HIV?"}, GOOD]
+
+    found = tokenize_records(rows, tokenizer, DataConfig(), 64)
+
+    assert found.examples == [wanted[0], None, wanted[0]]
+
+
+def test_the_end_of_the_process_is_no_rows_fault(tiny_chat_llama, monkeypatch):
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokens, "encode", stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_records([GOOD], load_tokenizer(str(tiny_chat_llama)), DataConfig(), 64)
 
 
 def test_an_answer_that_the_length_limit_cuts_leaves_a_record(tiny_chat_llama):

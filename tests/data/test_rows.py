@@ -134,7 +134,12 @@ def test_a_hub_data_set_is_asked_for_by_name_and_split_and_cached_in_our_folder(
     config = DataConfig(name="owner/rows", split="validation")
     assert len(load_rows(config)) == 3
     folder = str(tmp_path / "datasets")
-    assert asked == {"name": "owner/rows", "split": "validation", "cache_dir": folder}
+    expected = {"name": "owner/rows", "split": "validation", "cache_dir": folder}
+    assert asked == {**expected, "revision": None}
+    load_rows(DataConfig(name="owner/rows@" + "c" * 40))
+    assert asked["name"] == "owner/rows" and asked["revision"] == "c" * 40
+    with pytest.raises(DataError, match="pinned by @ and a commit of 40"):
+        load_rows(DataConfig(name="owner/rows@main"))
 
 
 def test_each_question_of_the_choice_file_asks_for_a_test_row() -> None:

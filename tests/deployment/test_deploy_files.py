@@ -1,11 +1,17 @@
 """What deploy/ promises: who may read which key, and which port the network sees."""
 
 import re
+import shlex
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
+
+from fedllm.commands import superlink, supernode
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
@@ -62,6 +68,12 @@ def test_each_node_has_its_own_key_data_and_state_and_nobody_the_cas():
             assert not path.endswith("ca.key")
             private = re.search(r"/keys/nodes/[^.]+$", path)
             assert not private or service in NODES
+
+
+def test_a_node_reads_the_shared_models_and_the_server_alone_writes_them():
+    for service, told in SERVICES.items():
+        modes = [v.split(":/state/models")[1] for v in told["volumes"] if "models" in v]
+        assert modes == {"superlink": [""], "gate": []}.get(service, [":ro"])
 
 
 def test_the_network_sees_the_gate_alone():
@@ -134,3 +146,71 @@ def test_the_images_name_the_version_and_licence_of_the_package():
     assert labels["base.name"] == f"docker.io/library/{name}"
     assert labels["base.digest"] == digest
     assert labels["revision"] == "${REVISION}" and "ARG REVISION" in lines
+
+
+UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
+EACH_UNIT = pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+
+
+def settings(unit: Path) -> dict[str, list[str]]:
+    """Return key -> values of a unit, in the order of their lines."""
+    found: dict[str, list[str]] = {}
+    for key, value in re.findall(r"^(\w+)=(.*)$", unit.read_text(), re.MULTILINE):
+        found.setdefault(key, []).append(value)
+    return found
+
+
+@EACH_UNIT
+def test_a_unit_runs_as_a_user_of_its_own_that_can_become_no_other(unit):
+    told = settings(unit)
+
+    assert told["User"][0].startswith("fedllm-")
+    assert told["NoNewPrivileges"] == told["ProtectHome"] == ["yes"]
+    assert told["CapabilityBoundingSet"] == [""]
+    assert told["ProtectSystem"] == ["strict"] and told["UMask"] == ["0077"]
+    assert {"MemoryMax", "TasksMax"} <= set(told)
+
+
+@pytest.mark.parametrize("name", ["fedllm-superlink", "fedllm-supernode"])
+def test_what_holds_updates_or_rows_reaches_nobody_that_its_unit_does_not_name(name):
+    told = settings(DEPLOY / "systemd" / f"{name}.service")
+
+    assert told["IPAddressDeny"] == ["any"]
+    assert told["IPAddressAllow"] == ["localhost"]
+
+
+def test_the_units_type_what_the_commands_and_the_page_know():
+    commands = [settings(unit)["ExecStart"][0] for unit in UNITS]
+    gate, link, node = (shlex.split(command) for command in commands)
+    page = (DEPLOY.parent / "docs" / "deployment.md").read_text()
+
+    _, others = superlink.parser().parse_known_args(link[2:])
+    assert link[1] == "superlink" and others == []
+    _, others = supernode.parser().parse_known_args(node[2:])
+    assert node[1] == "supernode"
+    _parse_args_run_supernode().parse_args(others)
+    assert gate[1:3] == ["run", "--config"] and "caddy run --config" in page
+    assert not {"--host", "--insecure"} & {*link, *node}
+    folders = {word for command in (gate, link, node) for word in command}
+    folders = {word for word in folders if word.startswith(("/etc", "/var"))}
+    assert len(folders) == 6
+    assert {folder for folder in folders if folder not in page} == set()
+
+
+@EACH_UNIT
+def test_systemd_understands_a_unit_and_finds_little_exposed(unit, tmp_path):
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("needs systemd-analyze")
+    # The programs that it names need not be here.
+    text = re.sub(
+        r"^ExecStart=\S+", "ExecStart=/bin/true", unit.read_text(), flags=re.M
+    )
+    here = tmp_path / unit.name
+    here.write_text(text)
+
+    verify = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no"]
+    checked = subprocess.run([*verify, str(here)], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    exposure = ["systemd-analyze", "security", "--offline=true", "--threshold=15"]
+    checked = subprocess.run([*exposure, str(here)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout

@@ -77,13 +77,13 @@ def test_the_supernodes_end_ends_clients_and_server_and_leaves_no_file(node):
         assert program.wait(timeout=30) == 128 + signal.SIGTERM
         wait_until(lambda: not client.is_running())
     node.server.wait(timeout=30)
-    assert not node.program.parent.exists()
+    assert not node.socket.parent.exists()
 
 
 def test_a_client_that_cannot_begin_is_none(node, tmp_path):
     request = {"argv": ["0"], "folder": str(tmp_path / "gone"), "environment": {}}
     with socket.socket(socket.AF_UNIX) as program, open(os.devnull, "r+") as null:
-        program.connect(str(node.program.parent / "socket"))
+        program.connect(str(node.socket))
         socket.send_fds(program, [b"\0"], [null.fileno()] * 3)
         program.sendall(json.dumps(request).encode() + b"\n")
         said = b"".join(iter(lambda: program.recv(16), b""))
@@ -114,7 +114,7 @@ def test_what_ends_a_group_is_left_to_the_supernode_and_its_clients(node, sign):
 )
 def test_a_request_that_breaks_off_harms_nobody(node, sent, with_streams):
     with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(node.program.parent / "socket"))
+        client.connect(str(node.socket))
         if with_streams:
             socket.send_fds(client, [sent], [0, 1, 2])
         else:
@@ -128,7 +128,7 @@ def test_a_request_that_breaks_off_harms_nobody(node, sent, with_streams):
 
 def test_a_request_that_never_ends_does_not_stop_the_node(node):
     with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(node.program.parent / "socket"))
+        client.connect(str(node.socket))
 
         assert node.call("4")[0] == 4
 
@@ -150,12 +150,12 @@ def test_a_client_that_does_not_heed_its_end_is_killed(cold, is_node_ended):
 
 def test_a_request_has_a_largest_size_and_one_deadline_for_all_of_it(node):
     with socket.socket(socket.AF_UNIX) as client, open(os.devnull) as null:
-        client.connect(str(node.program.parent / "socket"))
+        client.connect(str(node.socket))
         socket.send_fds(client, [b"\0"], [null.fileno()] * 3)
         with pytest.raises(ConnectionError):
             client.sendall(b"x" * 8_000_000)
     with socket.socket(socket.AF_UNIX) as client, open(os.devnull) as null:
-        client.connect(str(node.program.parent / "socket"))
+        client.connect(str(node.socket))
         socket.send_fds(client, [b"\0"], [null.fileno()] * 3)
         started_at = time.monotonic()
         with contextlib.suppress(OSError):
@@ -180,7 +180,7 @@ def test_a_server_that_cannot_serve_leaves_its_folder_to_nobody(cold, imported):
         assert node.call("0")[0] == 5
         node.end()
         node.server.wait(timeout=30)
-        assert not node.program.parent.exists()
+        assert not node.socket.parent.exists()
 
 
 IMPORTS = """

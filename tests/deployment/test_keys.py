@@ -1,47 +1,20 @@
 """Keys of a deployment: what TLS and Flower make of them."""
 
-import socket
 import ssl
 import stat
-import threading
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from flwr.cli.supernode.register import try_load_public_key
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from tests.helpers.key_folders import contents, make
+from tests.helpers.key_folders import contents, handshake, make
 
 
 @pytest.fixture
 def folder(tmp_path):
     # A name that shells and TOML both have to be protected from.
     return tmp_path / 'a fed\'s "keys"'
-
-
-def handshake(folder, server_name: str) -> str:
-    """Shake hands as Python's strictest client does; return the protocol's version."""
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(folder / "server.crt", folder / "server.key")
-    client = ssl.create_default_context(cafile=folder / "ca.crt")
-    client.verify_flags |= ssl.VERIFY_X509_STRICT
-    ours, theirs = socket.socketpair()
-
-    def serve() -> None:
-        try:
-            with server.wrap_socket(theirs, server_side=True) as tls:
-                tls.recv(1)
-        except OSError:
-            theirs.close()
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        with client.wrap_socket(ours, server_hostname=server_name) as tls:
-            return str(tls.version())
-    finally:
-        ours.close()
-        thread.join(10)
 
 
 def test_a_client_that_trusts_the_ca_believes_the_servers_names_and_no_other(folder):
@@ -66,6 +39,8 @@ def test_flower_takes_a_nodes_private_key_and_registers_the_public_one(folder):
         public = try_load_public_key(folder / "nodes" / f"{name}.pub")
         assert public == public_key_to_bytes(pair.public_key())
         registered.add(public)
+    (line,) = (folder / "nodes" / "node-1.pub").read_text().splitlines()
+    assert line.endswith(" node-1@fl.example.org")
     assert len(registered) == 3
     assert sorted(p.name for p in (folder / "nodes").glob("*[!b]")) == names
 
@@ -75,7 +50,7 @@ def test_only_the_owner_reads_what_is_made(folder):
     make(folder, "--add-node", "clinic-d")
 
     made = [folder, *folder.rglob("*")]
-    assert len(made) == 2 + 5 + 8
+    assert len(made) == 2 + 6 + 8
     for path in made:
         wanted = 0o700 if path.is_dir() else 0o600
         assert stat.S_IMODE(path.stat().st_mode) == wanted, path
@@ -85,6 +60,7 @@ def test_only_the_owner_reads_what_is_made(folder):
 def test_nothing_that_exists_is_written_over(folder, more):
     make(folder)
     before = contents(folder)
+    assert folder / "gate.caddy" in before
 
     with pytest.raises(
         SystemExit, match="KeyFolderError: .*exists, and keys are never"

@@ -2,6 +2,7 @@
 
 from flwr.app import Message, RecordDict
 
+from fedllm.wire.masking import masked
 from fedllm.wire.messages import ARRAYS
 from tests.helpers.federations import start
 
@@ -22,4 +23,4 @@ def test_a_server_without_public_rows_never_loads_the_base(settings, monkeypatch
 def _echo(message):
     """Reply with the global adapter itself: a zero update."""
     arrays = message.content.array_records[ARRAYS]
-    return Message(RecordDict({ARRAYS: arrays}), reply_to=message)
+    return Message(masked(RecordDict({ARRAYS: arrays})), reply_to=message)

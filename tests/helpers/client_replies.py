@@ -5,6 +5,7 @@ from typing import Any
 
 from flwr.app import Message
 
+from fedllm.wire.masking import WIRE
 from fedllm.wire.messages import ARRAYS, ERROR, METRICS, read_reply
 
 Answer = Callable[..., Message]
@@ -13,7 +14,7 @@ WITHOUT_DP = {"privacy.unit": "none"}
 
 
 def code_of(reply: Message) -> str:
-    assert set(reply.content) == {ERROR}
+    assert set(reply.content) == {ERROR, WIRE}
     return str(reply.content.config_records[ERROR]["code"])
 
 
@@ -36,7 +37,7 @@ LIMITS = {"privacy-unit": "record", "max-epsilon": 4.0, "delta": 1e-5}
 
 
 def epsilon_of(reply: Message) -> float:
-    assert set(reply.content) == {ARRAYS, METRICS}
+    assert set(reply.content) == {ARRAYS, METRICS, WIRE}
     metrics = dict(reply.content.metric_records[METRICS])
-    assert set(metrics) == {"epsilon"}
+    assert set(metrics) == {"epsilon", "nonce"}
     return float(metrics["epsilon"])  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from fedllm.config import flat, parse_run_config
 from fedllm.evaluation.public_rows import PublicRows
 from fedllm.server.federation import Federation
 from fedllm.server.startup import set_up
+from fedllm.wire.masking import masked
 from fedllm.wire.messages import ARRAYS, METRICS, array_record
 from tests.helpers.flower_messages import RUN_ID
 from tests.helpers.in_process_grid import InProcessGrid
@@ -119,7 +120,7 @@ def learner(message: Message, context: Any) -> Message:
     }
     content = RecordDict({ARRAYS: array_record(moved)})
     content[METRICS] = MetricRecord({"num-examples": 3 + partition, "train-loss": 1.0})
-    return Message(content, reply_to=message)
+    return Message(masked(content), reply_to=message)
 
 
 @pytest.fixture

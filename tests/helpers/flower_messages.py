@@ -7,7 +7,14 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from fedllm.config import Encoding
-from fedllm.wire.messages import ADAPTER_KIND, ARRAYS, CONFIG, encoded_record
+from fedllm.wire.masking import WIRE, WIRE_FORMAT, masked
+from fedllm.wire.messages import (
+    ADAPTER_KIND,
+    ARRAYS,
+    CONFIG,
+    WIRE_FORMAT_KEY,
+    encoded_record,
+)
 from fedllm.wire.task_identity import set_task_identity
 
 RUN_ID = 7
@@ -23,7 +30,14 @@ def instruction(
 
 def reply(content: RecordDict | Error, node_id: int = 7) -> Message:
     """Return a node's reply to an instruction."""
-    return Message(content, reply_to=instruction(node_id=node_id))
+    return Message(as_sent(content), reply_to=instruction(node_id=node_id))
+
+
+def as_sent(content: RecordDict | Error) -> RecordDict | Error:
+    """Return a reply's content masked, if it is not yet."""
+    if isinstance(content, Error) or WIRE in content:
+        return content
+    return masked(content)
 
 
 def train_instruction(
@@ -40,6 +54,7 @@ def train_instruction(
         "server-round": server_round,
         "learning-rate": learning_rate,
         **{key.replace("_", "-"): value for key, value in more.items()},
+        WIRE_FORMAT_KEY: WIRE_FORMAT,
     }
     if adapter_kind is not None:
         config[ADAPTER_KIND] = adapter_kind

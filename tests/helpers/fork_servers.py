@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedllm.deployment import supernode
+from fedllm.deployment import fork_client, supernode
 
 SERVER = """
 import json, os, signal, sys, time
@@ -59,6 +60,7 @@ class Node:
     """What a SuperNode has: the program, and what ends the server if it ends."""
 
     program: Path
+    socket: Path
     server: "subprocess.Popen[bytes]"
     alive: int
 
@@ -88,12 +90,18 @@ class Node:
 def started(cold: Path, more: str = "") -> Iterator[Node]:
     """A node whose server runs this too before it serves."""
     server = (sys.executable, "-P", "-c", SERVER.replace("# MORE", more))
-    folder, process, alive = supernode.start_fork_server(cold, server)
-    here = Node(folder / "flwr-clientapp", process, alive)
+    path, process, alive = supernode.start_fork_server(server)
+    # As that of `programs/`, but for what it becomes without a fork server.
+    program = cold.with_name("asks")
+    words = shlex.join([sys.executable, "-I", "-S", fork_client.__file__, str(cold)])
+    asks = f"{fork_client.FORK_SERVER}={shlex.quote(str(path))} exec {words}"
+    program.write_text(f'#!/bin/sh\n{asks} "$@"\n')
+    program.chmod(0o700)
+    here = Node(program, path, process, alive)
     try:
         yield here
     finally:
         here.end()
         process.wait(timeout=30)
         # A server that was killed leaves it.
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(path.parent, ignore_errors=True)

@@ -21,6 +21,7 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 
 from fedllm.client.message_handler import reply_to
+from fedllm.wire.masking import masked
 
 app = ClientApp()
 SECRET = "what-only-this-node-knows"
@@ -65,7 +66,7 @@ def changed(by):
 
     def attack(sent):
         arrays = {name: Array(by(array.numpy())) for name, array in sent.items()}
-        return RecordDict({"arrays": ArrayRecord(arrays)})
+        return masked(RecordDict({"arrays": ArrayRecord(arrays)}))
 
     return attack
 
@@ -75,7 +76,7 @@ def other(make):
 
     def attack(sent):
         arrays = make({name: Array(array.numpy() + 9) for name, array in sent.items()})
-        return RecordDict({"arrays": ArrayRecord(arrays)})
+        return masked(RecordDict({"arrays": ArrayRecord(arrays)}))
 
     return attack
 
@@ -90,7 +91,7 @@ def big(arrays):
 def swelling(sent):
     """Five megabytes on the wire, BIG once it is read: one chunk, many times over."""
     chunk = Array("float32", (1,), "numpy.ndarray", bytes(5 * 2**20))
-    content = RecordDict({"arrays": ArrayRecord(dict.fromkeys(sent, chunk))})
+    content = masked(RecordDict({"arrays": ArrayRecord(dict.fromkeys(sent, chunk))}))
     # A record copies its arrays.
     for array in content.array_records["arrays"].values():
         array.__dict__["_chunks"] = array.slice_array() * (BIG // (5 * 2**20) + 1)
@@ -102,9 +103,12 @@ def many(arrays):
     return {str(i): Array(np.full(1, i)) for i in range(MANY)}
 
 
-def million_names(arrays):
-    """A million arrays that are one object on the wire."""
-    return dict.fromkeys(map(str, range(1_000_000)), Array(np.ones(1)))
+def million_names(sent):
+    """A million arrays that are one object on the wire, without a mask."""
+    content = masked(RecordDict())
+    names = map(str, range(1_000_000))
+    content["arrays"] = ArrayRecord(dict.fromkeys(names, Array(np.ones(1))))
+    return content
 
 
 def pickled(arrays):
@@ -161,7 +165,7 @@ def hangs(sent):
 
 def long_error(sent):
     text = SECRET + "x" * 1_000_000
-    return RecordDict({"error": ConfigRecord({"code": "failed", "text": text})})
+    return masked(RecordDict({"error": ConfigRecord({"code": "failed", "text": text})}))
 
 
 FORGED = [forged(another_sender), forged(another_round), forged(another_run)]
@@ -179,13 +183,14 @@ ATTACKS = [
     other(big),
     other(pickled),
     absurd_metrics,
-    lambda sent: RecordDict({"weights": sent}),
-    lambda sent: RecordDict(),
+    lambda sent: masked(RecordDict({"weights": sent})),
+    # As from a version that had no mask.
+    lambda sent: RecordDict({"arrays": sent}),
     long_error,
     changed(lambda value: np.asfortranarray(value + 9)),
     changed(lambda value: value.astype(">f8") - 9),
     swelling,
-    other(million_names),
+    million_names,
     lambda sent: RecordDict({str(i): ConfigRecord({"x": i}) for i in range(200)}),
     raises,
     # Twice, so that the last six are one round.

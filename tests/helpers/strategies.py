@@ -7,6 +7,7 @@ from fedllm.auditing.harness import ZeroNoise
 from fedllm.config import parse_run_config
 from fedllm.privacy.ledger import Ledger, PrivacySettings
 from fedllm.strategy.build import make_strategy
+from fedllm.wire.masking import masked
 from fedllm.wire.messages import (
     ARRAYS,
     METRICS,
@@ -69,7 +70,7 @@ def answer(message, arrays, num_examples=None):
         content[METRICS] = MetricRecord(
             {"num-examples": num_examples, "train-loss": float(num_examples)}
         )
-    return Message(content, reply_to=message)
+    return Message(masked(content), reply_to=message)
 
 
 def moved(strategy, record):
@@ -91,4 +92,4 @@ def noiseless(tmp_path, n=4):
 
 def packed_answer(message, update, encoding, generator):
     record = encoded_record(update, encoding, generator)
-    return Message(RecordDict({ARRAYS: record}), reply_to=message)
+    return Message(masked(RecordDict({ARRAYS: record})), reply_to=message)

@@ -65,10 +65,10 @@ def test_a_hub_base_with_an_adapter_in_it_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = "transformers.utils.find_adapter_config_file"
-    monkeypatch.setattr(found, lambda name: f"{name}/adapter_config.json")
+    monkeypatch.setattr(found, lambda name, revision: f"{name}/adapter_config.json")
 
-    with pytest.raises(ModelError, match="owner/base holds an adapter"):
-        load_config("owner/base")
+    with pytest.raises(ModelError, match="owner/base@a+ holds an adapter"):
+        load_config("owner/base@" + "a" * 40)
 
 
 def test_the_tokenizer_pads_with_the_end_of_text_if_it_has_no_padding_token(
@@ -165,7 +165,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(
 
     assert torch.equal(_logits(model), expected)
     assert "no space left" in caplog.text
-    cache = tmp_path / "models/quantised"
+    cache = tmp_path / "quantised"
     assert [path for path in cache.iterdir() if path.is_dir()] == []
 
 
@@ -203,3 +203,76 @@ def test_a_model_from_bfloat16_files_gives_the_logits_that_were_saved(
     )
 
     assert torch.equal(_logits(saved), _logits(loaded))
+
+
+COMMITS = ("a" * 40, "b" * 40)
+
+
+@pytest.fixture
+def hub(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A hub's cache with two commits of one model; main is the second."""
+    import huggingface_hub.constants
+
+    cache = tmp_path / "hub"
+    repository = cache / "models--owner--base"
+    for number, commit in enumerate(COMMITS):
+        folder = repository / "snapshots" / commit
+        shutil.copytree(tiny_llama, folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        model.lm_head.weight.data.add_(number)
+        model.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(f"template {number}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMITS[1])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    loading._commit.cache_clear()
+    return "owner/base"
+
+
+@pytest.mark.parametrize(("pin", "number"), [("", 1), (COMMITS[0], 0), (COMMITS[1], 1)])
+def test_config_weights_and_tokenizer_are_of_the_commit_that_is_named(
+    hub: str, tiny_llama: Path, tmp_path: Path, pin: str, number: int
+) -> None:
+    location = locate(f"{hub}@{pin}" if pin else hub, tmp_path)
+    model: Any = load_base(location, 0, tmp_path, "cpu", in_float32=True)
+    first: Any = load_base(str(tiny_llama), 0, tmp_path, "cpu", in_float32=True)
+
+    moved = model.lm_head.weight - first.lm_head.weight
+    assert torch.allclose(moved, torch.full_like(moved, float(number)))
+    assert load_tokenizer(location).chat_template == f"template {number}"
+    assert loading.base_digest(location, tmp_path) == f"{hub} {COMMITS[number]}"
+    assert model.name_or_path == location
+
+
+@pytest.mark.parametrize("pin", ["main", "a" * 39, "A" * 40, "a" * 41, ""])
+def test_a_pin_is_a_whole_commit(tmp_path: Path, pin: str) -> None:
+    with pytest.raises(ModelError, match="commit of 40 hexadecimal digits"):
+        locate(f"owner/base@{pin}", tmp_path)
+
+
+def test_weights_that_are_no_safetensors_are_not_loaded(
+    own_llama: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    weights = own_llama / "model.safetensors"
+    torch.save(load_file(weights), own_llama / "pytorch_model.bin")
+    weights.unlink()
+
+    with pytest.raises(ModelError, match="has no weights in safetensors"):
+        load_base(str(own_llama), 0, tmp_path, "cpu")
+
+
+def test_a_cached_model_that_another_user_changed_is_not_loaded(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "models" / "base"))
+    load_base(str(folder), 4, tmp_path, "cpu")
+    (copy,) = (tmp_path / "quantised").glob("base-4bit-*")
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+
+    with pytest.raises(ModelError, match="quantised/.*has changed since it was made"):
+        load_base(str(folder), 4, tmp_path, "cpu")

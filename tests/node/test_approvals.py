@@ -91,6 +91,17 @@ def test_a_use_is_on_disk_before_the_client_begins_whatever_comes_after(monkeypa
     assert approval.used == {"train": 1}
 
 
+def test_what_cannot_be_counted_is_not_answered(monkeypatch):
+    approved()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(approvals, "write_atomic", full)
+    with pytest.raises(NodeError, match="No space left .* cannot be counted"):
+        take(ASKED, "train")
+
+
 def test_an_approval_expires_and_can_be_revoked(monkeypatch):
     approved()
     later = time.time() + 31 * 86_400

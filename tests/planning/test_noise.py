@@ -4,7 +4,7 @@ import pytest
 
 from fedllm.config import parse_run_config
 from fedllm.errors import PrivacyError
-from fedllm.planning.noise import privacy_settings
+from fedllm.planning.noise import affordable_rounds, privacy_settings
 from fedllm.privacy.accounting import epsilons
 
 
@@ -52,3 +52,19 @@ def test_more_noise_than_the_grid_holds_is_one_clear_error(key):
 
     with pytest.raises(PrivacyError, match="ask for a larger epsilon"):
         planned(20, **keys)
+
+
+def test_a_run_stops_before_the_round_that_would_pass_its_own_limit():
+    def rounds(**privacy):
+        given = {"target-epsilon": 0.0, "noise-multiplier": 1.0, "max-epsilon": 5.0}
+        keys = {f"privacy.{key}": value for key, value in (given | privacy).items()}
+        config = parse_run_config({"num-server-rounds": 30, **keys})
+        return affordable_rounds(config, 1.0, 1e-5)
+
+    def spent(number):
+        return epsilons(1.0, number, 1e-5, "all", 1.0).zero_out
+
+    most = rounds()
+    assert spent(most) <= 5.0 < spent(most + 1)
+    assert rounds(**{"max-epsilon": 0.0}) == rounds(**{"max-epsilon": 1e6}) == 30
+    assert rounds(**{"max-epsilon": 0.1}) == 0

@@ -185,6 +185,9 @@ def test_poisson_names_flowers_own_log_as_trusted(tmp_path):
     content = ledger.as_dict()
 
     assert any("Flower's own log" in line for line in content["not_covered"])
+    assert any(
+        line.startswith("the other clients: ") for line in content["not_covered"]
+    )
     assert content["sampling_probability"] == pytest.approx(0.2)
     assert "secret coin" in content["statement"]
 

@@ -36,6 +36,20 @@ def test_what_is_not_known_is_not_claimed(tmp_path):
     assert text.count("not known here") == 2
 
 
+def test_a_pinned_base_is_named_as_the_hub_does_with_its_commit(tmp_path):
+    folder = write_run(tmp_path / "run", model__name="owner/base@" + "a" * 40)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "base": "owner/base@" + "a" * 40,
+        "base_digest": "owner/base " + "a" * 40,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    front, text = card(folder)
+
+    assert front["base_model"] == "owner/base"
+    assert f"| its commit, or hashes | owner/base {'a' * 40} |" in text
+
+
 @pytest.mark.parametrize("kind", ["ia3", "vera", "lora-core"])
 def test_the_method_is_peft_s_name(tmp_path, kind):
     front, _ = card(write_run(tmp_path / "run", adapter__kind=kind))

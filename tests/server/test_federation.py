@@ -9,7 +9,9 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedllm.client import message_handler
+from fedllm.wire.masking import WIRE, masked
 from fedllm.wire.messages import ARRAYS, METRICS, array_record, error_content
+from tests.helpers.client_replies import values
 from tests.helpers.federations import (
     EVALUATE,
     NO_PRIVACY,
@@ -17,6 +19,7 @@ from tests.helpers.federations import (
     lines_of,
     start,
 )
+from tests.helpers.flower_messages import as_sent
 from tests.helpers.rows import MARKER
 
 
@@ -111,7 +114,7 @@ def test_one_client_twice_and_one_round_is_the_trainers_own_adapter(settings, tm
 
     message = grid.sent[0]
     reply = message_handler.reply_to(message, next(iter(grid.contexts.values())))
-    sent = {k: v.numpy() for k, v in reply.content.array_records[ARRAYS].items()}
+    sent = values(reply, federation.progress.arrays)
 
     for name, value in federation.progress.arrays.items():
         np.testing.assert_allclose(value, sent[name], atol=2e-9)
@@ -129,7 +132,7 @@ def test_nothing_of_a_clients_rows_reaches_the_server(settings, caplog, tmp_path
     assert all(MARKER.encode() not in p.read_bytes() for p in files)
     assert MARKER not in caplog.text
     reply = message_handler.reply_to(grid.sent[0], next(iter(grid.contexts.values())))
-    assert set(reply.content) == {ARRAYS}
+    assert set(reply.content) == {ARRAYS, WIRE}
 
 
 def test_a_silent_client_does_not_stop_the_round(settings, caplog):
@@ -162,7 +165,7 @@ def test_a_silent_client_does_not_stop_the_round(settings, caplog):
 def test_a_hostile_reply_does_not_stop_the_round(settings, content):
     def answer(message, context):
         if message.metadata.dst_node_id == 100:
-            return Message(content, reply_to=message)
+            return Message(as_sent(content), reply_to=message)
         return message_handler.reply_to(message, context)
 
     federation, _ = start({**settings, "num-server-rounds": 1}, answer)
@@ -195,7 +198,8 @@ def test_an_empty_poisson_cohort_is_a_round_of_noise(settings, monkeypatch):
     before = {k: v.copy() for k, v in federation.progress.arrays.items()}
     federation.run()
 
-    assert grid.sent == []
+    # The run is announced, and nobody is asked for an update.
+    assert {message.metadata.message_type for message in grid.sent} == {"query"}
     assert all((federation.progress.arrays[k] != before[k]).all() for k in before)
 
 
@@ -255,7 +259,7 @@ def test_a_hostile_evaluation_takes_only_itself_away(settings, hostile):
             content = error_content("failed", "no")
         elif hostile is not None:
             content = RecordDict({METRICS: MetricRecord(hostile)})
-        forged = Message(content, reply_to=message)
+        forged = Message(as_sent(content), reply_to=message)
         forged.metadata.__dict__["_src_node_id"] = 101
         return forged
 
@@ -276,7 +280,7 @@ def test_a_client_weighs_no_more_than_the_examples_it_was_asked_to_score(setting
         liar = message.metadata.dst_node_id == 100
         count, loss = (2**31, 900.0) if liar else (4, 2.0)
         metrics = MetricRecord({"num-examples": count, "eval-loss": loss})
-        return Message(RecordDict({METRICS: metrics}), reply_to=message)
+        return Message(masked(RecordDict({METRICS: metrics})), reply_to=message)
 
     federation, _ = start(
         {**settings, **EVALUATE, "strategy.evaluate-examples": 4}, answer

@@ -8,12 +8,13 @@ from flwr.app import Message, MetricRecord, RecordDict
 
 from fedllm.client import message_handler
 from fedllm.errors import ConfigError, FederationError, PrivacyError
+from fedllm.wire.masking import masked
 from fedllm.wire.messages import (
     ARRAYS,
     DECLARED_ROWS,
     METRICS,
+    array_record,
     error_content,
-    sum_record,
 )
 from tests.helpers.federations import (
     JOINT,
@@ -32,13 +33,13 @@ def summer(message, context):
     """A client that declares eight rows, and whose sums are small integers."""
     if message.metadata.message_type == "query":
         content = RecordDict({METRICS: MetricRecord({DECLARED_ROWS: 8})})
-        return Message(content, reply_to=message)
+        return Message(masked(content), reply_to=message)
     arrays = message.content.array_records[ARRAYS]
     sums = {
         name: np.full(tuple(value.shape), 1000, np.int64)
         for name, value in arrays.items()
     }
-    return Message(RecordDict({ARRAYS: sum_record(sums)}), reply_to=message)
+    return Message(masked(RecordDict({ARRAYS: array_record(sums)})), reply_to=message)
 
 
 def test_a_joint_run_trains_and_states_the_epsilon_of_a_row(settings):

@@ -10,6 +10,7 @@ import pytest
 from flwr.app import Message, MetricRecord, RecordDict
 
 from fedllm.client import message_handler
+from fedllm.wire.masking import masked
 from fedllm.wire.messages import ARRAYS, METRICS, array_record
 from tests.helpers.federations import (
     cut_in_round,
@@ -148,7 +149,7 @@ def test_under_record_every_client_counts_once_whatever_it_claims(settings):
             metrics["num-examples"] = claim if first else 1
             content = RecordDict({ARRAYS: array_record(moved)})
             content[METRICS] = MetricRecord(metrics)
-            return Message(content, reply_to=message)
+            return Message(masked(content), reply_to=message)
 
         federation, _ = start({**settings, **RECORD, "num-server-rounds": 1}, answer)
         federation.run()
@@ -170,7 +171,7 @@ def test_an_update_whose_epsilon_is_not_a_number_makes_the_runs_unknown(
         content = RecordDict({ARRAYS: message.content.array_records[ARRAYS]})
         if claim is not None:
             content[METRICS] = MetricRecord({"epsilon": claim})
-        return Message(content, reply_to=message)
+        return Message(masked(content), reply_to=message)
 
     federation, _ = start({**settings, **RECORD, "num-server-rounds": 1}, answer)
     federation.run()
@@ -202,7 +203,7 @@ def test_a_resumed_run_never_reports_less_than_its_clients_claimed_before(settin
             content = RecordDict({ARRAYS: message.content.array_records[ARRAYS]})
             partition = context.node_config["partition-id"]
             content[METRICS] = MetricRecord({"epsilon": epsilon + partition})
-            return Message(content, reply_to=message)
+            return Message(masked(content), reply_to=message)
 
         return answer
 
@@ -226,7 +227,7 @@ def test_a_client_that_comes_back_under_another_id_is_one_client(settings):
         content = RecordDict({ARRAYS: message.content.array_records[ARRAYS]})
         partition = context.node_config["partition-id"]
         content[METRICS] = MetricRecord({"epsilon": 1.0 + partition})
-        return Message(content, reply_to=message)
+        return Message(masked(content), reply_to=message)
 
     run = federation({**settings, "privacy.unit": "record"}, answer)
     run.run()

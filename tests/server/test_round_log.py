@@ -9,6 +9,7 @@ from flwr.app import Message, RecordDict
 
 from fedllm.client import message_handler
 from fedllm.errors import FederationError
+from fedllm.wire.masking import masked
 from tests.helpers.federations import NO_PRIVACY, lines_of, partitions, start
 from tests.helpers.rows import MARKER
 
@@ -41,7 +42,7 @@ def test_under_dp_a_malformed_reply_sends_nobody_to_the_clients_log(settings, ca
 
     def answer(message, context):
         if message.metadata.dst_node_id == 100:
-            return Message(RecordDict(), reply_to=message)
+            return Message(masked(RecordDict()), reply_to=message)
         return message_handler.reply_to(message, context)
 
     federation, _ = start({**settings, "num-server-rounds": 1}, answer)
@@ -49,6 +50,25 @@ def test_under_dp_a_malformed_reply_sends_nobody_to_the_clients_log(settings, ca
 
     assert "(code malformed); the server rejected the reply" in caplog.text
     assert "client-<partition>.log" not in caplog.text
+
+
+def test_a_node_of_another_version_is_named_by_a_hash_with_what_to_do(settings, caplog):
+    caplog.set_level(logging.INFO)
+
+    def answer(message, context):
+        reply = message_handler.reply_to(message, context)
+        if message.metadata.dst_node_id == 100:
+            del reply.content["wire"]
+        return reply
+
+    federation, _ = start({**settings, "num-server-rounds": 1}, answer)
+    federation.run()
+
+    # sha256("100")
+    assert "node ad573668: no usable update (code other-version)" in caplog.text
+    assert "install the server's version there" in caplog.text
+    assert not re.search(r"\bnode 100\b", caplog.text)
+    assert lines_of(federation)[1]["clients_rejected"] == 1
 
 
 def test_poisson_runs_say_nothing_of_who_or_how_many_took_part(settings, caplog):
@@ -99,5 +119,6 @@ def test_where_cohorts_are_secret_a_silent_client_is_not_told(settings, caplog):
     federation, grid = start(coins, answer=lambda message, context: None)
     federation.run()
 
-    assert len(grid.sent) == 3
+    kinds = [message.metadata.message_type for message in grid.sent]
+    assert kinds.count("train") == 3
     assert "did not answer" not in caplog.text

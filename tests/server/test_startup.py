@@ -10,9 +10,13 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from fedllm.client import cache, message_handler
+from fedllm.config import fedllm_home, parse_run_config
 from fedllm.errors import AdapterError, ConfigError, PrivacyError
+from fedllm.models.loading import base_digest
 from fedllm.planning.adapter_choice import Choice
 from fedllm.privacy.released_rounds import ReleasedRounds
+from fedllm.server.startup import _log_unpinned
+from fedllm.wire.masking import masked
 from fedllm.wire.messages import ARRAYS
 from tests.helpers.federations import (
     EVALUATE,
@@ -22,6 +26,7 @@ from tests.helpers.federations import (
     federation,
     kept,
     lines_of,
+    read,
     resumed,
     start,
 )
@@ -60,7 +65,7 @@ def test_the_learning_rates_and_moments_of_a_resumed_run_are_those_of_its_round(
 def test_noise_after_a_crash_is_fresh(quick, tmp_path):
     def zeros(message: Message, context: Any) -> Message:
         arrays = message.content.array_records[ARRAYS]
-        return Message(RecordDict({ARRAYS: arrays}), reply_to=message)
+        return Message(masked(RecordDict({ARRAYS: arrays})), reply_to=message)
 
     cut = cut_in_round({**quick, "strategy.server-optimizer": "none"}, 2, answer=zeros)
     folder, copies = cut.directory.path, []
@@ -151,3 +156,24 @@ def test_a_public_row_that_trains_is_an_error_before_anybody_is_waited_for(
         ConfigError, match="data.public-test: 24 of its rows also train"
     ):
         federation({**quick, "data.public-test": quick["data.name"]})
+
+
+def test_every_message_and_the_run_folder_name_the_base_s_files(quick, tiny_llama):
+    run = federation({**quick, **NO_PRIVACY, "num-server-rounds": 1})
+    run.run()
+
+    digest = base_digest(str(tiny_llama), fedllm_home())
+    assert read(run, "config.json")["base_digest"] == digest
+    for message in run.grid.sent:
+        assert message.content.config_records["config"]["base-model"] == digest
+
+
+@pytest.mark.parametrize("pin", ["", "@" + "b" * 40])
+def test_a_hub_id_without_a_commit_is_a_warning_that_names_it(caplog, pin):
+    config = parse_run_config({"model.name": f"owner/base{pin}", "data.name": "a/b"})
+
+    _log_unpinned(config, "owner/base " + "b" * 40)
+
+    assert ("owner/base is not pinned" in caplog.text) == (not pin)
+    assert (f"model.name='owner/base@{'b' * 40}'" in caplog.text) == (not pin)
+    assert "data.name: a/b is not pinned" in caplog.text

@@ -108,6 +108,13 @@ class Federation:
         assert found, done.stdout + done.stderr + self.log("superlink")
         return done.stdout, Path(found[1])
 
+    def renew(self) -> None:
+        """Begin a new budget period at each node, as their owners would."""
+        for node in NODES:
+            home = self.folder / node
+            done = self.shell(f"fedllm node renew --early --home {home}")
+            assert "has begun" in done.stdout, done.stdout + done.stderr
+
     def log(self, name: str) -> str:
         return (self.home / f"{name}.log").read_text()
 
@@ -178,6 +185,7 @@ def test_a_whole_private_run_over_tls_improves_the_adapter_and_shows_no_row(fede
         result = json.loads((run / "result.json").read_text())
         if result["test_loss_after"] < result["test_loss_before"]:
             break
+        federation.renew()
     assert result["test_loss_after"] < result["test_loss_before"], said
     assert result["num_rounds"] == 1
     spent = json.loads((run / "privacy.json").read_text())
@@ -193,6 +201,19 @@ def test_a_whole_private_run_over_tls_improves_the_adapter_and_shows_no_row(fede
     assert {"superlink.db", "superlink.log", "gate.log", "metrics.jsonl"} <= names
     assert [p for p in written if PLANTED.encode() in p.read_bytes()] == []
     assert PLANTED not in said
+
+
+def test_a_run_that_passes_the_nodes_budget_gets_no_update_until_it_is_renewed(
+    federation,
+):
+    done = federation.type("flwr run .")
+
+    assert "budget-spent" in done.stdout, done.stdout + done.stderr
+    told = federation.shell(f"fedllm node budget --home {federation.folder / NODES[0]}")
+    assert "epsilon 8.00 spent, nothing is left" in told.stdout
+    lines = (federation.folder / NODES[0] / "node/node.log").read_text().splitlines()
+    assert json.loads(lines[-1])["code"] == "budget-spent"
+    federation.renew()
 
 
 def test_a_client_whose_file_is_gone_counts_as_zero_and_its_log_says_why(federation):
@@ -212,24 +233,67 @@ def test_a_client_whose_file_is_gone_counts_as_zero_and_its_log_says_why(federat
     assert f"{rows}: no such file" in log.read_text()
 
 
-@pytest.mark.parametrize("name", ["stranger", None])
-def test_a_node_with_an_unknown_key_or_none_is_refused(federation, name):
+def started_with(federation, name: str | None, gate: str = "9192"):
+    """Start the page's first node with another key, and return its log beside it."""
     known = federation.command("fedllm supernode", "nodes/node-1 ")
     option = "--auth-supernode-private-key ~/federation/keys/nodes/"
     unknown = known.replace(f"{option}node-1 ", f"{option}{name} " if name else "")
+    assert unknown != known
     unknown = unknown.replace(federation.ports["9194"], str(free_port()))
-    if name:
-        add = f"fedllm keys --out ~/federation/keys --add-node {name}"
-        assert federation.shell(add).returncode == 0
-    log = federation.home / f"{name}.log"
-    # A node that is refused says so and, in Flower 1.41, does not end.
-    with running(["bash", "-c", unknown], federation.env, log):
-        wait_for_line(log, "could not establish a connection to the SuperLink")
+    unknown = unknown.replace(federation.ports["9192"], federation.ports[gate])
+    log = federation.home / f"{name}-{gate}.log"
+    return running(["bash", "-c", unknown], federation.env, log), log
 
-    assert unknown != known and "SuperNode ID" not in log.read_text()
-    assert "Attempted to register SuperNode" in federation.log("superlink")
+
+@pytest.mark.parametrize("name", ["stranger", None])
+def test_a_node_with_an_unknown_key_or_none_is_refused_by_the_gate(federation, name):
+    if name:
+        add = f"fedllm keys --out ~/federation/unknown --add-node {name} && "
+        add += f"cp ~/federation/unknown/nodes/{name} ~/federation/keys/nodes/"
+        assert federation.shell(add).returncode == 0
+    node, log = started_with(federation, name)
+    with node:
+        wait_for_line(log, "403 Forbidden")
+
+    assert "SuperNode ID" not in log.read_text()
     listed = federation.shell("flwr supernode list private --format json").stdout
     assert len(json.loads(listed)["nodes"]) == 3
+
+
+def test_a_further_node_needs_the_gates_list_and_the_registration(federation):
+    page = (ROOT / "docs/deployment.md").read_text("utf-8")
+    add, write, register = (
+        re.search(rf"^{start}.*?(?=  +\(|$)", page, re.MULTILINE)[0]
+        for start in (
+            "fedllm keys --out ~/federation/keys --add-node clinic-d",
+            "fedllm keys --out ~/federation/keys --write-gate",
+            "flwr supernode register --name clinic-d",
+        )
+    )
+    for command in (add, write):
+        done = federation.shell(command)
+        assert done.returncode == 0, done.stderr
+    federation.ports["again"] = str(free_port())
+    gate = federation.command("caddy run").replace(
+        federation.ports["9192"], federation.ports["again"]
+    )
+    log = federation.home / "gate-again.log"
+    with running(["bash", "-c", f"cd {ROOT} && {gate}"], federation.env, log):
+        wait_for_port(int(federation.ports["again"]))
+        # In the list, and not registered.
+        node, said = started_with(federation, "clinic-d", "again")
+        with node:
+            wait_for_line(said, "could not establish a connection to the SuperLink")
+        assert "Attempted to register SuperNode" in federation.log("superlink")
+        assert "registered successfully" in federation.shell(register).stdout
+        # Registered, and not in the list with which the first gate started.
+        node, said = started_with(federation, "clinic-d")
+        with node:
+            wait_for_line(said, "403 Forbidden")
+        assert "SuperNode ID" not in said.read_text()
+        node, said = started_with(federation, "clinic-d", "again")
+        with node:
+            wait_for_line(said, "SuperNode ID")
 
 
 def test_plain_text_is_refused_by_both_ports(federation, tmp_path):
@@ -255,6 +319,10 @@ def test_a_server_that_the_ca_did_not_sign_is_refused(federation):
     "path",
     [
         "/v1/control/list-runs",
+        "/v1/fleet/register-node",
+        "/v1/fleet/unregister-node",
+        "/v1/fleet/activate-node",
+        "/v1/fleet/activate-node/../../control/list-runs",
         "/v1/control/register-node",
         "/v1/control/start-run",
         "/v1/runtime/acquire-task",

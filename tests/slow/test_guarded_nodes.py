@@ -1,9 +1,10 @@
-"""Real nodes that run what their owners chose, and nothing else."""
+"""Real nodes that run what their owners chose, and answer what they approved."""
 
 import contextlib
-import json
 import shutil
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,54 +20,112 @@ from tests.helpers.flower_processes import (
 )
 from tests.helpers.rows import write_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 FEDLLM = [sys.executable, "-m", "fedllm.commands.main"]
+SETTINGS = {"num-server-rounds": 1, "privacy.unit": "none", "strategy.num-clients": 3}
+APPROVES = 2
 
 
-def test_a_node_answers_its_own_app_and_refuses_a_changed_one(tiny_llama, tmp_path):
-    here = Deployment(tmp_path, tiny_llama)
-    changed = tmp_path / "app"
+class GuardedNodes(Deployment):
+    """Three nodes with homes of their own, of which the last approves each run."""
+
+    def node(self, index: int) -> contextlib.AbstractContextManager[None]:
+        rows = write_rows(self.tmp / f"hospital-{index}.jsonl", 12, 12 * index)
+        command = [*FEDLLM, "supernode", "--insecure", "--home", str(self.home(index))]
+        command += ["--superlink", f"127.0.0.1:{self.port}"]
+        command += ["--port", str(free_port()), "--log-head", str(self.head(index))]
+        command += ["--node-config", f'data-path="{rows}"']
+        command += ["--approve", "each"] if index == APPROVES else []
+        env = self.env | {"PYTHONPATH": str(ROOT)}
+        return running(command, env, self.tmp / f"node-{index}.log")
+
+    def home(self, index: int) -> Path:
+        return self.tmp / f"home-{index}"
+
+    def head(self, index: int) -> Path:
+        return self.tmp / f"head-{index}"
+
+    def said(self, index: int) -> str:
+        return (self.tmp / f"node-{index}.log").read_text()
+
+    def log(self, index: int) -> list[dict]:
+        """Return a node's own log."""
+        path = self.home(index) / "node" / "node.log"
+        return list(read_lines(path)) if path.exists() else []
+
+    def own(self, *words: str) -> list[str]:
+        """Type `fedllm node` at the node that approves."""
+        command = [*FEDLLM, "node", *words, "--home", str(self.home(APPROVES))]
+        done = typed(command, self.env | {"PYTHONPATH": str(ROOT)}, 120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.splitlines()
+
+    def answered(self, **more: object) -> list[int]:
+        """Run the app, and return how many clients counted in each round."""
+        command = [str(BIN / "flwr"), "run", str(ROOT), "remote", "--stream"]
+        command += ["--run-config", self.config(**SETTINGS, **more)]
+        done = typed(command, self.env, 300)
+        assert self.finished(), done.stdout + done.stderr
+        return self.usable()
+
+
+@pytest.fixture(scope="module")
+def nodes(
+    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GuardedNodes]:
+    here = GuardedNodes(tmp_path_factory.mktemp("guarded"), tiny_llama)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(here.superlink())
+        for index in range(3):
+            stack.enter_context(here.node(index))
+        yield here
+
+
+def test_a_node_that_approves_each_run_answers_that_run_and_no_other(nodes):
+    assert nodes.answered() == [2]
+    waits, *_ = nodes.own("list")
+    nodes.own("approve", waits.split()[1])
+    assert nodes.answered() == [3]
+    # The server sends what was approved but for one value.
+    assert nodes.answered(seed=7) == [2]
+    assert "  seed: 42 -> 7" in nodes.own("list")
+
+    assert "--approve all, the default with --insecure" in nodes.said(0)
+    assert "--approve each)" in nodes.said(APPROVES)
+    assert "waits for: fedllm node approve" in nodes.said(APPROVES)
+    answers = [x for x in nodes.log(APPROVES) if x["event"] == "answered"]
+    assert [x["code"] for x in answers] == ["not-approved", None, "not-approved"]
+    assert [x["num_bytes"] > 0 for x in answers] == [False, True, False]
+    for index in range(2):
+        first, second, *_ = nodes.log(index)
+        assert first["refused"] is None and second["num_bytes"] > 0
+        assert "clients are forked by process" in nodes.said(index)
+
+
+def test_a_node_refuses_an_app_that_is_not_its_own_and_imports_none_of_it(
+    nodes, tmp_path
+):
+    changed, marker = tmp_path / "app", tmp_path / "imported"
     changed.mkdir()
     shutil.copytree(ROOT / "fedllm", changed / "fedllm")
     for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, changed)
-    marker = tmp_path / "imported"
     with (changed / "fedllm" / "client_app.py").open("a") as file:
         file.write(f"\nopen({str(marker)!r}, 'a').write('x')\n")
-    heads = [tmp_path / f"head-{index}" for index in (0, 1)]
-    homes = [tmp_path / f"home-{index}" for index in (0, 1)]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(here.superlink())
-        for index, (home, head) in enumerate(zip(homes, heads, strict=True)):
-            rows = write_rows(tmp_path / f"hospital-{index}.jsonl", 12, 12 * index)
-            command = [*FEDLLM, "supernode", "--insecure", "--home", str(home)]
-            command += ["--superlink", f"127.0.0.1:{here.port}"]
-            command += ["--port", str(free_port()), "--log-head", str(head)]
-            command += ["--node-config", f'data-path="{rows}"']
-            env = here.env | {"PYTHONPATH": str(ROOT)}
-            stack.enter_context(running(command, env, tmp_path / f"node-{index}.log"))
-        config = here.config(**{"num-server-rounds": 1, "privacy.unit": "none"})
-        run = [str(BIN / "flwr"), "run", str(ROOT), "remote", "--run-config", config]
-        assert typed(run, here.env, 120).returncode == 0
-        wait_until(here.finished, 120)
-        assert here.usable() == [2]
+    command = [str(BIN / "flwr"), "run", str(changed), "remote", "--run-config"]
+    before = [len(nodes.log(index)) for index in range(3)]
+    done = typed([*command, nodes.config(**SETTINGS)], nodes.env, 120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wait_until(
+        lambda: [len(nodes.log(index)) for index in range(3)]
+        == [number + 2 for number in before]
+    )
 
-        run[2] = str(changed)
-        assert typed(run, here.env, 120).returncode == 0
-        wait_until(lambda: all('"not-approved"' in log_of(home) for home in homes), 120)
+    for index in range(3):
+        asked, answered = nodes.log(index)[-2:]
+        assert "client_app.py" in asked["refused"]
+        assert answered["code"] == "not-approved" and answered["num_bytes"] == 0
+        noted = nodes.head(index).read_text()
+        assert str(check_log(nodes.home(index) / "node" / "node.log", noted)) in noted
     # The ServerApp imports the changed package; no node does.
-    nodes = [(tmp_path / f"node-{index}.log").read_text() for index in (0, 1)]
-    for home, head, said in zip(homes, heads, nodes, strict=True):
-        assert check_log(home / "node" / "node.log", head.read_text()).number >= 4
-        lines = list(read_lines(home / "node" / "node.log"))
-        assert lines[0]["refused"] is None and lines[1]["num_bytes"] > 0
-        assert "client_app.py" in lines[-2]["refused"]
-        assert lines[-1]["code"] == "not-approved" and lines[-1]["num_bytes"] == 0
-        assert "clients are forked by process" in said
     assert not marker.exists()
-    assert json.loads(json.dumps(lines))
-
-
-def log_of(home) -> str:
-    path = home / "node" / "node.log"
-    return path.read_text() if path.exists() else ""

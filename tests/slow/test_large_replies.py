@@ -91,7 +91,7 @@ def test_under_a_limit_of_memory_a_swelling_reply_counts_as_zero(attacked):
     ):
         told = d.ended(d.run_config())
 
-    refused = re.findall(r"round (\d): node \d+: no usable update \(code (\S+)\)", told)
+    refused = re.findall(r"round (\d): node \w+: no usable update \(code (\S+)\)", told)
     assert refused == [(str(n), "malformed") for n in range(2, ROUNDS + 1)], told[
         -6000:
     ]

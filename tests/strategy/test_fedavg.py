@@ -4,12 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from fedllm.strategy.build import make_strategy
 from fedllm.wire.encoding import PACKED
-from fedllm.wire.messages import ARRAYS, array_record, read_global
+from fedllm.wire.messages import ARRAYS, METRICS, array_record, read_global
 from tests.helpers.strategies import (
     SHAPES,
     START,
@@ -39,13 +39,16 @@ def test_without_dp_the_mean_is_weighted_by_examples():
 def test_without_dp_the_mean_equals_flowers_fedavg():
     rng = np.random.default_rng(0)
     strategy = make_strategy(public(), START, [1, 2, 3], None)
-    replies = []
+    replies, plain = [], []
     for message, weight in zip(ask(strategy), (5, 7, 11), strict=True):
         noise = {k: v + rng.normal(size=v.shape).astype("f4") for k, v in START.items()}
         replies.append(answer(message, noise, weight))
+        content = RecordDict({ARRAYS: array_record(noise)})
+        content[METRICS] = MetricRecord({"num-examples": weight})
+        plain.append(Message(content, reply_to=message))
 
     record, _ = strategy.aggregate_train(1, iter(replies))
-    expected, _ = FedAvg(arrayrecord_key=ARRAYS).aggregate_train(1, replies)
+    expected, _ = FedAvg(arrayrecord_key=ARRAYS).aggregate_train(1, plain)
 
     for name in SHAPES:
         np.testing.assert_allclose(

@@ -10,6 +10,7 @@ from fedllm.privacy.joint_ledger import JointLedger, JointSettings
 from fedllm.privacy.joint_sum import most_records, record_units
 from fedllm.strategy.build import make_strategy
 from fedllm.strategy.joint_record_dp import JointRecordDP
+from fedllm.wire.masking import masked
 from fedllm.wire.messages import (
     ARRAYS,
     CONFIG,
@@ -17,7 +18,6 @@ from fedllm.wire.messages import (
     NOISE_MULTIPLIER,
     TOTAL_ROWS,
     array_record,
-    sum_record,
 )
 from tests.helpers.strategies import SHAPES, START, ask, moved, private
 
@@ -63,7 +63,7 @@ def sums(amount):
 
 
 def answer(message, arrays):
-    return Message(RecordDict({ARRAYS: sum_record(arrays)}), reply_to=message)
+    return Message(masked(RecordDict({ARRAYS: array_record(arrays)})), reply_to=message)
 
 
 def test_the_step_goes_down_the_mean_over_the_expected_batch(tmp_path):
@@ -149,12 +149,11 @@ def test_no_sum_is_rejected_for_its_norm_and_none_adds_more_than_its_share(tmp_p
 def test_what_is_not_of_the_declared_form_counts_as_zero(tmp_path):
     strategy = make(tmp_path)
     messages = ask(strategy)
-    floats = RecordDict({ARRAYS: array_record(START)})
 
     record, _ = strategy.aggregate_train(
         1,
         [
-            Message(floats, reply_to=messages[0]),
+            answer(messages[0], START),
             answer(messages[1], {"a": sums(U)["a"]}),
             answer(messages[2], {k: v[:1] for k, v in sums(U).items()}),
         ],
@@ -167,8 +166,10 @@ def test_what_is_not_of_the_declared_form_counts_as_zero(tmp_path):
 def test_the_second_sum_of_a_node_and_what_it_claims_beside_it_do_not_count(tmp_path):
     strategy = make(tmp_path)
     messages = ask(strategy)
-    first, second = answer(messages[0], sums(U // 8)), answer(messages[0], sums(U))
-    first.content[METRICS] = MetricRecord({"num-examples": 10**6})
+    claim = RecordDict({ARRAYS: array_record(sums(U // 8))})
+    claim[METRICS] = MetricRecord({"num-examples": 10**6})
+    first = Message(masked(claim), reply_to=messages[0])
+    second = answer(messages[0], sums(U))
 
     record, _ = strategy.aggregate_train(1, [first, second])
 

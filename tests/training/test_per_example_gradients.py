@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,19 @@ from fedllm.data.tokens import tokenize
 from fedllm.models import loading
 from fedllm.models.answer_loss import answer_losses, collate
 from fedllm.models.loading import load_base, load_config, load_tokenizer
+from fedllm.training import per_example_gradients
 from fedllm.training.per_example_gradients import MODEL_TYPES, PerExample
 from tests.helpers.tiny_models import SENTENCES
 
 KINDS = ["ffa-lora", "lora-core", "lora"]
 PAD = 0
 Make = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def no_trial_yet() -> None:
+    """Forget what was tried of a model that tests share."""
+    per_example_gradients._trials.clear()
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +225,7 @@ def test_a_pass_has_the_same_shape_and_no_mask_with_any_examples_in_the_batch(
     make_model, examples, monkeypatch
 ):
     """In bfloat16 a larger model rounds by the shape of a batch."""
-    monkeypatch.setattr(PerExample, "_try_together", lambda *_: None)
+    monkeypatch.setattr(PerExample, "_try", lambda *_: True)
     model = make_model("lora")
     seen: list[Any] = []
 
@@ -298,7 +306,7 @@ def test_every_model_of_the_list_keeps_examples_apart(examples, model_type, dtyp
 
     among = torch.cat(list(per_example.gradients(ordered, 4)))
 
-    assert per_example._together
+    assert per_example._keeps_apart(16, 4)
     for index in range(len(ordered)):
         fewer = ordered[:index] + ordered[index + 1 :]
         without = torch.cat(list(per_example.gradients(fewer, 4)))
@@ -334,29 +342,77 @@ def test_a_model_that_is_not_on_the_list_gets_one_example_a_pass(
 
 
 @pytest.mark.parametrize("where", ["place", "company"])
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_device_whose_bits_depend_on_the_batch_gets_one_example_a_pass(
-    make_model, examples, monkeypatch, where
+    make_model, examples, monkeypatch, where, size
 ):
     model = make_model("ffa-lora")
     honest = PerExample._pass
 
     def sick(self: Any, batch: Any) -> torch.Tensor:
         rows = honest(self, batch)
-        if where == "place":
-            rows[1, 0] += 1e-6
-        elif batch[0] is not batch[1]:
-            rows += 1e-6
+        tokens = sum(sum(example["input_ids"]) for example in batch)
+        for place in range(len(batch)):
+            rows[place, 0] += 1e-6 * (place if where == "place" else tokens)
         return rows
 
     wanted = torch.cat([PerExample(model, PAD)._one(e) for e in examples[:4]])
     monkeypatch.setattr(PerExample, "_pass", sick)
-    per_example = PerExample(model, PAD)
 
-    got = torch.cat(list(per_example.gradients(examples[:4], 4)))
+    got = torch.cat(list(PerExample(model, PAD).gradients(examples[:4], size)))
 
-    assert not per_example._together
     order = [examples[:4].index(e) for e in sorted_by_length(examples[:4])]
     assert torch.equal(got, wanted[order])
+
+
+class Counted(PerExample):
+    """Notes its trials; a length of 32 fails."""
+
+    tried: list[int]
+
+    def _try(self, length: int, size: int) -> bool:
+        self.tried.append(length)
+        return length != 32
+
+    def _pass(self, batch: Any) -> torch.Tensor:
+        return torch.ones(len(batch), 1)
+
+    def _one(self, example: Any) -> torch.Tensor:
+        return torch.zeros(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "tried", "made"),
+    [("cpu", [16], [1, 1, 1]), ("cuda", [16, 32, 48], [1, 0, 1])],
+)
+def test_an_accelerator_is_tried_at_each_length_once_in_a_process(
+    make_model, device, tried, made
+):
+    model = make_model("ffa-lora")
+    rows = [{"input_ids": [1] * n, "labels": [1] * n} for n in (48, 5, 20)]
+    found = []
+    for _ in range(2):
+        per_example = Counted(model, PAD)
+        per_example._device = SimpleNamespace(type=device)
+        per_example.tried = found
+
+        got = torch.cat(list(per_example.gradients(rows, 4)))
+
+        assert got.flatten().tolist() == made
+    assert found == tried
+
+
+def test_a_trial_that_the_model_cannot_take_parts_the_examples(
+    make_model, examples, monkeypatch
+):
+    def fail(self: Any, batch: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel for this length")
+
+    monkeypatch.setattr(PerExample, "_pass", fail)
+
+    rows = list(PerExample(make_model("ffa-lora"), PAD).gradients(examples, 4))
+
+    assert [len(row) for row in rows] == [1] * 10
 
 
 def test_an_example_that_fails_leaves_the_bits_of_the_others(
@@ -383,6 +439,17 @@ def test_an_example_that_fails_leaves_the_bits_of_the_others(
     assert per_example.num_unfit == 1
 
 
+def test_a_token_that_the_model_lacks_never_reaches_it(
+    make_model, examples, monkeypatch
+):
+    """On an accelerator it would end the process."""
+    monkeypatch.setattr(PerExample, "_backward", None)
+    per_example = PerExample(make_model("ffa-lora"), PAD)
+
+    assert not list(per_example.gradients([{**examples[0], "input_ids": [9999]}], 4))
+    assert per_example.num_unfit == 1
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_running_out_of_memory_is_about_the_machine_and_is_raised(
     make_model, examples, monkeypatch, together
@@ -390,9 +457,8 @@ def test_running_out_of_memory_is_about_the_machine_and_is_raised(
     def full(self: Any, batch: Any) -> None:
         raise torch.OutOfMemoryError("full")
 
+    monkeypatch.setattr(PerExample, "_try", lambda *_: together)
     per_example = PerExample(make_model("ffa-lora"), PAD)
-    per_example._together = together
-    monkeypatch.setattr(PerExample, "_try_together", lambda *_: None)
     monkeypatch.setattr(PerExample, "_backward", full)
 
     with pytest.raises(torch.OutOfMemoryError):

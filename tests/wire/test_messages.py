@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, MetricRecord, Reco
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.wire.encoding import PACKED
+from fedllm.wire.masking import MASKED, OTHER_VERSION, WIRE, WIRE_FORMAT, masked
 from fedllm.wire.messages import (
     ARRAYS,
     CLIENT_PHASES,
@@ -22,7 +22,6 @@ from fedllm.wire.messages import (
     read_global,
     read_reply,
     read_sum,
-    sum_record,
 )
 from tests.helpers.flower_messages import reply
 
@@ -112,7 +111,6 @@ HOSTILE = {
     "format version 2": raw(npy(body=bytes(24)).replace(b"Y\x01", b"Y\x02", 1)),
     "a zip archive": raw(b"PK\x03\x04" + bytes(100)),
     "a megabyte of padding": raw(npy(body=bytes(1_000_000))),
-    "another serialisation": raw(npy(body=bytes(24)), stype="pickle"),
 }
 
 
@@ -124,6 +122,55 @@ def test_an_array_that_is_not_the_declared_one_makes_the_reply_malformed(item):
     assert got.code == "malformed"
     assert got.arrays is None
     assert got.text
+
+
+@pytest.mark.parametrize("stype", ["pickle", "numpy.ndarray", "", MASKED + "x"])
+def test_an_array_in_another_serialisation_is_not_decoded(stype):
+    content = masked(with_a(Array(GOOD["a"])))
+    array = content.array_records[ARRAYS]["a"]
+    forged = Array(array.dtype, array.shape, stype, array.data)
+    content.array_records[ARRAYS]["a"] = forged
+
+    got = read_reply(reply(content), SHAPES)
+
+    assert (got.code, got.text) == (
+        "malformed",
+        f"array a is not serialised as {MASKED}",
+    )
+
+
+@pytest.mark.parametrize("nonce", [None, b"", bytes(15), bytes(17), "0" * 16, 1, [1]])
+def test_a_reply_with_an_odd_nonce_is_malformed(nonce):
+    content = masked(RecordDict({ARRAYS: array_record(GOOD)}))
+    about = {"format": WIRE_FORMAT, "nonce": nonce}
+    content[WIRE] = ConfigRecord({k: v for k, v in about.items() if v is not None})
+
+    got = read_reply(reply(content), SHAPES)
+
+    assert (got.code, got.arrays) == ("malformed", None)
+    assert "nonce" in got.text
+
+
+@pytest.mark.parametrize("number", [None, 1, 3, True, 2.0, "2", b"2", 2**62, []])
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_reply_in_another_format_says_which_version_to_install(number, failed):
+    content = masked(RecordDict({ARRAYS: array_record(GOOD)}))
+    if failed:
+        content = error_content("no-data", None)
+    about = {"nonce": bytes(16), "format": number}
+    content[WIRE] = ConfigRecord({k: v for k, v in about.items() if v is not None})
+
+    got = read_reply(reply(content), SHAPES)
+
+    assert got.code == OTHER_VERSION
+    assert "install the server's version" in got.text
+
+
+def test_another_nonce_than_the_senders_gives_no_arrays():
+    content = masked(RecordDict({ARRAYS: array_record(GOOD)}))
+    content[WIRE] = masked(RecordDict())[WIRE]
+
+    assert read_reply(reply(content), SHAPES).code == "malformed"
 
 
 def test_bytes_that_cannot_be_the_declared_array_are_not_decoded():
@@ -189,7 +236,7 @@ def test_a_sum_is_read_to_the_last_bit():
     largest = 2**63 - 1
     whole = {"a": np.array([[0, -1, largest], [1, 2, -largest]]), "b": np.arange(4)}
 
-    got = read_sum(reply(RecordDict({ARRAYS: sum_record(whole)})), SHAPES)
+    got = read_sum(reply(RecordDict({ARRAYS: array_record(whole)})), SHAPES)
 
     assert got.code is None
     assert got.num_bytes > 8 * 10
@@ -198,14 +245,21 @@ def test_a_sum_is_read_to_the_last_bit():
         np.testing.assert_array_equal(got.arrays[name], value)
 
 
+@pytest.mark.parametrize("dtype", ["<f4", "<f8", "<u8", "|b1", "<c8", "<M8[s]"])
+def test_a_sum_that_is_not_of_integers_is_malformed(dtype):
+    wrong = {"a": np.zeros((2, 3), dtype), "b": np.zeros(4, np.int64)}
+
+    got = read_sum(reply(RecordDict({ARRAYS: array_record(wrong)})), SHAPES)
+
+    assert (got.code, got.arrays) == ("malformed", None)
+
+
 @pytest.mark.parametrize(
     "record",
     [
         array_record(GOOD),
-        array_record({PACKED: np.zeros(10 * 8 + 31, np.uint8)}),
-        array_record({PACKED: np.zeros(10 * 8 + 32, np.int8)}),
-        array_record({PACKED: np.zeros(10 * 8 + 32, np.float64)}),
-        sum_record({"a": np.zeros((2, 3), np.int64)}),
+        array_record({"a": np.zeros((2, 3), np.int64)}),
+        array_record({"a": np.zeros((2, 2), np.int64), "b": np.zeros(4, np.int64)}),
         ArrayRecord(),
     ],
 )
@@ -229,7 +283,10 @@ def test_a_million_arrays_are_refused_before_one_is_looked_at():
         def get(self, name: str, default: Any = None) -> Any:
             raise AssertionError("looked at")
 
-    got = read_reply(reply(RecordDict({ARRAYS: Million()})), SHAPES)
+    content = masked(RecordDict())
+    content[ARRAYS] = Million()
+
+    got = read_reply(reply(content), SHAPES)
 
     assert got.code == "malformed"
     assert "1000000 arrays" in got.text
@@ -362,7 +419,7 @@ RECORDS = st.one_of(
 
 @pytest.mark.filterwarnings("ignore:Reading `.npy`:UserWarning")
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from([ARRAYS, METRICS, ERROR, "x"]), RECORDS))
+@given(st.dictionaries(st.sampled_from([ARRAYS, METRICS, ERROR, "x", WIRE]), RECORDS))
 def test_reading_never_raises_and_gives_declared_arrays_or_a_code(content):
     message = reply(RecordDict(content))
     assert read_declared_rows(message) is None
@@ -376,7 +433,7 @@ def test_reading_never_raises_and_gives_declared_arrays_or_a_code(content):
             assert all(a.dtype.kind == kind for a in got.arrays.values())
         else:
             assert got.arrays is None
-            assert got.code in (*ERROR_CODES, "malformed")
+            assert got.code in (*ERROR_CODES, "malformed", OTHER_VERSION)
 
 
 def test_the_servers_arrays_are_refused_with_what_is_wrong():
@@ -386,6 +443,5 @@ def test_the_servers_arrays_are_refused_with_what_is_wrong():
 
 
 def test_an_error_reply_without_text_holds_the_code_alone():
-    assert dict(error_content("failed", None).config_records[ERROR]) == {
-        "code": "failed"
-    }
+    record = error_content("failed", None).config_records[ERROR]
+    assert set(record) == {"code", "nonce"} and record["code"] == "failed"
