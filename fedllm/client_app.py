@@ -32,7 +32,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 @app.query()
-def announce(message: Message, context: Context) -> Message:
-    """Count a run that is announced, before any client is drawn for it."""
+def query(message: Message, context: Context) -> Message:
+    """Count a run that is announced, or declare this client's rows, before round 1."""
     show_log()
     return reply_to(message, context)

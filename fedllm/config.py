@@ -170,6 +170,11 @@ class TrainConfig:
     proximal_mu: Amount = 0.0
     """FedProx: weight of the pull towards the round's global adapter."""
 
+    @property
+    def expected_batch_size(self) -> int:
+        """Records that a Poisson batch has on average, under `privacy.unit="record"`."""
+        return self.batch_size * self.gradient_accumulation
+
 
 @dataclass(frozen=True, config=_SECTION)
 class StrategyConfig:
@@ -224,6 +229,11 @@ class PrivacyConfig:
 
     unit: Literal["client", "record", "none"] = "client"
     """`client`: all data of one client; `record`: one training row; `none`: nothing."""
+    noise: Literal["local", "joint"] = "local"
+    """Under `record`: `local`, each client noises each of its steps for itself; `joint`, the
+    server, which is trusted, noises the sum of all clients once, and every step is a round
+    (train.batch-size times train.gradient-accumulation: the expected batch of all clients
+    together)."""
     clipping_norm: Norm = 0.6
     """Largest L2 norm C of one client's update, under `client`."""
     max_grad_norm: Norm = 1.0
@@ -299,6 +309,11 @@ class RunConfig:
         A round of Poisson sampling may have drawn no client.
         """
         return self.strategy.sampling == "poisson" and self.privacy.unit != "record"
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the server noises the sum of all clients' records, once a step."""
+        return self.privacy.unit == "record" and self.privacy.noise == "joint"
 
     @property
     def cohorts_are_secret(self) -> bool:
@@ -406,10 +421,16 @@ def _contradictions(config: RunConfig) -> list[str]:
         *_evaluation_problems(config),
         *_resume_problems(config.resume),
     ]
+    if config.privacy.noise == "joint" and config.privacy.unit != "record":
+        problems.append(
+            "privacy.noise: 'joint' is for privacy.unit='record' (got "
+            f"{config.privacy.unit!r}), where the unit is one row"
+        )
     match config.privacy.unit:
         case "none":
             return problems + _leftovers_without_privacy(config.privacy)
         case "record":
+            problems += _joint_problems(config) if config.is_joint else []
             return problems + _noise_problems(config) + _record_problems(config)
         case _:
             return problems + _noise_problems(config) + _client_problems(config)
@@ -544,6 +565,50 @@ def _record_problems(config: RunConfig) -> list[str]:
             "adapter.kind: name one under privacy.unit='record' (got 'auto', which knows "
             "what was measured at client level); 'lora-core' bears noise best"
         )
+    return problems
+
+
+# What a client's own optimiser would read: under `joint` the server alone takes steps.
+_UNREAD_IF_JOINT = (
+    "optimizer",
+    "learning_rate",
+    "learning_rate_min",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "proximal_mu",
+)
+
+
+def _joint_problems(config: RunConfig) -> list[str]:
+    """Return what does not go with one noise for the whole federation."""
+    train, strategy, problems = config.train, config.strategy, []
+    if strategy.aggregator != "mean":
+        problems.append(
+            "strategy.aggregator: must be 'mean' under privacy.noise='joint' (got "
+            f"{strategy.aggregator!r}): the bound is proved for a sum"
+        )
+    if train.local_steps != 1:
+        problems.append(
+            "train.local-steps: must be 1 under privacy.noise='joint' (got "
+            f"{train.local_steps}): every step is a round; several local steps need "
+            "privacy.noise='local'"
+        )
+    if strategy.sampling != "all":
+        problems.append(
+            "strategy.sampling: must be 'all' under privacy.noise='joint' (got "
+            f"{strategy.sampling!r}): the coins are those of rows, and all clients toss "
+            "theirs in every step"
+        )
+    defaults = TrainConfig()
+    for name in _UNREAD_IF_JOINT:
+        got, usual = getattr(train, name), getattr(defaults, name)
+        if got != usual:
+            problems.append(
+                f"train.{_key(name)}: must be {usual!r} under privacy.noise='joint' (got "
+                f"{got!r}): the server takes the step, by strategy.server-optimizer and "
+                "strategy.server-learning-rate"
+            )
     return problems
 
 

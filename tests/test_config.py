@@ -132,6 +132,35 @@ def test_a_bad_setting_is_named_with_what_is_allowed(key, value, said):
     assert said in str(caught.value)
 
 
+RECORD_JOINT = {"privacy.unit": "record", "privacy.noise": "joint"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("privacy.unit", "client", "'joint' is for privacy.unit='record'"),
+        ("strategy.aggregator", "krum", "must be 'mean' under privacy.noise='joint'"),
+        ("strategy.aggregator", "median", "the bound is proved for a sum"),
+        ("train.local-steps", 2, "must be 1 under privacy.noise='joint'"),
+        ("train.local-steps", 0, "every step is a round"),
+        ("strategy.sampling", "poisson", "the coins are those of rows"),
+        ("train.optimizer", "adamw", "the server takes the step"),
+        ("train.learning-rate", 2.0, "strategy.server-learning-rate"),
+        ("train.max-grad-norm", 1.0, "the server takes the step"),
+        ("adapter.dropout", 0.1, "under privacy.unit='record'"),
+    ],
+)
+def test_what_does_not_go_with_joint_noise_is_one_clear_line(key, value, said):
+    parse_run_config(RECORD_JOINT)
+
+    with pytest.raises(ConfigError) as caught:
+        parse_run_config({**RECORD_JOINT, key: value})
+
+    assert str(caught.value).startswith(f"{key}: " if key != "privacy.unit" else "")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_all_bad_settings_are_named_at_once():
     with pytest.raises(ConfigError) as caught:
         parse_run_config(

@@ -62,6 +62,19 @@ REFUSED: list[dict[str, Scalar]] = [
     {"privacy.unit": "record", "model.quantization": 8},
     {"privacy.unit": "record", "adapter.kind": "auto"},
     {"privacy.unit": "record", "adapter.dropout": 0.1},
+    {"privacy.noise": "joint"},
+    {"privacy.unit": "record", "privacy.noise": "joint", "train.local-steps": 8},
+    {"privacy.unit": "record", "privacy.noise": "joint", "train.optimizer": "adamw"},
+    {
+        "privacy.unit": "record",
+        "privacy.noise": "joint",
+        "strategy.aggregator": "median",
+    },
+    {
+        "privacy.unit": "record",
+        "privacy.noise": "joint",
+        "strategy.sampling": "poisson",
+    },
     {"privacy.unit": "none", "privacy.max-epsilon": 4.0},
 ]
 
@@ -80,6 +93,8 @@ Each SuperNode has a config of its own, `fedllm supernode --node-config '...'`. 
 | `budget-period` | Days of a period that `max-epsilon` is for, under client level; without it, the lifetime. The owner alone begins the next one: `fedllm node renew`. |
 | `delta` | Limit: the run must set `privacy.delta`, to at most this. |
 | `model-name` | Limit: the run's `model.name` must be this. With another limit and `privacy.unit='record'` it is the built-in model if it is not set: a chat template is a program that runs on every row. |
+| `privacy-noise` | `joint`, beside `privacy-unit='record'`: a run may leave the noise to the server (`privacy.noise='joint'`), which is then trusted. If it is not set, or `local`, a node with a limit rejects such a run. |
+| `declared-rows` | How many rows this node has, declared by its owner as a public number. `privacy.noise='joint'` needs it; nothing compares it with the file. |
 
 A run outside a limit gets no update from that node: code `bad-config`, or `budget-spent` if it is one run too many;
 that counts as a zero update. Any other key has the same effect, and the node's log names it, so that no limit is lost by a

@@ -5,12 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedllm.adapters.peft_model import attach, get_trained, set_trained
+from fedllm.adapters.peft_model import (
+    attach,
+    get_trained,
+    set_trained,
+    trained_parameters,
+)
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.adapters.spec import AdapterSpec, Arrays
 from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
 
     from fedllm.config import RunConfig
@@ -46,6 +52,10 @@ class AdaptedModel:
     def get(self) -> Arrays:
         """Copy the trained values out of the model."""
         return get_trained(self.model, self.spec)
+
+    def parameters(self) -> "dict[str, torch.nn.Parameter]":
+        """Return the trained parameters under the names that travel."""
+        return trained_parameters(self.model, self.spec)
 
 
 def load_adapted_model(

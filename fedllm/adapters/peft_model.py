@@ -57,7 +57,7 @@ def attach(base: "PreTrainedModel", spec: AdapterSpec) -> "PeftModel":
         model = get_peft_model(base, peft_config(spec))
     model.requires_grad_(False)
     kind_of(spec.kind).freeze_factors(model, spec)
-    for parameter in _trained_parameters(model, spec).values():
+    for parameter in trained_parameters(model, spec).values():
         parameter.requires_grad_(True)
     set_trained(model, spec, initial_arrays(spec))
     return model
@@ -75,7 +75,7 @@ def set_trained(
 
     check_arrays(spec, arrays)
     with torch.no_grad():
-        for name, parameter in _trained_parameters(model, spec).items():
+        for name, parameter in trained_parameters(model, spec).items():
             parameter.copy_(torch.from_numpy(np.array(arrays[name], np.float32)))
 
 
@@ -83,7 +83,7 @@ def get_trained(model: "PeftModel", spec: AdapterSpec) -> Arrays:
     """Copy the trained values out of the model."""
     return {
         name: parameter.detach().to("cpu").numpy().astype(np.float32, copy=True)
-        for name, parameter in _trained_parameters(model, spec).items()
+        for name, parameter in trained_parameters(model, spec).items()
     }
 
 
@@ -113,7 +113,7 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def _trained_parameters(
+def trained_parameters(
     model: "PeftModel", spec: AdapterSpec
 ) -> dict[str, "torch.nn.Parameter"]:
     """Return the model's parameters under the names that travel."""

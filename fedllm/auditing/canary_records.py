@@ -6,19 +6,24 @@ adapter guesses from the fall of their losses which were planted. The number of 
 bounds epsilon from below (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846).
 """
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flwr.app import Message, RecordDict
 
 from fedllm.adapters.adapted_model import AdaptedModel, load_adapted_model
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.config import RunConfig
 from fedllm.data.tokens import Example
 from fedllm.evaluation.held_out_loss import held_out
+from fedllm.planning.joint_noise import joint_settings
 from fedllm.planning.record_noise import client_plan
 from fedllm.privacy.accounting import record_epsilon
+from fedllm.privacy.joint_ledger import JointLedger, JointSettings
 from fedllm.privacy.lower_bounds import (
     CertifiedBound,
     certified_bound,
@@ -26,7 +31,11 @@ from fedllm.privacy.lower_bounds import (
 )
 from fedllm.privacy.mechanism import SecureGenerator
 from fedllm.privacy.record_ledger import RecordPlan
+from fedllm.strategy.build import make_strategy
 from fedllm.training.task import RoundTask
+from fedllm.wire.masking import masked
+from fedllm.wire.messages import ARRAYS, array_record, read_global
+from fedllm.wire.task_identity import set_task_identity
 
 _PROMPT_TOKENS = 8
 _ANSWER_TOKENS = 16
@@ -93,6 +102,13 @@ def audit_first_client(
     length = config.train.max_length
     examples = tokenize(rows, adapted.tokenizer, config.data, length).examples
     expected = len(examples) + num_canaries // 2
+    if config.is_joint:
+        others = len(load_rows(config.data)) - len(rows)
+        joint = joint_settings(config, (expected, others), adapted.spec.num_trainable)
+        with tempfile.TemporaryDirectory(prefix="fedllm-audit-") as folder:
+            step = joint_step(adapted, config, joint, Path(folder))
+            plan = joint_plan(joint)
+            return audit_records(adapted, examples, config, plan, num_canaries, step)
     plan = client_plan(config, expected, config.privacy.target_epsilon)
 
     def train(records: Sequence[Example], arrays: Mapping[str, Any]) -> Any:
@@ -100,6 +116,51 @@ def audit_first_client(
         return train_privately(adapted, records, config, plan, task).arrays
 
     return audit_records(adapted, examples, config, plan, num_canaries, train)
+
+
+def joint_plan(settings: JointSettings) -> RecordPlan:
+    """Return the plan of each client's step under one noise for all."""
+    return RecordPlan(
+        noise_multiplier=settings.noise_multiplier,
+        sampling_probability=settings.sampling_probability,
+        steps=1,
+        expected_batch_size=settings.expected_batch_size,
+        delta=settings.delta,
+    )
+
+
+def joint_step(
+    adapted: AdaptedModel, config: RunConfig, settings: JointSettings, folder: Path
+) -> Train:
+    """Return the round of a run with one noise: one client's sum, the server's real step.
+
+    All other clients stay silent: the attacker of the definition knows their sums.
+
+    Args:
+        adapted: The model; its trained values are overwritten.
+        config: The run config, with `privacy.noise="joint"`.
+        settings: Those of the run; the first client is the one that trains.
+        folder: For the run's ledger.
+    """
+    from fedllm.training.joint_step import batch_sum
+
+    set_task_identity()
+    population = list(range(1, settings.population_size + 1))
+    ledger = JointLedger.create(folder / "privacy.json", settings)
+    start = initial_arrays(adapted.spec)
+    strategy = make_strategy(config, start, population, ledger)
+    plan = joint_plan(settings)
+
+    def step(records: Sequence[Example], arrays: Mapping[str, Any]) -> Any:
+        server_round = len(ledger.releases) + 1
+        task = RoundTask(arrays, config.train.learning_rate)
+        summed = batch_sum(adapted, records, config, plan, task)
+        content = RecordDict({ARRAYS: array_record(summed.integers)})
+        reply = Message(masked(content), reply_to=Message(RecordDict(), 1, "train"))
+        released, _ = strategy.aggregate_train(server_round, [reply])
+        return read_global(released, adapted.spec.trained_shapes) if released else {}
+
+    return step
 
 
 def audit_records(

@@ -27,6 +27,7 @@ from fedllm.privacy.mechanism import Integers, SecureGenerator, Vector
 from fedllm.strategy.build import make_strategy
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
+from fedllm.strategy.joint_record_dp import JointRecordDP
 from fedllm.strategy.server_optimizer import ServerOptimizer
 from fedllm.wire.masking import WIRE, masked
 from fedllm.wire.messages import ARRAYS, METRICS, array_record, encoded_record
@@ -35,7 +36,8 @@ from fedllm.wire.task_identity import set_task_identity
 Contents = Iterable[tuple[int, RecordDict | Error]]
 
 MakeStrategy = Callable[
-    [RunConfig, Arrays, list[int], Ledger | None], AdapterFedAvg | ClientLevelDP
+    [RunConfig, Arrays, list[int], Ledger | None],
+    AdapterFedAvg | ClientLevelDP | JointRecordDP,
 ]
 
 NUM_CLIENTS = 6

@@ -23,7 +23,14 @@ from fedllm.auditing.toy_model import save_toy_model
 from fedllm.config import AdapterConfig
 from fedllm.models.loading import load_config
 from fedllm.wire.masking import NONCE
-from fedllm.wire.messages import ARRAYS, CONFIG, array_record, own_config
+from fedllm.wire.messages import (
+    ARRAYS,
+    CONFIG,
+    NOISE_MULTIPLIER,
+    TOTAL_ROWS,
+    array_record,
+    own_config,
+)
 from fedllm.wire.task_identity import set_task_identity
 
 Answer = Callable[[Message, Context], Message]
@@ -84,6 +91,8 @@ QUESTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "a word, by failure": ("fails at a word", {}),
     "an epoch": ("plain", {"train.local-steps": 0, "train.batch-size": 2}),
+    "a sum for joint noise": ("plain", {"privacy.noise": "joint"}),
+    "a word, by a joint sum": ("fails at a word", {"privacy.noise": "joint"}),
 }
 """What a server asks: a chat template, and settings of the run."""
 
@@ -181,7 +190,11 @@ def _ask(
     arrays = array_record(
         initial_arrays(adapter_spec(_ADAPTER, load_config(model), 42))
     )
-    record = own_config({"server-round": 1, "learning-rate": 0.1})
+    numbers = {
+        NOISE_MULTIPLIER: float(config["privacy.noise-multiplier"]),
+        TOTAL_ROWS: 10 * NUM_ROWS,
+    }
+    record = own_config({"server-round": 1, "learning-rate": 0.1, **numbers})
     message = Message(RecordDict({ARRAYS: arrays, CONFIG: record}), 1, "train")
     node: dict[str, Any] = {"data-path": str(rows), "partition-id": 0}
     context = Context(1, 1, node, RecordDict(), config)

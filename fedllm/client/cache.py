@@ -117,20 +117,14 @@ def client_records(
         ConfigError: There is no such partition, or it would depend on what rows hold.
         DataError: There is no such file, it holds no rows, or it is malformed as a whole.
     """
-    from fedllm.data.records import load_records, own_records, tokenize_records
+    from fedllm.data.records import tokenize_records
 
     key = _rows_key(node, config)
     if key not in resident.records:
-        rows = load_records(config.data, node.data_path)
+        rows = _load_records(node, config)
         public: set[int] = set()
-        if node.data_path is None:
-            _require_public_partition(node, config)
-            where = (node.partition_id, node.num_partitions, config.seed)
-            rows = own_records(config.data, rows, *where)
-        else:
+        if node.data_path is not None:
             public = _public_places(config, rows, log)
-        if not rows:
-            raise DataError(f"client {node.partition_id}: has no rows")
         records = tokenize_records(
             rows, resident.adapted.tokenizer, config.data, config.train.max_length
         )
@@ -146,6 +140,30 @@ def client_records(
             for place, example in enumerate(records.examples)
         ]
     return resident.records[key]
+
+
+def num_partition_rows(node: NodeConfig, config: RunConfig) -> int:
+    """Return how many rows a virtual client has, whatever they hold.
+
+    Raises:
+        ConfigError: There is no such partition, or it would depend on what rows hold.
+        DataError: There are no rows, or they are malformed as a whole.
+    """
+    return len(_load_records(node, config))
+
+
+def _load_records(node: NodeConfig, config: RunConfig) -> "list[Row | None]":
+    """Read all rows of the client's own file, or of its partition of `data.name`."""
+    from fedllm.data.records import load_records, own_records
+
+    rows = load_records(config.data, node.data_path)
+    if node.data_path is None:
+        _require_public_partition(node, config)
+        where = (node.partition_id, node.num_partitions, config.seed)
+        rows = own_records(config.data, rows, *where)
+    if not rows:
+        raise DataError(f"client {node.partition_id}: has no rows")
+    return rows
 
 
 def _rows_key(node: NodeConfig, config: RunConfig) -> tuple[Any, ...]:

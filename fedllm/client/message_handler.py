@@ -12,11 +12,23 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 
 from fedllm.adapters.resolve import with_kind
 from fedllm.client.base_model import require_same_base
-from fedllm.client.cache import client_records, client_rows, resident_model
+from fedllm.client.cache import (
+    client_records,
+    client_rows,
+    num_partition_rows,
+    resident_model,
+)
 from fedllm.client.log import ClientLog
 from fedllm.client.node_config import (
     NodeConfig,
@@ -41,8 +53,10 @@ from fedllm.wire.messages import (
     BASE_MODEL,
     CLIENT_PHASES,
     CONFIG,
+    DECLARED_ROWS,
     METRICS,
     WIRE_FORMAT_KEY,
+    array_record,
     encoded_record,
     error_content,
     read_global,
@@ -131,6 +145,25 @@ def reply_to(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
+def _declared(client: _Client) -> RecordDict:
+    """Return how many rows this client declares as public, which no row decides.
+
+    Raises:
+        ConfigError: The node's owner declares nothing.
+        DataError: A virtual client's rows cannot be read.
+    """
+    config, node = client.config, client.node
+    rows = node.declared_rows
+    if rows is None and not node.is_simulated:
+        raise ConfigError(
+            "node config: declared-rows: is missing: under privacy.noise='joint' the owner "
+            "declares how many rows the node has, as a public number"
+        )
+    if rows is None:
+        rows = num_partition_rows(node, config)
+    return RecordDict({METRICS: MetricRecord({DECLARED_ROWS: rows})})
+
+
 def _counted(message: Message, client: _Client) -> RecordDict:
     """Answer a request, which counts as refused until its release is paid for.
 
@@ -150,7 +183,7 @@ def _answer(message: Message, client: _Client) -> RecordDict:
     check_node_limits(client.node, client.config)
     _check_format(message)
     if message.metadata.message_type.startswith("query"):
-        return _announced(client)
+        return _declared(client) if client.config.is_joint else _announced(client)
     if message.metadata.message_type.startswith("evaluate"):
         return _evaluate(message, client)
     return _train(message, client)
@@ -217,6 +250,8 @@ def _train(message: Message, client: _Client) -> RecordDict:
     arrays = _received(message, resident.adapted, config)
     seed = training_seed(config.seed, server_round, node.partition_id)
     task = RoundTask(arrays, learning_rate, seed, deadline)
+    if config.is_joint:
+        return _sum_batch(client, record, resident.adapted, examples, task)
     ready = time.monotonic()
     trained, metrics = _fit(client, resident.adapted, examples, task)
     ended = time.monotonic()
@@ -308,6 +343,41 @@ def _fit_privately(
     budget.require()
     trained = train_privately(adapted, records, config, budget.plan, task)
     return trained, budget.spend()
+
+
+def _sum_batch(
+    client: _Client,
+    record: ConfigRecord,
+    adapted: "AdaptedModel",
+    records: "Sequence[Example | None]",
+    task: RoundTask,
+) -> RecordDict:
+    """Return the sum of a batch's clipped gradients, paid for before its coins are tossed.
+
+    A step that fails afterwards stays paid for: its cost is no function of rows.
+
+    Raises:
+        BudgetError: The step would pass the node's or the run's limit.
+        ConfigError: The server's numbers are not those of the run.
+        PrivacyError: The ledger cannot be trusted or written.
+        TimeLimitError: The time was up before the step began.
+    """
+    from fedllm.client.record_budget import open_joint_budget
+    from fedllm.training.joint_step import batch_sum
+
+    config, node = client.config, client.node
+    began = time.monotonic()
+    budget = open_joint_budget(config, node, client.run_id, record, client.log)
+    task.check_deadline(0)
+    epsilon = budget.spend()
+    summed = batch_sum(adapted, records, config, budget.plan, task)
+    client.log.write(
+        f"client {node.partition_id}: step {record['server-round']!r}: sum of a batch after "
+        f"{time.monotonic() - began:.1f} s; {summed.num_unfit} of the examples drawn could "
+        f"not be taken; epsilon {epsilon:.3f} of this client's records so far, if the server "
+        "adds the noise that it names"
+    )
+    return RecordDict({ARRAYS: array_record(summed.integers)})
 
 
 def _received(

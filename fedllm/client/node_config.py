@@ -17,8 +17,18 @@ any epsilon can be reached."""
 _LARGEST_EPSILON = 10.0
 """Largest epsilon if the node demands a unit of privacy and sets no `max-epsilon`."""
 
-LIMITS = ("privacy-unit", "max-epsilon", "budget-period", "delta", "model-name")
-KEYS = ("data-path", "partition-id", "num-partitions", *LIMITS)
+LIMITS = (
+    "privacy-unit",
+    "max-epsilon",
+    "budget-period",
+    "delta",
+    "model-name",
+    "privacy-noise",
+)
+KEYS = ("data-path", "partition-id", "num-partitions", "declared-rows", *LIMITS)
+
+_NOISES = ("local", "joint")
+_MOST_ROWS = 2**31
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,9 @@ class NodeConfig:
         model_name: The `model.name` that a run must have, and so the chat template that
             the node's rows are put in; None: any, but under record level with another
             limit the built-in one.
+        privacy_noise: `joint` if a run may leave the noise of record level to the server;
+            `local` or None: a node with a limit adds it itself.
+        declared_rows: How many rows the node's owner declares as public; None: not set.
         is_partition: Whether the config names a number of partitions, as every node of a
             simulation does. What such a client prints may reach the server's log.
     """
@@ -51,6 +64,8 @@ class NodeConfig:
     budget_period: float | None = None
     delta: float | None = None
     model_name: str | None = None
+    privacy_noise: str | None = None
+    declared_rows: int | None = None
     is_partition: bool = False
 
     @property
@@ -103,6 +118,8 @@ def parse_node_config(values: Mapping[str, Any]) -> NodeConfig:
         budget_period=_budget_period(values, max_epsilon),
         delta=_number(values, "delta"),
         model_name=None if model_name is None else str(model_name),
+        privacy_noise=_noise(values),
+        declared_rows=_declared_rows(values),
         is_partition="num-partitions" in values,
     )
 
@@ -142,6 +159,12 @@ def _check_unit(node: NodeConfig, config: RunConfig) -> None:
     An epsilon or delta without a guarantee behind it is below every limit, so a limit
     without a unit demands client level.
     """
+    if config.is_joint and node.has_limits and node.privacy_noise != "joint":
+        raise ConfigError(
+            "privacy.noise: this node adds its noise itself (got 'joint', where sums leave "
+            "it without noise and the server is trusted to add it): its privacy-noise is "
+            + ("not set" if node.privacy_noise is None else f"{node.privacy_noise!r}")
+        )
     unit, got = node.privacy_unit, config.privacy.unit
     if node.max_epsilon is not None or node.delta is not None:
         unit = unit or "client"
@@ -187,6 +210,44 @@ def _check_epsilon(node: NodeConfig, config: RunConfig) -> None:
             f"privacy.target-epsilon: this node demands at most {limit} "
             f"(got {min(promised) if promised else 'no bound'})"
         )
+
+
+def _noise(values: Mapping[str, Any]) -> str | None:
+    """Return `privacy-noise`; None if it is not set.
+
+    Raises:
+        ConfigError: It is neither `local` nor `joint`, or no unit of privacy stands by it.
+    """
+    noise = values.get("privacy-noise")
+    if noise is None:
+        return None
+    if noise not in _NOISES:
+        raise ConfigError(
+            f"node config: privacy-noise: must be 'local' or 'joint' (got {noise!r})"
+        )
+    if values.get("privacy-unit") != "record":
+        raise ConfigError(
+            "node config: privacy-noise: is for privacy-unit='record' (got "
+            f"{values.get('privacy-unit')!r})"
+        )
+    return str(noise)
+
+
+def _declared_rows(values: Mapping[str, Any]) -> int | None:
+    """Return `declared-rows`; None if it is not set.
+
+    Raises:
+        ConfigError: It is no whole number of rows.
+    """
+    rows = _number(values, "declared-rows")
+    if rows is None:
+        return None
+    if rows != int(rows) or not 0 < rows <= _MOST_ROWS:
+        raise ConfigError(
+            "node config: declared-rows: must be a whole number of rows, at least 1 (got "
+            f"{values['declared-rows']!r})"
+        )
+    return int(rows)
 
 
 def _require_known_keys(values: Mapping[str, Any]) -> None:

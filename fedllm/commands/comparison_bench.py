@@ -34,6 +34,7 @@ from fedllm.evaluation.held_out_loss import HeldOut, held_out
 from fedllm.evaluation.multiple_choice import load_questions, multiple_choice
 from fedllm.evaluation.public_rows import PublicRows
 from fedllm.planning.adapter_choice import choose_adapter, with_choice
+from fedllm.privacy.ledger import Ledger
 from fedllm.runs.directory import METRICS_FILE, RunDirectory, read_metrics
 from fedllm.server.federation import Federation
 from fedllm.server.local_grid import LocalGrid
@@ -295,7 +296,7 @@ def _figures(federation: Federation) -> dict[str, Any]:
             figures["megabytes"] = sum(
                 line["megabytes_down"] + line["megabytes_up"] for line in rounds
             )
-    if ledger is not None:
+    if isinstance(ledger, Ledger):
         spent = ledger.epsilons()
         figures["epsilon"] = spent.zero_out
         figures["epsilon_replace_one"] = spent.replace_one

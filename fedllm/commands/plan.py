@@ -29,6 +29,7 @@ from fedllm.commands.options import (
 from fedllm.config import RunConfig, parse_run_config
 from fedllm.errors import ConfigError
 from fedllm.planning.adapter_choice import choose_adapter, with_choice
+from fedllm.planning.joint_noise import joint_plan
 from fedllm.planning.noise import privacy_settings
 from fedllm.planning.plan import count_trainable, plan_run
 from fedllm.planning.plan_lines import plan_lines, record_plan_lines
@@ -108,7 +109,7 @@ def _config(args: argparse.Namespace) -> RunConfig:
 
 
 def _record_plan(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the plan of one client with record-level privacy.
+    """Return the plan of one client with record-level privacy, or of all under `joint`.
 
     Raises:
         ConfigError: The number of its records is missing, or a flag is for client level
@@ -121,6 +122,9 @@ def _record_plan(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
         )
     if args.probe or args.plot:
         raise ConfigError("--probe, --plot: are for privacy.unit='client' only")
+    if config.is_joint:
+        clients = config.strategy.num_clients or _DEFAULT_CLIENTS
+        return joint_plan(config, args.records, clients)
     return record_plan(config, args.records)
 
 
@@ -189,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
         help="noise multiplier; epsilon follows from it",
     )
     parser.add_argument(
-        "--records", type=int, help="records of one client, with privacy.unit='record'"
+        "--records", type=int, help="records of each client, with privacy.unit='record'"
     )
     parser.add_argument("--delta", type=float, help="delta of (epsilon, delta)")
     parser.add_argument("--sampling", help="all, fixed or poisson")

@@ -119,11 +119,12 @@ def _table(settings: PrivacySettings) -> list[str]:
 
 
 def record_plan_lines(config: RunConfig, plan: dict[str, Any]) -> list[str]:
-    """Return the plan of one client with record-level privacy as text."""
+    """Return the plan of a client, or of all under `joint`, with record level as text."""
+    who = "all clients together, with" if config.is_joint else "a client of"
     z, batch = plan["noise_multiplier"], plan["expected_batch_size"]
     caution = delta_caution(plan["delta"], plan["num_records"])
     lines = [
-        f"a client of {plan['num_records']:,} records: batches of about {batch} by "
+        f"{who} {plan['num_records']:,} records: batches of about {batch} by "
         f"secret coins, {plan['steps_per_round']} steps in each of "
         f"{plan['num_rounds']} rounds",
         f"noise multiplier {z:.4g} <-> epsilon {plain(plan['epsilon'])} for adding or "

@@ -64,7 +64,7 @@ def client_plan(
         ConfigError: There are fewer records than one expected batch.
     """
     train, privacy = config.train, config.privacy
-    batch = train.batch_size * train.gradient_accumulation
+    batch = train.expected_batch_size
     if num_records < batch:
         raise ConfigError(
             f"train.gradient-accumulation: privacy.unit='record' draws batches of "

@@ -281,14 +281,22 @@ class FixedPointSum:
         Raises:
             ValueError: The weights pass 2**22, so that the integers may not fit.
         """
-        if self._weight > self._ROOM:
-            raise ValueError(f"a noised sum holds 2**22 updates (got {self._weight})")
-        self._carry()
-        whole = (self._high << 20) + self._low
+        whole = self.integers()
         whole += noise
         released: Vector = whole.astype(np.float64)
         released *= self._limit / self._units
         return released
+
+    def integers(self) -> Integers:
+        """Return the sum in units, (d,) int64, exactly.
+
+        Raises:
+            ValueError: The weights pass 2**22, so that the integers may not fit.
+        """
+        if self._weight > self._ROOM:
+            raise ValueError(f"a noised sum holds 2**22 updates (got {self._weight})")
+        self._carry()
+        return (self._high << 20) + self._low
 
 
 def private_sum(

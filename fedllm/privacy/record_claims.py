@@ -10,7 +10,7 @@ from typing import Any
 
 from fedllm.errors import PrivacyError
 from fedllm.privacy.accounting import Sampling
-from fedllm.privacy.ledger import write_privacy_file
+from fedllm.privacy.release_ledger import write_privacy_file
 from fedllm.privacy.wording import delta_caution, plain, strength
 
 _NOT_COVERED = [

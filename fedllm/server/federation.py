@@ -21,10 +21,10 @@ from fedllm.evaluation.sample_answers import sample_answers
 from fedllm.reporting.monitor import RunMonitor
 from fedllm.runs.directory import RESULT_FILE, RunDirectory
 from fedllm.runs.record import ANSWERS_FILE
+from fedllm.server.account import PrivacyAccount
 from fedllm.server.announcement import announce
 from fedllm.server.noise_probe import require_harmless_noise
 from fedllm.server.population import replace_departed
-from fedllm.server.privacy_account import PrivacyAccount
 from fedllm.server.reply_stream import ReplyStream
 from fedllm.server.round_log import (
     RoundReport,
@@ -37,6 +37,7 @@ from fedllm.server.saving import BestRound, Progress, RunSaver
 from fedllm.server.summary import log_outcome, log_plan
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
+from fedllm.strategy.joint_record_dp import JointRecordDP
 from fedllm.wire.messages import (
     ADAPTER_KIND,
     BASE_MODEL,
@@ -79,7 +80,7 @@ class Federation:
     directory: RunDirectory
     public: PublicRows
     account: PrivacyAccount
-    strategy: AdapterFedAvg | ClientLevelDP
+    strategy: AdapterFedAvg | ClientLevelDP | JointRecordDP
     saver: RunSaver
     monitor: RunMonitor
     progress: Progress
@@ -116,8 +117,11 @@ class Federation:
         seconds = {"train": 0.0, "aggregate": 0.0, "save": 0.0, "evaluate": evaluated}
         self._record(RoundReport(0, loss=loss, seconds=seconds))
         log_plan(self.account)
-        if isinstance(self.strategy, ClientLevelDP) and loss is not None:
-            require_harmless_noise(self.config, self.strategy, self.public, loss)
+        if loss is not None and not isinstance(self.strategy, AdapterFedAvg):
+            advice = self.account.advice()
+            require_harmless_noise(
+                self.config, self.strategy, self.public, loss, advice
+            )
         self._write_checkpoint()
 
     def _train(self) -> None:

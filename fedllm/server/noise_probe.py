@@ -1,12 +1,13 @@
 """What the noise of a run does to the model by itself, measured before round 1."""
 
 import logging
+from collections.abc import Sequence
 
 from fedllm.config import RunConfig
 from fedllm.errors import PrivacyError
 from fedllm.evaluation.public_rows import PublicRows
-from fedllm.planning.advice import ledger_advice
 from fedllm.strategy.client_level_dp import ClientLevelDP
+from fedllm.strategy.joint_record_dp import JointRecordDP
 
 logger = logging.getLogger(__name__)
 
@@ -15,7 +16,11 @@ DESTRUCTIVE = 0.1
 
 
 def require_harmless_noise(
-    config: RunConfig, strategy: ClientLevelDP, public: PublicRows, before: float
+    config: RunConfig,
+    strategy: ClientLevelDP | JointRecordDP,
+    public: PublicRows,
+    before: float,
+    advice: Sequence[str],
 ) -> None:
     """Measure what noise alone does to the loss, and warn or raise if it is destructive.
 
@@ -24,6 +29,7 @@ def require_harmless_noise(
         strategy: Makes the noise of all rounds, through the real server update.
         public: Scores it on public validation rows.
         before: Loss of the untuned model on the same rows, nats per token.
+        advice: What helps against the noise, best first.
 
     Raises:
         PrivacyError: Noise is destructive and `privacy.on-destructive-noise` is
@@ -45,14 +51,26 @@ def require_harmless_noise(
     if rise <= DESTRUCTIVE:
         return
     if config.privacy.on_destructive_noise == "refuse":
-        clients = strategy.ledger.settings.population_size
         raise PrivacyError(
             f"privacy.on-destructive-noise: noise alone raises the validation loss by "
-            f"{rise:.2f}, too much for {clients} clients, so the run stops before round "
-            "1: choose privacy.unit='record', which protects single rows and not whole "
-            "clients (--run-config configs/record-level.toml), or more clients: fedllm "
-            "simulate --num-supernodes 20; "
+            f"{rise:.2f}, {_too_much(config, strategy)}; "
             "privacy.on-destructive-noise='warn' trains all the same"
         )
-    advice = "; ".join(ledger_advice(strategy.ledger))
-    logger.warning("noise alone is destructive. What helps: %s", advice)
+    logger.warning("noise alone is destructive. What helps: %s", "; ".join(advice))
+
+
+def _too_much(config: RunConfig, strategy: ClientLevelDP | JointRecordDP) -> str:
+    """Return for whom the noise is too much, and what to choose instead."""
+    if config.is_joint:
+        return (
+            f"too much for batches of {config.train.expected_batch_size} records, so the run "
+            "stops before round 1: choose larger batches (train.gradient-accumulation), or a "
+            "smaller strategy.server-learning-rate"
+        )
+    clients = strategy.ledger.settings.population_size
+    return (
+        f"too much for {clients} clients, so the run stops before round "
+        "1: choose privacy.unit='record', which protects single rows and not whole "
+        "clients (--run-config configs/record-level.toml), or more clients: fedllm "
+        "simulate --num-supernodes 20"
+    )

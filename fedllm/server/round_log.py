@@ -9,7 +9,7 @@ from typing import Any
 
 from fedllm.config import RunConfig
 from fedllm.errors import FederationError
-from fedllm.server.privacy_account import PrivacyAccount
+from fedllm.server.account import PrivacyAccount
 from fedllm.strategy.round_stats import Round
 from fedllm.strategy.server_optimizer import cosine
 from fedllm.wire.masking import OTHER_VERSION, WIRE_FORMAT

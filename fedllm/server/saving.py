@@ -9,7 +9,7 @@ from fedllm.adapters.spec import AdapterSpec, Arrays
 from fedllm.config import RunConfig
 from fedllm.runs.checkpoint import Checkpoint, State, spec_as_json
 from fedllm.runs.directory import RunDirectory
-from fedllm.server.privacy_account import PrivacyAccount
+from fedllm.server.account import PrivacyAccount
 
 
 @dataclass

@@ -18,9 +18,11 @@ from fedllm.reporting.monitor import RunMonitor
 from fedllm.reporting.trackers import require_tracker
 from fedllm.runs.directory import CONFIG_FILE, RunDirectory
 from fedllm.runs.resume import Resumed, open_run
+from fedllm.server.account import AccountTerms, PrivacyAccount
+from fedllm.server.declared_rows import ask_declared_rows
 from fedllm.server.federation import Federation
 from fedllm.server.population import LEAST_CLIENTS, wait_for_clients
-from fedllm.server.privacy_account import AccountTerms, PrivacyAccount, open_account
+from fedllm.server.privacy_account import open_account
 from fedllm.server.saving import BestRound, Progress, RunIdentity, RunSaver
 from fedllm.strategy.build import make_strategy
 
@@ -102,6 +104,10 @@ def _assemble(
     require_no_public_row_trains(config)
     known = resumed.checkpoint.state.population if resumed else []
     population = wait_for_clients(grid, config, known, least_clients)
+    declared: dict[int, int] = {}
+    if config.is_joint and resumed is None:
+        declared = ask_declared_rows(grid, config, population, least_clients)
+        population = list(declared)
     config = _with_adapter_kind(config, len(population))
     spec = adapter_spec(config.adapter, model_config, config.seed)
     identity = RunIdentity(run_id, base_name, fingerprint(base_name))
@@ -116,6 +122,7 @@ def _assemble(
         spec.num_trainable,
         resumed is not None,
         home if is_kept else None,
+        list(declared.values()),
     )
     account = open_account(terms)
     progress = _progress_of(resumed, account, config) if resumed else None

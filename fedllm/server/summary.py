@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedllm.server.privacy_account import PrivacyAccount
+from fedllm.server.account import PrivacyAccount
 
 logger = logging.getLogger(__name__)
 

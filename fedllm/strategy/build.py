@@ -5,30 +5,37 @@ import numpy.typing as npt
 
 from fedllm.config import RunConfig
 from fedllm.errors import PrivacyError
+from fedllm.privacy.joint_ledger import JointLedger
 from fedllm.privacy.ledger import Ledger
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
+from fedllm.strategy.joint_record_dp import JointRecordDP
 
 
 def make_strategy(
     config: RunConfig,
     reference: dict[str, npt.NDArray[np.float32]],
     population: list[int],
-    ledger: Ledger | None,
-) -> AdapterFedAvg | ClientLevelDP:
+    ledger: Ledger | JointLedger | None,
+) -> AdapterFedAvg | ClientLevelDP | JointRecordDP:
     """Make the strategy of a run: FedAvg, wrapped in DP if there is a ledger.
 
     Args:
         config: The run config.
         reference: The first global adapter's trained values by name.
         population: Node ids of all clients.
-        ledger: The run's privacy ledger; None under `privacy.unit="none"`.
+        ledger: The run's privacy ledger; None under `privacy.unit="none"`, and where
+            each client adds the noise itself.
 
     Raises:
-        PrivacyError: Clients are promised privacy and there is no ledger: nothing would
-            be clipped or noised.
+        PrivacyError: The server is to add noise and there is no ledger for it: nothing
+            would be clipped or noised.
     """
+    if config.is_joint != isinstance(ledger, JointLedger):
+        raise PrivacyError("privacy.noise is 'joint', or the ledger is, but not both")
     if ledger is None and config.privacy.unit == "client":
         raise PrivacyError("privacy.unit is 'client', and there is no ledger")
     strategy = AdapterFedAvg(config, reference, population)
+    if isinstance(ledger, JointLedger):
+        return JointRecordDP(strategy, ledger)
     return strategy if ledger is None else ClientLevelDP(strategy, ledger)

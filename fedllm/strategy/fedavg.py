@@ -5,7 +5,7 @@ Replies are read one at a time and added to a fixed-point sum, so that neither m
 nor the result depends on how many there are or in which order they come.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -199,13 +199,27 @@ class AdapterFedAvg(FedAvg):
         """Log nothing; the run logs its own summary."""
 
     def read(self, replies: Iterable[Message]) -> Iterator[Reply]:
+        """Decode replies one at a time, and count them; yield those with values."""
+        encoding = self.config.wire.encoding
+        for reply in self.decoded(
+            replies, lambda message: read_reply(message, self.shapes, encoding)
+        ):
+            yield self._as_values(reply)
+
+    def decoded(
+        self, replies: Iterable[Message], decode: Callable[[Message], Reply]
+    ) -> Iterator[Reply]:
         """Decode replies one at a time, and count them; yield those with arrays.
 
         Of one node only the first counts: two would add twice the clipping norm.
+
+        Args:
+            replies: The replies of a round.
+            decode: Reads one of them; total.
         """
         answered: set[int] = set()
         for message in replies:
-            reply = read_reply(message, self.shapes, self.config.wire.encoding)
+            reply = decode(message)
             self.round.answered += 1
             self.round.bytes_up += reply.num_bytes
             if reply.node_id in answered:
@@ -216,7 +230,7 @@ class AdapterFedAvg(FedAvg):
                 self.round.epsilons[reply.node_id] = reply.epsilon
                 if self._may_measure and reply.seconds:
                     self.round.note_seconds(reply.seconds)
-                yield self._as_values(reply)
+                yield reply
             else:
                 self.reject(reply, reply.code)
 

@@ -7,8 +7,8 @@ Examples, the answer-only loss, the adapter and the base are those of `sft.py`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -68,23 +68,12 @@ def train_privately(
     generator = SecureGenerator()
     model, train = adapted.model, config.train
     norm = config.privacy.max_grad_norm
-    require_no_randomness(model)
-    sparing = release_mapped_pages(model) if train.gradient_checkpointing else None
-    with restoring(model), sparing or nullcontext():
-        if train.gradient_checkpointing:
-            model.get_base_model().activation_checkpointing_enable()
-        model.train()
-        adapted.set(task.arrays)
+    with ready_for_gradients(adapted, config, task):
         per_example = PerExample(model, adapted.pad_token_id)
         update = _Update(per_example.trained, train, task.learning_rate)
         for step in range(plan.steps):
             task.check_deadline(step)
-            coins = generator.bernoulli(plan.sampling_probability, len(examples))
-            batch = [
-                row
-                for row, coin in zip(examples, coins, strict=True)
-                if coin and row is not None
-            ]
+            batch = drawn(examples, plan.sampling_probability, generator)
             z = plan.noise_multiplier
             total = clipped_sum(per_example, batch, train.batch_size, norm, z)
             released = noised_sum(total, z, generator)
@@ -92,6 +81,27 @@ def train_privately(
         trained = adapted.get()
     unfit = per_example.num_unfit
     return Trained(trained, math.nan, len(examples), plan.steps, num_unfit=unfit)
+
+
+@contextmanager
+def ready_for_gradients(
+    adapted: AdaptedModel, config: RunConfig, task: RoundTask
+) -> Iterator[None]:
+    """Put the resident model in the mode of the training, at the task's arrays.
+
+    Raises:
+        AdapterError: The task's arrays are not those of this adapter.
+        ConfigError: The base model has dropout, or remembers other rows.
+    """
+    model, train = adapted.model, config.train
+    require_no_randomness(model)
+    sparing = release_mapped_pages(model) if train.gradient_checkpointing else None
+    with restoring(model), sparing or nullcontext():
+        if train.gradient_checkpointing:
+            model.get_base_model().activation_checkpointing_enable()
+        model.train()
+        adapted.set(task.arrays)
+        yield
 
 
 def clipped_sum(
@@ -115,12 +125,41 @@ def clipped_sum(
     """
     size = sum(p.numel() for p in per_example.trained)
     total = private_sum(size, max_grad_norm, noise_multiplier)
+    add_clipped(total, per_example, batch, micro_batch_size, max_grad_norm)
+    return total
+
+
+def add_clipped(
+    total: FixedPointSum,
+    per_example: PerExample,
+    batch: Sequence[Mapping[str, Any]],
+    micro_batch_size: int,
+    max_grad_norm: float,
+) -> None:
+    """Add the clipped gradients of a batch's examples to a sum; arguments as there.
+
+    Guarantee:
+        An example whose gradient is not finite, or that has none, adds nothing.
+    """
     for rows in per_example.gradients(batch, micro_batch_size):
         for row in rows.numpy():
             gradient = clipped(row.astype(np.float64), max_grad_norm).update
             if gradient is not None:
                 total.add(gradient)
-    return total
+
+
+def drawn(
+    examples: Sequence[Mapping[str, Any] | None],
+    probability: float,
+    generator: SecureGenerator,
+) -> list[Mapping[str, Any]]:
+    """Return a Poisson batch: each record by its own secret coin, whatever it holds."""
+    coins = generator.bernoulli(probability, len(examples))
+    return [
+        row
+        for row, coin in zip(examples, coins, strict=True)
+        if coin and row is not None
+    ]
 
 
 class _Update:

@@ -2,8 +2,8 @@
 
 import io
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from secrets import token_hex
 from typing import Any
@@ -31,6 +31,15 @@ BASE_MODEL = "base-model"
 WIRE_FORMAT_KEY = "wire-format"
 """Entry of a message's config: the format in which the server reads replies."""
 
+NOISE_MULTIPLIER = "noise-multiplier"
+"""Entry of a message's config under `privacy.noise="joint"`: z, which the server will add."""
+
+TOTAL_ROWS = "total-rows"
+"""Entry beside it: how many rows all clients declared together."""
+
+DECLARED_ROWS = "declared-rows"
+"""Metric of the reply to the question before round 1: how many rows a client declares."""
+
 CLIENT_PHASES = ("load", "tokenise", "build", "train", "encode")
 """The phases of a client's seconds, in order; sent without DP only."""
 
@@ -50,9 +59,13 @@ UNREADABLE = 0
 unknown error)."""
 
 _MAX_HEADER_BYTES = 1024
-_KINDS = {"f": "a float of at most 64 bits", "u": "bytes"}
-_USUAL = {"f": "<f4", "u": "|u1"}
-_LARGEST_ITEM = {"f": 8, "u": 1}
+_KINDS = {
+    "f": "a float of at most 64 bits",
+    "u": "bytes",
+    "i": "an integer of at most 64 bits",
+}
+_USUAL = {"f": "<f4", "u": "|u1", "i": "<i8"}
+_LARGEST_ITEM = {"f": 8, "u": 1, "i": 8}
 _MAX_EXAMPLES = 2**31
 
 
@@ -133,6 +146,52 @@ def read_reply(
             reply without arrays.
         encoding: How they travel; but for `float32` what is read is the update.
     """
+    return _read_with(
+        message,
+        shapes,
+        lambda sent, mask: _read_arrays(sent, shapes, encoding, mask),
+    )
+
+
+def read_sum(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> Reply:
+    """Decode a reply whose arrays are integers, whatever the encoding. Total.
+
+    Args:
+        message: The reply, as Flower inflated it.
+        shapes: Name -> shape of the arrays that the adapter declares.
+
+    Returns:
+        A reply whose arrays are int64.
+    """
+    reply = _read_with(
+        message, shapes, lambda sent, mask: _read_named(sent, shapes, "i", mask)
+    )
+    if reply.arrays is None:
+        return reply
+    whole = {name: array.astype(np.int64) for name, array in reply.arrays.items()}
+    return replace(reply, arrays=whole)
+
+
+def read_declared_rows(message: Message) -> int | None:
+    """Return how many rows a client declares; None if its reply has no such number."""
+    try:
+        if message.has_error():
+            return None
+        record: Mapping[str, Any] = message.content.metric_records.get(METRICS, {})
+        count = record.get(DECLARED_ROWS)
+    except Exception:  # noqa: BLE001 - a hostile reply may raise anything
+        return None
+    return count if type(count) is int and 0 < count <= _MAX_EXAMPLES else None
+
+
+def _read_with(
+    message: Message,
+    shapes: Mapping[str, tuple[int, ...]],
+    read_arrays: Callable[
+        [ArrayRecord | None, Mask], tuple[dict[str, npt.NDArray[Any]] | str, int]
+    ],
+) -> Reply:
+    """Decode a reply, and its arrays by a reader of masked records."""
     node_id = 0
     try:
         node_id = int(message.metadata.src_node_id)
@@ -155,7 +214,7 @@ def read_reply(
         if not shapes:
             return Reply(node_id, **metrics)
         sent = content.array_records.get(ARRAYS)
-        arrays, num_bytes = _read_arrays(sent, shapes, encoding, mask)
+        arrays, num_bytes = read_arrays(sent, mask)
     except Exception as error:  # noqa: BLE001 - a hostile reply may raise anything
         return Reply(node_id, code="malformed", text=type(error).__name__)
     if isinstance(arrays, str):

@@ -12,12 +12,20 @@ from transformers import AutoModelForCausalLM
 from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.adapters.peft_model import attach
 from fedllm.adapters.resolve import adapter_spec
-from fedllm.auditing.canary_records import audit_records, most_certifiable
+from fedllm.auditing.canary_records import (
+    audit_records,
+    joint_plan,
+    joint_step,
+    most_certifiable,
+)
+from fedllm.auditing.harness import ZeroNoise
 from fedllm.config import DataConfig, parse_run_config
 from fedllm.data.tokens import tokenize
 from fedllm.models.loading import load_config, load_tokenizer
+from fedllm.planning.joint_noise import joint_settings
 from fedllm.planning.record_noise import client_plan
 from fedllm.privacy.record_ledger import RecordPlan
+from fedllm.strategy import server_noise
 from fedllm.training.dp_sgd import train_privately
 from fedllm.training.task import RoundTask
 from tests.helpers.tiny_models import SENTENCES
@@ -87,3 +95,44 @@ def test_a_bound_is_never_above_what_so_many_canaries_can_show():
     # With m guesses all right p is 2**-m at epsilon 0; the bound solves q**m = 0.05.
     assert most_certifiable(60, 0.0) == pytest.approx(2.97, abs=0.02)
     assert most_certifiable(200, 1e-5) < 5
+
+
+JOINT = parse_run_config(
+    {
+        "privacy.unit": "record",
+        "privacy.noise": "joint",
+        "privacy.target-epsilon": 1.0,
+        "adapter.kind": "lora",
+        "adapter.target-modules": "all-linear",
+        "num-server-rounds": 30,
+        "train.batch-size": 8,
+        "train.gradient-accumulation": 4,
+        "strategy.server-optimizer": "adam",
+        "strategy.server-learning-rate": 0.02,
+        "strategy.server-learning-rate-min": 0.02,
+    }
+)
+
+
+def audited_jointly(client: tuple[AdaptedModel, Any], folder: Path) -> Any:
+    adapted, examples = client
+    rows = (len(examples) + CANARIES // 2, 5)
+    settings = joint_settings(JOINT, rows, adapted.spec.num_trainable)
+    step = joint_step(adapted, JOINT, settings, folder)
+    plan = joint_plan(settings)
+    return audit_records(adapted, examples, JOINT, plan, CANARIES, step)
+
+
+def test_one_noise_for_all_passes_and_without_it_the_run_is_convicted(
+    client, tmp_path, monkeypatch
+):
+    (tmp_path / "noised").mkdir()
+    found = audited_jointly(client, tmp_path / "noised")
+
+    assert 0.95 < found.accounted <= 1.0
+    assert found.passed
+
+    monkeypatch.setattr(server_noise, "SecureGenerator", ZeroNoise)
+    found = audited_jointly(client, tmp_path)
+
+    assert not found.passed and found.certified.epsilon > 2.0

@@ -58,7 +58,9 @@ def test_a_client_that_counts_usable_rows_is_convicted(monkeypatch, count):
 
     findings = {f.question: f for f in ask_about_rows(reply_to)}
 
-    assert not any(f.passed for f in findings.values())
+    # A joint sum is of no count of rows, so there a client can only refuse.
+    counts = [f for name, f in findings.items() if "joint" not in name]
+    assert not any(f.passed for f in counts)
     told = findings["a word, by failure"].by_reply.values()
     assert ["with the word", "no answer", "no JSON"] in told
 

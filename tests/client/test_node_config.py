@@ -12,7 +12,7 @@ from fedllm.client.node_config import (
 from fedllm.config import RunConfig, parse_run_config
 from fedllm.errors import ConfigError
 from fedllm.wire.messages import ARRAYS
-from tests.helpers.client_replies import NODE, RECORD, WITHOUT_DP, code_of
+from tests.helpers.client_replies import JOINT, NODE, RECORD, WITHOUT_DP, code_of
 
 
 def node_of(**limits: object) -> NodeConfig:
@@ -207,6 +207,43 @@ def test_no_run_can_loosen_a_nodes_limits(node, run, refused):
 
 def test_a_node_without_limits_takes_any_run():
     check_node_limits(node_of(), RunConfig())
+
+
+def test_a_node_with_a_limit_takes_joint_noise_only_if_its_owner_wrote_so():
+    config = parse_run_config(JOINT)
+
+    check_node_limits(node_of(), config)
+    check_node_limits(node_of(privacy_unit="record", privacy_noise="joint"), config)
+    for limits in (
+        {"privacy_unit": "record"},
+        {"privacy_unit": "record", "privacy_noise": "local"},
+        {"model_name": config.model.name},
+    ):
+        with pytest.raises(ConfigError, match="this node adds its noise itself"):
+            check_node_limits(node_of(**limits), config)
+
+
+def test_a_node_that_allows_joint_noise_takes_its_own_noise_too():
+    node = node_of(privacy_unit="record", privacy_noise="joint")
+
+    check_node_limits(node, parse_run_config(RECORD))
+
+
+@pytest.mark.parametrize(
+    ("limits", "what"),
+    [
+        ({"privacy_unit": "record", "privacy_noise": "both"}, "'local' or 'joint'"),
+        ({"privacy_noise": "joint"}, "is for privacy-unit='record'"),
+        ({"privacy_unit": "client", "privacy_noise": "joint"}, "is for privacy-unit"),
+        ({"declared_rows": 0}, "a whole number of rows"),
+        ({"declared_rows": 2.5}, "a whole number of rows"),
+        ({"declared_rows": "many"}, "must be a number"),
+        ({"declared_rows": 10**12}, "a whole number of rows"),
+    ],
+)
+def test_a_limit_that_means_nothing_is_an_error(limits, what):
+    with pytest.raises(ConfigError, match=what):
+        node_of(**limits)
 
 
 def test_a_period_needs_a_budget_of_client_level():

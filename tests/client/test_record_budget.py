@@ -1,12 +1,20 @@
 """A client spends no more than its records' budget."""
 
 import json
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from fedllm.client import cache
 from fedllm.client.message_handler import reply_to
+from fedllm.privacy.accounting import record_epsilon
+from fedllm.wire.masking import WIRE
+from fedllm.wire.messages import ARRAYS
 from tests.helpers.client_replies import (
+    JOINT,
     NODE,
+    NUMBERS,
     RECORD,
     code_of,
     epsilon_of,
@@ -120,6 +128,80 @@ def test_new_rows_begin_no_new_budget_and_rows_that_return_cost_the_same(
 
     assert [ask("other") for _ in range(3)] == spent
     assert spent == sorted(spent) and spent[0] < spent[2]
+
+
+def releases_of(home: Path) -> Any:
+    path = home / "ledgers/simulated/1/0/ledger.json"
+    return json.loads(path.read_text())["content"]["releases"]
+
+
+def test_a_joint_step_is_on_the_nodes_ledger_before_a_coin_is_tossed(
+    answer, home, monkeypatch
+):
+    from fedllm.training import joint_step
+
+    seen = []
+
+    def tossed(*args: Any) -> list[Any]:
+        seen.append(releases_of(home))
+        raise MemoryError
+
+    monkeypatch.setattr(joint_step, "drawn", tossed)
+
+    assert code_of(answer(JOINT, **NUMBERS)) == "out-of-memory"
+    assert seen == [[[2.0, 0.2, 1]]]
+    # What fails after its coins stays paid for.
+    assert releases_of(home) == [[2.0, 0.2, 1]]
+
+
+def test_joint_steps_cost_what_the_servers_numbers_say_and_stop_at_the_limit(
+    answer, home, limits
+):
+    node = {**NODE, **limits, "privacy-noise": "joint", "max-epsilon": 2.0}
+    event = (2.0, 0.2)
+    steps = 1
+    while record_epsilon([(*event, steps + 1)], 1e-5) <= 2.0:
+        steps += 1
+
+    for server_round in range(1, steps + 1):
+        reply = answer(JOINT, node, server_round=server_round, **NUMBERS)
+        assert set(reply.content) == {ARRAYS, WIRE}
+    assert code_of(answer(JOINT, node, **NUMBERS)) == "budget-spent"
+    ledger = json.loads((home / "ledgers/own/ledger.json").read_text())
+    assert ledger["content"]["releases"] == [[*event, steps]]
+
+
+def test_a_server_that_names_other_numbers_later_in_a_run_gets_nothing(answer, home):
+    answer(JOINT, **NUMBERS)
+
+    for other in ({"noise_multiplier": 3.0}, {"total_rows": 1000}):
+        assert code_of(answer(JOINT, **{**NUMBERS, **other})) == "bad-config"
+    assert releases_of(home) == [[2.0, 0.2, 1]]
+    assert "other numbers" in (home / "logs/client-0.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"total_rows": 10},
+        {"noise_multiplier": 2.0},
+        {"noise_multiplier": 0.0, "total_rows": 10},
+        {"noise_multiplier": float("nan"), "total_rows": 10},
+        {"noise_multiplier": float("inf"), "total_rows": 10},
+        {"noise_multiplier": "2.0", "total_rows": 10},
+        {"noise_multiplier": 2.0, "total_rows": 1},
+        {"noise_multiplier": 2.0, "total_rows": 10.0},
+        {"noise_multiplier": 1e12, "total_rows": 10},
+    ],
+)
+def test_numbers_of_a_server_that_are_none_are_refused(answer, numbers):
+    assert code_of(answer(JOINT, **numbers)) in ("bad-config", "failed")
+
+
+def test_less_noise_than_the_run_config_promises_is_refused(answer):
+    promise = {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 2.5}
+
+    assert code_of(answer({**JOINT, **promise}, **NUMBERS)) == "bad-config"
 
 
 def test_a_real_client_whose_ledger_begins_is_told_so_once(answer, home, data_file):

@@ -47,11 +47,13 @@ def train_instruction(
     message_type: str = "train",
     adapter_kind: str | None = None,
     encoding: Encoding = "float32",
+    **more: Any,
 ) -> Message:
-    """Return what the server asks of a client in a round."""
+    """Return what the server asks of a client in a round; `more` goes into its config."""
     config: dict[str, Any] = {
         "server-round": server_round,
         "learning-rate": learning_rate,
+        **{key.replace("_", "-"): value for key, value in more.items()},
         WIRE_FORMAT_KEY: WIRE_FORMAT,
     }
     if adapter_kind is not None:

@@ -7,7 +7,6 @@ from fedllm.auditing.harness import ZeroNoise
 from fedllm.config import parse_run_config
 from fedllm.privacy.ledger import Ledger, PrivacySettings
 from fedllm.strategy.build import make_strategy
-from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.wire.masking import masked
 from fedllm.wire.messages import (
     ARRAYS,
@@ -62,7 +61,7 @@ def ask(strategy, server_round=1):
 
 
 def strategy_of(strategy):
-    return strategy.strategy if isinstance(strategy, ClientLevelDP) else strategy
+    return strategy.averaging
 
 
 def answer(message, arrays, num_examples=None):

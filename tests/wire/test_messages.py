@@ -18,8 +18,10 @@ from fedllm.wire.messages import (
     METRICS,
     array_record,
     error_content,
+    read_declared_rows,
     read_global,
     read_reply,
+    read_sum,
 )
 from tests.helpers.flower_messages import reply
 
@@ -230,6 +232,43 @@ def test_a_reply_without_the_record_of_arrays_is_malformed(content):
     assert read_reply(reply(content), SHAPES).code == "malformed"
 
 
+def test_a_sum_is_read_to_the_last_bit():
+    largest = 2**63 - 1
+    whole = {"a": np.array([[0, -1, largest], [1, 2, -largest]]), "b": np.arange(4)}
+
+    got = read_sum(reply(RecordDict({ARRAYS: array_record(whole)})), SHAPES)
+
+    assert got.code is None
+    assert got.num_bytes > 8 * 10
+    for name, value in whole.items():
+        assert got.arrays[name].dtype == np.int64
+        np.testing.assert_array_equal(got.arrays[name], value)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f8", "<u8", "|b1", "<c8", "<M8[s]"])
+def test_a_sum_that_is_not_of_integers_is_malformed(dtype):
+    wrong = {"a": np.zeros((2, 3), dtype), "b": np.zeros(4, np.int64)}
+
+    got = read_sum(reply(RecordDict({ARRAYS: array_record(wrong)})), SHAPES)
+
+    assert (got.code, got.arrays) == ("malformed", None)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        array_record(GOOD),
+        array_record({"a": np.zeros((2, 3), np.int64)}),
+        array_record({"a": np.zeros((2, 2), np.int64), "b": np.zeros(4, np.int64)}),
+        ArrayRecord(),
+    ],
+)
+def test_what_is_not_the_declared_sum_is_malformed(record):
+    got = read_sum(reply(RecordDict({ARRAYS: record})), SHAPES)
+
+    assert (got.code, got.arrays) == ("malformed", None)
+
+
 def test_a_million_arrays_are_refused_before_one_is_looked_at():
     class Million(ArrayRecord):
         def __len__(self) -> int:
@@ -382,14 +421,19 @@ RECORDS = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from([ARRAYS, METRICS, ERROR, "x", WIRE]), RECORDS))
 def test_reading_never_raises_and_gives_declared_arrays_or_a_code(content):
-    got = read_reply(reply(RecordDict(content)), SHAPES)
+    message = reply(RecordDict(content))
+    assert read_declared_rows(message) is None
 
-    if got.code is None:
-        assert {name: a.shape for name, a in got.arrays.items()} == SHAPES
-        assert all(a.dtype.kind == "f" for a in got.arrays.values())
-    else:
-        assert got.arrays is None
-        assert got.code in (*ERROR_CODES, "malformed", OTHER_VERSION)
+    for got, kind in (
+        (read_reply(message, SHAPES), "f"),
+        (read_sum(message, SHAPES), "i"),
+    ):
+        if got.code is None:
+            assert {name: a.shape for name, a in got.arrays.items()} == SHAPES
+            assert all(a.dtype.kind == kind for a in got.arrays.values())
+        else:
+            assert got.arrays is None
+            assert got.code in (*ERROR_CODES, "malformed", OTHER_VERSION)
 
 
 def test_the_servers_arrays_are_refused_with_what_is_wrong():

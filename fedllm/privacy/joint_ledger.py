@@ -1,0 +1,171 @@
+"""The ledger of a run with record level and one noise for the whole federation."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedllm.privacy.accounting import (
+    noise_to_signal,
+    record_accountant,
+    record_epsilon,
+)
+from fedllm.privacy.release_ledger import ReleaseLedger, bounded
+from fedllm.privacy.wording import delta_caution, plain, strength
+
+_NOT_COVERED = [
+    "the server, which sees each client's sum of clipped gradients before the noise, and adds "
+    "the noise: neither a client nor its ledger can verify that it does",
+    "how many rows each client declared, and so the sampling probability: public numbers, "
+    "fixed before round 1, of which a row that joins or leaves changes none",
+    "a person with several rows: the bound is for one row",
+    "rows declared public, if a client trains on them: their losses, and the choice of a "
+    "round by them, have no noise",
+    "time and memory: how long a client takes, and whether it passes the run's time limit or "
+    "ends for want of memory (codes time-limit, out-of-memory, failed, or no answer), depends "
+    "on how long its rows are; a client that gives no sum counts as zero in that step",
+    "a file that is read as a whole (.json, .csv, .parquet) and is malformed as a whole: the "
+    "code is no-data, also where one row is the cause; a broken line of .jsonl is a record",
+    "the kernels of a GPU: that a record's gradient is the same in any company was tested on "
+    "CPUs, and is tried by each client on its own device, on public tokens only",
+    "the code that a client runs: Flower ships it from the server, so a node should pin or "
+    "sign it",
+    "who is connected, which client gave no sum and by which code, and when each client "
+    "answers (timing)",
+    "a run's traffic and its clients' seconds so far, which Flower shows to each registered "
+    "node that asks",
+    "the choice of settings, where it was made on private data",
+    "earlier and later runs over the same rows: their epsilons add up (each node's own ledger "
+    "counts them)",
+    "the same row at several clients",
+    "in a simulation: that partitions by label ('dirichlet', 'natural') have sizes that depend "
+    "on rows, and stand as declared",
+]
+
+
+@dataclass(frozen=True)
+class JointSettings:
+    """The settings that a run promises, fixed before round 1; fields as in `PrivacySettings`.
+
+    Attributes:
+        unit: `record`.
+        noise: `joint`.
+        declared_rows: The rows that each client declared, in the order of the population.
+        expected_batch_size: B: the expected number of records of one step in the whole
+            federation, and the divisor of its sum.
+        max_grad_norm: Largest norm of one record's gradient.
+    """
+
+    unit: str
+    noise: str
+    sampling: str
+    population_size: int
+    num_sampled_clients: float
+    declared_rows: Sequence[int]
+    expected_batch_size: int
+    max_grad_norm: float
+    noise_multiplier: float
+    delta: float
+    target_epsilon: float
+    max_epsilon: float
+    num_trainable: int
+    planned_rounds: int
+
+    def __post_init__(self) -> None:
+        # A list, as JSON has it, would not equal a tuple.
+        rows = tuple(int(count) for count in self.declared_rows)
+        object.__setattr__(self, "declared_rows", rows)
+
+    @property
+    def total_rows(self) -> int:
+        """The rows that all clients declared together."""
+        return sum(self.declared_rows)
+
+    @property
+    def sampling_probability(self) -> float:
+        """q: the probability of each record to be in a step."""
+        return self.expected_batch_size / self.total_rows
+
+
+class JointLedger(ReleaseLedger[JointSettings]):
+    """The steps of one run. Make it with `create` or `load`.
+
+    Guarantee:
+        As `ReleaseLedger`. A release is one Poisson-subsampled Gaussian mechanism over the
+        records of all clients, with noise multiplier z and probability q.
+    """
+
+    settings_type = JointSettings
+    positive = (
+        "population_size",
+        "total_rows",
+        "expected_batch_size",
+        "max_grad_norm",
+        "noise_multiplier",
+        "num_trainable",
+        "planned_rounds",
+    )
+    derived = ("num_rounds", "sampling_probability", "epsilon")
+
+    def spent_after(self, num_releases: int) -> float:
+        """Return the epsilon of a number of steps, add-or-remove of one record."""
+        return record_epsilon(self._events(num_releases), self.settings.delta)
+
+    @property
+    def noise_to_signal(self) -> float:
+        """R: the norm of the averaged noise over the largest norm of a gradient."""
+        settings = self.settings
+        return noise_to_signal(
+            settings.noise_multiplier,
+            settings.num_trainable,
+            settings.expected_batch_size,
+        )
+
+    def strength(self, epsilon: float) -> str:
+        """Return the word for an epsilon at this run's delta and number of rows."""
+        return strength(epsilon, self.settings.delta, self.settings.total_rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of privacy.json, with every key that other units have."""
+        settings, spent = self.settings, self.spent
+        events = self._events(len(self._releases))
+        return {
+            "run": self.run,
+            **asdict(settings),
+            "total_rows": settings.total_rows,
+            "clipping_norm": None,
+            "neighbouring_relation": "add-or-remove one record",
+            "epsilon": bounded(spent),
+            "epsilon_replace_one": None,
+            "sampling_probability": settings.sampling_probability,
+            "num_rounds": len(self._releases),
+            "releases": self._releases,
+            "noise_to_signal": self.noise_to_signal,
+            "noise_probe": self._noise_probe,
+            "accountant": record_accountant(events, settings.delta),
+            "not_covered": list(_NOT_COVERED),
+            "strength": self.strength(spent),
+            "statement": self._statement(spent),
+        }
+
+    def _events(self, num_releases: int) -> list[tuple[float, float, int]]:
+        settings = self.settings
+        q = settings.sampling_probability
+        return [(settings.noise_multiplier, q, num_releases)]
+
+    def _statement(self, spent: float) -> str:
+        """Return the privacy statement, one sentence."""
+        settings = self.settings
+        caution = delta_caution(settings.delta, settings.total_rows)
+        because = f", since {caution}" if caution else ""
+        return (
+            f"Record-level differential privacy with epsilon {plain(spent)} at delta "
+            f"{settings.delta:g} (protection: {self.strength(spent)}{because}): for whoever "
+            "sees only the adapters that this run released in "
+            f"{len(self._releases)} steps, each record drawn by its client's secret coin of "
+            f"probability {settings.sampling_probability:.3g}, whether one training record of "
+            "a client was there or not changes the probability of any conclusion by at most "
+            f"a factor of e^{plain(spent)}, plus {settings.delta:g}; the server, which "
+            "receives each client's sum of clipped gradients and adds one noise to the sum "
+            "of all, is trusted, and what is not covered is listed beside this under "
+            "not_covered."
+        )

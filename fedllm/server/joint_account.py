@@ -1,0 +1,87 @@
+"""The account of record level with one noise for the whole federation."""
+
+import logging
+from typing import Self
+
+from fedllm.planning.joint_noise import joint_settings
+from fedllm.privacy.joint_ledger import JointLedger
+from fedllm.privacy.wording import plain
+from fedllm.server.account import (
+    NO_PROTECTION,
+    AccountTerms,
+    LedgerAccount,
+    LogLine,
+    delta_lines,
+    follow_released_rounds,
+    not_private,
+    statement_lines,
+)
+
+
+class JointAccount(LedgerAccount[JointLedger]):
+    """Record level: the server noises the sum of all clients, and keeps the ledger."""
+
+    @classmethod
+    def open(cls, terms: AccountTerms) -> Self:
+        """Start the ledger of a new run, or load that of a resumed one.
+
+        The rows that clients declared are those of the ledger if the run is resumed.
+
+        Raises:
+            ConfigError: The clients declared fewer rows than one expected batch.
+            PrivacyError: The ledger cannot be trusted, or has other settings.
+        """
+        config, num_trainable = terms.config, terms.num_trainable
+        if terms.resumed:
+            ledger = JointLedger.load(terms.path)
+            declared = ledger.settings.declared_rows
+            ledger.check_same(joint_settings(config, declared, num_trainable))
+        else:
+            settings = joint_settings(config, terms.declared_rows, num_trainable)
+            name = terms.directory.path.name
+            ledger = JointLedger.create(terms.path, settings, name)
+        follow_released_rounds(ledger, terms)
+        return cls(ledger, config.privacy.max_epsilon)
+
+    def plan(self) -> list[LogLine]:
+        """Return the epsilon of a record, the noise, and the ratio R."""
+        settings = self._ledger.settings
+        planned = self._ledger.spent_after(settings.planned_rounds)
+        lines = [
+            (
+                logging.INFO,
+                f"privacy: {settings.planned_rounds} steps will spend epsilon "
+                f"{plain(planned)} on each record (add-or-remove one record) at delta "
+                f"{settings.delta:g}; one noise for all {settings.total_rows} declared rows, "
+                f"multiplier {settings.noise_multiplier:.4g}, largest gradient norm "
+                f"{settings.max_grad_norm:g}, expected batch "
+                f"{settings.expected_batch_size} (probability "
+                f"{settings.sampling_probability:.3g})",
+            ),
+            (
+                logging.INFO,
+                f"noise to signal R = {self._ledger.noise_to_signal:.3g} "
+                f"({settings.num_trainable} trained values, {settings.expected_batch_size} "
+                "records a step)",
+            ),
+        ]
+        if planned > NO_PROTECTION:
+            lines.append((logging.WARNING, not_private(planned)))
+        return lines + delta_lines(settings.delta, settings.total_rows)
+
+    def outcome(self) -> list[str]:
+        """Return epsilon, the statement, and what it leaves out."""
+        return [
+            f"epsilon: {plain(self._ledger.spent)} for each record, add-or-remove one "
+            f"record, at delta {self._ledger.settings.delta:g}",
+            *statement_lines(self._ledger.as_dict()),
+        ]
+
+    def advice(self) -> list[str]:
+        """Return what helps against the noise, best first."""
+        return [
+            "more rows in the federation, or larger batches (train.gradient-accumulation): "
+            "noise is divided by the expected batch",
+            "fewer steps (num-server-rounds), each with less noise for the same epsilon",
+            "another strategy.server-learning-rate",
+        ]

@@ -1,0 +1,91 @@
+"""The ledger of a run with one noise: its epsilon by dp-accounting alone, and its file."""
+
+import json
+from dataclasses import replace
+
+import dp_accounting
+import pytest
+from dp_accounting import pld
+
+from fedllm.errors import PrivacyError
+from fedllm.privacy.joint_ledger import JointLedger, JointSettings
+
+SETTINGS = JointSettings(
+    unit="record",
+    noise="joint",
+    sampling="all",
+    population_size=3,
+    num_sampled_clients=3,
+    declared_rows=(100, 200, 340),
+    expected_batch_size=64,
+    max_grad_norm=1.0,
+    noise_multiplier=1.2,
+    delta=1e-5,
+    target_epsilon=0.0,
+    max_epsilon=0.0,
+    num_trainable=10,
+    planned_rounds=4,
+)
+
+
+def opened(tmp_path, **changes):
+    settings = replace(SETTINGS, **changes)
+    return JointLedger.create(tmp_path / "privacy.json", settings, "a-run")
+
+
+def content_of(tmp_path):
+    return json.loads((tmp_path / "privacy.json").read_text())
+
+
+def test_epsilon_is_that_of_dp_accounting_alone(tmp_path):
+    ledger = opened(tmp_path)
+    for server_round in (1, 2, 3):
+        ledger.spend(server_round)
+
+    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant = pld.PLDAccountant(relation)
+    step = dp_accounting.PoissonSampledDpEvent(
+        64 / 640, dp_accounting.GaussianDpEvent(1.2)
+    )
+    accountant.compose(step, 3)
+    content = content_of(tmp_path)
+    assert content["epsilon"] == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-6)
+    assert content["accountant"] == "PLD (dp-accounting)"
+    assert content["sampling_probability"] == 0.1
+    assert content["neighbouring_relation"] == "add-or-remove one record"
+
+
+def test_the_statement_names_the_row_the_number_and_who_is_trusted(tmp_path):
+    opened(tmp_path).spend(1)
+
+    content = content_of(tmp_path)
+    assert "one training record of a client" in content["statement"]
+    assert "the server, which receives each client's sum" in content["statement"]
+    assert "is trusted" in content["statement"]
+    assert content["not_covered"][0].startswith("the server")
+
+
+def test_a_ledger_comes_back_as_it_was_and_an_edited_one_does_not(tmp_path):
+    ledger = opened(tmp_path)
+    ledger.spend(1)
+
+    again = JointLedger.load(tmp_path / "privacy.json")
+    again.check_same(SETTINGS)
+    assert again.releases == [1]
+    assert again.spent == ledger.spent
+    with pytest.raises(PrivacyError, match="declared_rows was"):
+        again.check_same(replace(SETTINGS, declared_rows=(100, 200, 341)))
+    content = content_of(tmp_path)
+    content["declared_rows"][0] = 10**6
+    (tmp_path / "privacy.json").write_text(json.dumps(content))
+    with pytest.raises(PrivacyError, match="sampling_probability is"):
+        JointLedger.load(tmp_path / "privacy.json")
+
+
+def test_no_more_steps_are_admitted_than_the_noise_is_for(tmp_path):
+    ledger = opened(tmp_path, target_epsilon=2.0, planned_rounds=1)
+    ledger.spend(1)
+
+    with pytest.raises(PrivacyError, match="pass the budget"):
+        ledger.spend(2)
+    assert content_of(tmp_path)["releases"] == [1]
