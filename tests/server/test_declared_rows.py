@@ -55,7 +55,7 @@ def test_every_client_is_asked_once_and_its_number_is_taken():
         RecordDict({METRICS: ConfigRecord({DECLARED_ROWS: 5})}),
         error_content("bad-config", None),
     ],
-    ids=str,
+    ids=["silence", "nothing", "0", "-4", "2^40", "5.0", "no metric", "an error"],
 )
 def test_a_client_that_declares_nothing_takes_no_part_and_the_others_do(
     content, caplog
