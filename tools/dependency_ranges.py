@@ -4,15 +4,18 @@
     python tools/dependency_ranges.py lowest-direct     # one end
     python tools/dependency_ranges.py highest --torch 2.14.1
     python tools/dependency_ranges.py --write-constraints --upgrade flwr
+    python tools/dependency_ranges.py --write-locks
 
 uv, which comes with Flower, resolves; pip installs, because it knows your settings for
 torch. Then every module of fedllm is imported and the fast tests run, in an environment
 that is deleted afterwards. It borrows from the environment at hand what that has in the
 right version, so run this in one that was installed with `-c deploy/constraints.txt`.
 
-The last form writes deploy/constraints.txt, the tested set, anew, and the part of it in
-pyproject.toml that `flwr run` keeps to. A version stays as it is unless the ranges exclude
-it or --upgrade names the package.
+--write-constraints writes deploy/constraints.txt, the tested set, anew, and the part of it
+in pyproject.toml that `flwr run` keeps to. A version stays as it is unless the ranges
+exclude it or --upgrade names the package. Then, as --write-locks does alone, it writes what
+the images install, with the SHA-256 of every file of each version: deploy/requirements.lock,
+and deploy/torch.lock with torch and the packages of CUDA. The hashes are PyPI's.
 """
 
 import argparse
@@ -31,6 +34,9 @@ from uv import find_uv_bin
 ROOT = Path(__file__).parent.parent
 PROJECT = ROOT / "pyproject.toml"
 CONSTRAINTS = ROOT / "deploy" / "constraints.txt"
+LOCK = ROOT / "deploy" / "requirements.lock"
+TORCH_LOCK = ROOT / "deploy" / "torch.lock"
+BUILD_BACKEND = "hatchling"
 ENDS = ("lowest-direct", "highest")
 FAST_TESTS = (
     "tests/privacy",
@@ -61,12 +67,15 @@ def main() -> None:
         " may bring several GB of CUDA packages)",
     )
     parser.add_argument("--write-constraints", action="store_true")
+    parser.add_argument("--write-locks", action="store_true")
     parser.add_argument("--upgrade", nargs="+", default=[], metavar="PACKAGE")
     args = parser.parse_args()
     if unknown := set(args.ends) - set(ENDS):
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(ENDS)}")
     if args.write_constraints:
         write_constraints(args.upgrade)
+    if args.write_constraints or args.write_locks:
+        write_locks()
         return
     for end in args.ends or ENDS:
         with tempfile.TemporaryDirectory(prefix=f"fedllm-{end}-") as folder:
@@ -92,6 +101,26 @@ def write_constraints(upgraded: list[str]) -> None:
     lines = "".join(f'    "{pin}",\n' for pin in direct_pins())
     tail = rest[rest.index("]\n") :]
     PROJECT.write_text(head + start + lines + tail, encoding="utf-8")
+
+
+def write_locks() -> None:
+    """Write the packages of the images with the hashes of their files."""
+    with tempfile.TemporaryDirectory(prefix="fedllm-lock-") as folder:
+        backend, whole = Path(folder) / "build.in", Path(folder) / "lock"
+        backend.write_text(f"{BUILD_BACKEND}\n")
+        options = ["--generate-hashes", "--default-index", "https://pypi.org/simple"]
+        options += ["--constraint", str(CONSTRAINTS), "--output-file", str(whole)]
+        compile_pins(*options, str(backend))
+        entries = re.split(r"\n(?=\S)", whole.read_text("utf-8").strip())
+    of_torch = [entry for entry in entries if is_of_torch(entry)]
+    others = [entry for entry in entries if entry not in of_torch]
+    for path, kept in ((LOCK, others), (TORCH_LOCK, of_torch)):
+        path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+
+
+def is_of_torch(entry: str) -> bool:
+    """Return whether another build of torch comes without, or instead of, a package."""
+    return entry.startswith(("torch==", "triton==", "nvidia-", "cuda-"))
 
 
 def direct_pins() -> list[str]:

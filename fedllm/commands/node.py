@@ -84,7 +84,8 @@ def _list(args: argparse.Namespace) -> list[str]:
     for approval in approved:
         until = time.strftime("%Y-%m-%d", time.gmtime(approval.expires))
         used = max(approval.used.values(), default=0)
-        by = f", signed by {approval.reviewer}" if approval.signature else ""
+        reviewer = approval.reviewer or "nobody who is trusted: it holds no more"
+        by = f", signed by {reviewer}" if approval.signature else ""
         lines.append(
             f"approved: {approval.request.digest[:16]} until {until}, "
             f"{used} of {approval.rounds} rounds used{by}"

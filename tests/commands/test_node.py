@@ -79,5 +79,7 @@ def test_a_reviewer_signs_a_request_and_the_owner_brings_it(
     assert "trusted: alice SHA256:" in said and "waits" not in said
     take(asked, "train")
     node.main(["distrust", "alice"])
+    node.main(["list"])
+    assert "signed by nobody who is trusted" in capsys.readouterr().out
     with pytest.raises(NodeError):
         take(asked, "train")

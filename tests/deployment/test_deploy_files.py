@@ -91,6 +91,21 @@ def test_the_network_sees_the_gate_alone():
     assert not any("--host" in c or "--insecure" in c for c in commands)
 
 
+def test_a_node_connects_to_the_gate_and_to_nothing_else():
+    assert COMPOSE["networks"]["federation"] == {"internal": True}
+    for node in NODES:
+        assert SERVICES[node]["networks"] == ["federation"]
+    # The server fetches models, and its port is published.
+    assert SERVICES["superlink"]["networks"] == ["federation", "outside"]
+    policy = manifests("node.yaml")["NetworkPolicy"]["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"] and "ingress" not in policy
+    gate, names = policy["egress"]
+    assert gate["to"] == [{"podSelector": {"matchLabels": {"app": "superlink"}}}]
+    assert [port["port"] for port in gate["ports"]] == [9192]
+    assert {port["port"] for port in names["ports"]} == {53}
+    assert len(names["to"]) == 1
+
+
 def test_kubernetes_types_what_compose_types():
     server, node = containers("server.yaml"), containers("node.yaml")
     assert server["superlink"]["args"] == SERVICES["superlink"]["command"]
@@ -120,9 +135,54 @@ def test_the_images_are_pinned_and_not_root():
     assert re.search(r":\d+\.\d+\.\d+-slim-\w+@sha256:[0-9a-f]{64}$", others[0])
     for image in ("server", "client", "client-cuda"):
         base = found[found[image][0]][1]
-        assert "pip install" in base and "--constraint deploy/constraints.txt" in base
         assert "USER 10001:10001\n" in base
         assert "USER" not in found[image][1]
+
+
+def locked(name: str) -> dict[str, tuple[set[str], int]]:
+    """Return the versions of each package of a lock, and the fewest hashes of one."""
+    found: dict[str, tuple[set[str], int]] = {}
+    for entry in re.split(r"\n(?=\S)", (DEPLOY / name).read_text().strip()):
+        package, version = re.match(r"([\w.-]+)==([^\s;]+)", entry).groups()
+        hashes = len(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", entry))
+        versions, fewest = found.get(package, (set(), hashes))
+        found[package] = (versions | {version}, min(fewest, hashes))
+    return found
+
+
+def test_the_images_install_only_files_whose_hash_is_known():
+    found = stages((DEPLOY / "Dockerfile").read_text())
+    installs = [
+        line
+        for _, lines in found.values()
+        for line in re.findall(r"pip install ((?:.|\\\n)*?)(?:;| &&|\n(?! ))", lines)
+    ]
+    assert len(installs) == 6
+    for line in installs:
+        assert "--no-deps" in line
+        is_locked = "--require-hashes" in line and "--only-binary :all:" in line
+        is_ours = line.rstrip(" \\\n").endswith("--no-build-isolation .")
+        is_torch_alone = '--index-url "$TORCH_INDEX_URL"' in line and "torch" in line
+        assert is_locked or is_ours or is_torch_alone, line
+    assert "EXTRA_INDEX" not in (DEPLOY / "Dockerfile").read_text()
+
+
+def test_the_locks_are_the_tested_versions_each_with_a_hash():
+    pins: dict[str, set[str]] = {}
+    for line in (DEPLOY / "constraints.txt").read_text().splitlines():
+        package, version = re.match(r"([\w.-]+)==([^\s;]+)", line).groups()
+        pins.setdefault(package, set()).add(version)
+    packages, torch = locked("requirements.lock"), locked("torch.lock")
+    assert {"flwr", "transformers", "peft", "trl", "hatchling", "pip"} <= set(packages)
+    assert "torch" in torch and not set(torch) & set(packages)
+    for package, (versions, fewest) in (packages | torch).items():
+        assert versions <= pins.get(package, versions), package
+        assert fewest >= 1, package
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]
+    asked = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    assert asked <= set(packages | torch)
+    for name in ("requirements.lock", "torch.lock"):
+        assert (DEPLOY / name).stat().st_size < 1_000_000
 
 
 def test_the_client_with_cuda_is_the_client_with_another_torch():
@@ -130,8 +190,8 @@ def test_the_client_with_cuda_is_the_client_with_another_torch():
     entry = [line for line in found["client"][1].splitlines() if line]
     assert [line for line in found["client-cuda"][1].splitlines() if line] == entry
     # An index with a CPU build of torch must not reach it.
-    assert "PIP_EXTRA_INDEX_URL" in found["base"][1]
-    assert "PIP_EXTRA_INDEX_URL" not in found["base-cuda"][1] + found["app"][1]
+    assert "TORCH_INDEX_URL" in found["base"][1]
+    assert "TORCH_INDEX_URL" not in found["base-cuda"][1] + found["app"][1]
     assert found["base"][0] == found["base-cuda"][0] == "app"
 
 
