@@ -120,7 +120,9 @@ def test_a_record_level_run_stops_where_every_client_has_spent_its_budget(
     settings, caplog
 ):
     caplog.set_level(logging.INFO)
+    # Nobody is waited for; a busy machine may take long over an answer.
     told = {**settings, **RECORD, "num-server-rounds": 5}
+    told["strategy.round-timeout"] = 120.0
 
     def answer(message, context):
         # Each takes part in one round of a plan for one.
