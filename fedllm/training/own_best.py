@@ -16,7 +16,7 @@ from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.adapters.spec import Arrays
 from fedllm.config import TrainConfig
 from fedllm.errors import DataError
-from fedllm.training.sft import train_adapter
+from fedllm.training.sft import watched_training
 from fedllm.training.task import RoundTask
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def train_to_own_best(
     for rate in config.learning_rates:
         watch = _Watch(adapted, lambda: score(judged), before, len(own), train)
         task = RoundTask(start, rate, config.seed)
-        train_adapter(adapted, own, train, task, [watch], "cosine")
+        watched_training(adapted, own, train, task, "cosine", [watch])
         found = watch.best
         if found is not None and min(watch.losses) < min(best.losses):
             best = OwnBest(found, watch.losses, rate, watch.num_examples)

@@ -79,8 +79,6 @@ def train_adapter(
     examples: Sequence[Mapping[str, Any]],
     config: TrainConfig,
     task: RoundTask,
-    callbacks: Sequence[TrainerCallback] = (),
-    schedule: str = "constant_with_warmup",
 ) -> Trained:
     """Fine-tune the adapter from given values on one client's examples.
 
@@ -90,8 +88,31 @@ def train_adapter(
         examples: Rows with `input_ids` and `labels`; at least one.
         config: Settings of the training.
         task: Where to start, the learning rate, the seed and the deadline.
-        callbacks: Called by the trainer besides its own.
+
+    Raises:
+        AdapterError: The task's arrays are not those of this adapter.
+        TimeLimitError: The deadline passed before the last step.
+    """
+    return watched_training(adapted, examples, config, task, "constant_with_warmup", [])
+
+
+def watched_training(
+    adapted: AdaptedModel,
+    examples: Sequence[Mapping[str, Any]],
+    config: TrainConfig,
+    task: RoundTask,
+    schedule: str,
+    callbacks: Sequence[TrainerCallback],
+) -> Trained:
+    """Fine-tune as `train_adapter` does, by any schedule, with more callbacks.
+
+    Args:
+        adapted: As there, like the next three.
+        examples: Rows.
+        config: Settings of the training.
+        task: Its `learning_rate` is where the schedule begins.
         schedule: Name of transformers' schedule of the learning rate.
+        callbacks: Called by the trainer besides its own.
 
     Raises:
         AdapterError: The task's arrays are not those of this adapter.
@@ -156,7 +177,7 @@ def _sft_config(
     task: RoundTask,
     folder: str,
     device: str,
-    schedule: str = "constant_with_warmup",
+    schedule: str,
 ) -> SFTConfig:
     """Return TRL's settings; nothing is saved, reported or drawn."""
     settings = SFTConfig(

@@ -70,11 +70,13 @@ def failure(*arguments: str) -> str:
     return caught.value.code
 
 
-def test_the_latest_runs_adapter_answers_and_says_which_it_is(run, capsys):
+def test_the_latest_runs_adapter_answers_and_says_which_it_is(
+    run, capsys, tiny_chat_llama
+):
     lines = ask(capsys, *QUESTION).splitlines()
 
     assert lines[0] == (
-        f"answers: tiny with the adapter {run.path / 'peft_final'}, round 2"
+        f"answers: {tiny_chat_llama} with the adapter {run.path / 'peft_final'}, round 2"
     )
     assert lines[-1] == NOT_ADVICE
     assert any(line.startswith("tuned: ") for line in lines)

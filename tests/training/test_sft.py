@@ -184,14 +184,18 @@ def test_a_client_that_sees_several_gpus_takes_one_batch_a_step(tmp_path, monkey
             self._n_gpu = 4
 
     monkeypatch.setattr(sft, "SFTConfig", Several)
-    settings = sft._sft_config(PLAIN, RoundTask({}, 0.5), str(tmp_path), "cpu")
+    settings = sft._sft_config(
+        PLAIN, RoundTask({}, 0.5), str(tmp_path), "cpu", "constant"
+    )
 
     assert settings.train_batch_size == PLAIN.batch_size
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_model_is_trained_on_its_own_device(tmp_path, device):
-    settings = sft._sft_config(PLAIN, RoundTask({}, 0.5), str(tmp_path), device)
+    settings = sft._sft_config(
+        PLAIN, RoundTask({}, 0.5), str(tmp_path), device, "constant"
+    )
 
     assert settings.use_cpu == (device == "cpu")
 
