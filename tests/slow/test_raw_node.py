@@ -83,7 +83,8 @@ class Federation:
             "data.name": self.rows,
             "train.batch-size": 4,
             "train.local-steps": 1,
-            "strategy.round-timeout": 45.0,
+            # Longer than all that follows, since the attacker never replies.
+            "strategy.round-timeout": 240.0,
         }
         self.out = tmp / "read.json"
         self.ids: dict[int, int] = {}
