@@ -94,7 +94,7 @@ def wait_for_port(port: int, seconds: float = 90) -> None:
     raise AssertionError(f"nothing listens on {port}")
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 240) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = 480) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"

@@ -29,7 +29,7 @@ from tests.helpers.flower_processes import (
 )
 from tests.helpers.rows import write_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 PLANTED = "xylographometry"
 NODES = ("node-1", "node-2", "node-3")
 

@@ -20,7 +20,7 @@ from tests.helpers.flower_processes import (
 )
 from tests.helpers.rows import write_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 FEDLLM = [sys.executable, "-m", "fedllm.commands.main"]
 SETTINGS = {"num-server-rounds": 1, "privacy.unit": "none", "strategy.num-clients": 3}
 APPROVES = 2

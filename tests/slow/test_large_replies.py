@@ -13,7 +13,7 @@ from tests.helpers.flower_processes import BIN, RESUME, Deployment, typed
 from tests.helpers.hostile_app import UNITS, hostile_app, settings
 from tests.helpers.rows import write_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 GIGABYTE = 2**30
 # More than any limit below, from five megabytes on the wire. FEDLLM_TEST_ATTACK=big sends
 # what FEDLLM_TEST_REPLY_MEGABYTES says instead.

@@ -46,7 +46,7 @@ from tests.helpers.raw_federation import write_app
 from tests.helpers.raw_node import RawNode, unfinished_request
 from tests.helpers.rows import write_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 # Which node the attacker wants what of.
 ATTACKER, LEARNT, FAILING, FORGED, SILENCED, UNREGISTERED = range(1, 7)
 MIB = 2**20
@@ -84,7 +84,7 @@ class Federation:
             "train.batch-size": 4,
             "train.local-steps": 1,
             # Longer than all that follows, since the attacker never replies.
-            "strategy.round-timeout": 240.0,
+            "strategy.round-timeout": 400.0,
         }
         self.out = tmp / "read.json"
         self.ids: dict[int, int] = {}
@@ -215,7 +215,7 @@ class Story:
         for number in (FORGED, SILENCED):
             self.reply_honestly(number, pulled[number])
         self.guessed, self.there = self.look_for_guesses(pulled)
-        wait_until(lambda: {FORGED, LEARNT, FAILING} <= set(here.read()), 60)
+        wait_until(lambda: {FORGED, LEARNT, FAILING} <= set(here.read()), 120)
         self.read = here.read()
 
     def attack(self, number: int, message_id: str) -> None:

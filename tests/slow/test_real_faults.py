@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.flower_processes import RESUME, ROOT, Deployment, typed, wait_until
 from tests.helpers.rows import write_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture
