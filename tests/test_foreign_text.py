@@ -112,7 +112,7 @@ def test_a_run_folder_from_elsewhere_adds_no_line_of_its_own(
     folder.mkdir(parents=True)
     RunState(folder).fail(FORGED)
 
-    # Written so, since others read state.json too; and read so, whoever wrote it.
+    # Escaped in the file, which others read too, and on reading, for files of others.
     assert json.loads((folder / "state.json").read_text())["reason"].isprintable()
     assert read_state(folder, finished=False)[1].isprintable()
     for arguments, expected in (([], 2), ([name], 5)):

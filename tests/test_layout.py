@@ -11,6 +11,7 @@ UNMIRRORED = {
     "adapters/kinds/kind.py": "the contract that tests/adapters/kinds/ holds every kind to",
     "auditing/harness.py": "runs every check of tests/auditing/",
     "auditing/hostile_replies.py": "a list of replies, sent by tests/auditing/test_auditor.py",
+    "client/run_client.py": "log lines and seconds: tests/client/test_log.py",
     "client_app.py": "a screen of wiring, run by tests/slow/",
     "commands/demo_page.py": "tests/commands/test_demo.py",
     "deployment/flower_programs.py": "tests/commands/test_superlink.py and test_supernode.py",

@@ -42,10 +42,12 @@ def user(monkeypatch) -> SimpleNamespace:
             raise KeyError(gid)
         return SimpleNamespace(gr_name=user.name, gr_mem=user.members)
 
-    entries = lambda: [  # noqa: E731
-        SimpleNamespace(pw_name=name, pw_uid=uid, pw_gid=os.getegid())
-        for name, uid in user.users
-    ]
+    def entries():
+        return [
+            SimpleNamespace(pw_name=name, pw_uid=uid, pw_gid=os.getegid())
+            for name, uid in user.users
+        ]
+
     monkeypatch.setattr(strict_modes, "grp", SimpleNamespace(getgrgid=getgrgid))
     monkeypatch.setattr(strict_modes, "pwd", SimpleNamespace(getpwall=entries))
     monkeypatch.setattr(strict_modes, "os", OsOfUser())

@@ -125,7 +125,7 @@ def checkpoint_moments(setup: Setup) -> Finding:
 
 @contextlib.contextmanager
 def _zero_bench(setup: Setup, config: RunConfig) -> Iterator[Bench]:
-    """Yield a bench whose adapter begins at zero, where a float32 shows most of the noise."""
+    """Yield a bench whose adapter begins at zero: there a float32 has the most digits."""
     with setup.bench(_SIZE, config=config) as bench:
         _put(bench, {k: np.zeros_like(v) for k, v in bench.reference.items()})
         yield bench

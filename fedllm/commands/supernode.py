@@ -152,7 +152,7 @@ def _prepare_guard(args: argparse.Namespace, arguments: list[str]) -> None:
     os.environ[SUPERLINK] = next(_values(arguments, "--superlink"), "")
     os.environ[APPROVE] = _policy(args.approve, arguments)
     os.environ[PYTHON] = sys.executable
-    # An old one would lead clients to whoever listens there now.
+    # One that an earlier node left would send clients to any process that listens there now.
     os.environ.pop(FORK_SERVER, None)
     if args.log_head:
         os.environ[LOG_HEAD] = str(Path(args.log_head).expanduser().absolute())

@@ -191,6 +191,7 @@ def _parquet_rows(path: Path) -> Iterator[Row | Exception]:
     for index in range(table.num_rows):
         try:
             yield table.slice(index, 1).to_pylist()[0]
+        # A date out of range, a type that pyarrow has no value of, bytes that are no text.
         except (ArithmeticError, NotImplementedError, ValueError) as error:
             yield error
 

@@ -129,7 +129,7 @@ def _texts(
             causes["no question or no answer"] += 1
             return None
         return training_texts(tokenizer, *conversation)
-    except Exception as error:  # noqa: BLE001 - a template is a program
+    except Exception as error:  # noqa: BLE001 - a template may raise anything
         causes[f"{type(error).__name__}: {error}"[:200]] += 1
         return None
 
@@ -142,13 +142,14 @@ def _encoded(
     """Return the tokens of each pair; None for one that the tokenizer rejects."""
     try:
         return list(encoded_pairs(tokenizer, pairs))
-    except BaseException as error:  # noqa: BLE001 - one text, such as half a character
+    # Half a character, for one; a tokenizer in Rust panics with a BaseException.
+    except BaseException as error:  # noqa: BLE001 - see above
         _raise_if_of_process(error)
         found: list[tuple[list[int], list[int]] | None] = []
     for pair in pairs:
         try:
             found += encoded_pairs(tokenizer, [pair])
-        except BaseException as error:  # noqa: BLE001 - as above
+        except BaseException as error:  # noqa: BLE001 - as for all texts together
             _raise_if_of_process(error)
             causes[f"not text for the tokenizer: {type(error).__name__}"] += 1
             found.append(None)
@@ -156,6 +157,6 @@ def _encoded(
 
 
 def _raise_if_of_process(error: BaseException) -> None:
-    """Raise an error again that is no row's: a tokenizer in Rust panics outside Exception."""
+    """Raise an error again that ends the process, and is about no row."""
     if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
         raise error

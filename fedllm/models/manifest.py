@@ -120,7 +120,7 @@ def _hashed(
     for path in sorted(_files(folder)):
         name = path.relative_to(folder).as_posix()
         status = path.stat()
-        # Whoever writes a file can set its modification time, and not its change time.
+        # A program that writes a file can set its modification time, but not its change time.
         state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         entry = known.get(name, {})
         if entry.get("state") != state or not isinstance(entry.get("sha256"), str):

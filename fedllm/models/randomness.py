@@ -67,8 +67,9 @@ def _random_modules(model: "torch.nn.Module") -> Iterator[str]:
 
 
 def _is_random(name: str, value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and bool(_RANDOM.search(name)) and value > 0  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value > 0 and _RANDOM.search(name) is not None
 
 
 def _rope_types(settings: Mapping[str, Any]) -> Iterator[object]:

@@ -87,10 +87,11 @@ class PrivacyAccount(ABC):
         """Return whether the budget allows a round after `last_round`; log why not."""
         return True
 
-    def note_round(  # noqa: B027 - nothing to write if the strategy has paid
+    def note_round(
         self, server_round: int, stats: Round, population: Sequence[int]
     ) -> None:
         """Write what a round has spent to disk, unless the strategy has done so."""
+        return  # The strategy has, unless an account says otherwise.
 
     def is_exhausted(self, server_round: int, stats: Round) -> bool:
         """Return whether no client has budget left after a round; log it."""

@@ -113,7 +113,7 @@ def _assemble(
     identity = RunIdentity(run_id, base_name, fingerprint(base_name))
     if resumed is not None:
         resumed.checkpoint.state.check_model(identity.fingerprint, spec)
-    # Whoever names the folder of a new run, as a comparison does, resumes none.
+    # A caller that names the folder of a new run, as a comparison does, never resumes it.
     is_kept = resumed is not None or directory.path.parent == home / "runs"
     terms = AccountTerms(
         config,

@@ -96,7 +96,7 @@ class RawNode:
         return whole
 
     def content_of(self, run_id: int, object_id: str) -> bytes | None:
-        """Return the bytes of an object, whoever sent it; None if there are none."""
+        """Return the bytes of an object of any sender; None if there is no such object."""
         request = PullObjectRequest(node=self.node, run_id=run_id, object_id=object_id)
         answer = self.client.PullObject(request)
         return answer.object_content if answer.object_available else None

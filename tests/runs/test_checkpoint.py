@@ -72,7 +72,7 @@ def test_an_older_copy_of_the_ledger_is_rejected(quick, unit, tmp_path):
     name = late.directory.path.name
     old = json.dumps({**json.loads(old), "run": name})
     (late.directory.path / "privacy.json").write_text(old)
-    # All that could tell of the round was put back with it.
+    # The released rounds that are kept outside the folder are put back too.
     for path in (tmp_path / "home").glob("released/*.json"):
         path.write_text('{"rounds": [1]}')
 

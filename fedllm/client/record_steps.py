@@ -1,0 +1,98 @@
+"""A client's part under record level: paid for on its own disk before anything leaves."""
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
+
+from fedllm.client.cache import num_partition_rows
+from fedllm.client.run_client import RunClient
+from fedllm.errors import ConfigError
+from fedllm.training.task import RoundTask
+from fedllm.wire.messages import ARRAYS, DECLARED_ROWS, METRICS, array_record
+
+if TYPE_CHECKING:
+    from fedllm.adapters.adapted_model import AdaptedModel
+    from fedllm.data.tokens import Example
+    from fedllm.training.result import Trained
+
+
+def declare_rows(client: RunClient) -> RecordDict:
+    """Return how many rows this client declares as public, which no row decides.
+
+    Raises:
+        ConfigError: The node's owner declares nothing.
+        DataError: A virtual client's rows cannot be read.
+    """
+    config, node = client.config, client.node
+    rows = node.declared_rows
+    if rows is None and not node.is_simulated:
+        raise ConfigError(
+            "node config: declared-rows: is missing: under privacy.noise='joint' the owner "
+            "declares how many rows the node has, as a public number"
+        )
+    if rows is None:
+        rows = num_partition_rows(node, config)
+    return RecordDict({METRICS: MetricRecord({DECLARED_ROWS: rows})})
+
+
+def fit_privately(
+    client: RunClient,
+    adapted: "AdaptedModel",
+    records: "Sequence[Example | None]",
+    task: RoundTask,
+) -> tuple["Trained", float]:
+    """Train by DP-SGD, and pay on this client's disk before anything leaves.
+
+    Returns:
+        The result, and the epsilon of all that this client has released.
+
+    Raises:
+        BudgetError: The round would pass the node's or the run's limit.
+        ConfigError: The client has fewer records than a batch.
+        PrivacyError: The ledger cannot be trusted or written.
+    """
+    from fedllm.client.record_budget import open_budget
+    from fedllm.training.dp_sgd import train_privately
+
+    config = client.config
+    budget = open_budget(config, client.node, client.run_id, len(records), client.log)
+    budget.require()
+    trained = train_privately(adapted, records, config, budget.plan, task)
+    return trained, budget.spend()
+
+
+def sum_batch(
+    client: RunClient,
+    record: ConfigRecord,
+    adapted: "AdaptedModel",
+    records: "Sequence[Example | None]",
+    task: RoundTask,
+) -> RecordDict:
+    """Return the sum of a batch's clipped gradients, paid for before its coins are tossed.
+
+    A step that fails afterwards stays paid for: its cost is no function of rows.
+
+    Raises:
+        BudgetError: The step would pass the node's or the run's limit.
+        ConfigError: The server's numbers are not those of the run.
+        PrivacyError: The ledger cannot be trusted or written.
+        TimeLimitError: The time was up before the step began.
+    """
+    from fedllm.client.record_budget import open_joint_budget
+    from fedllm.training.joint_step import batch_sum
+
+    config, node = client.config, client.node
+    began = time.monotonic()
+    budget = open_joint_budget(config, node, client.run_id, record, client.log)
+    task.check_deadline(0)
+    epsilon = budget.spend()
+    summed = batch_sum(adapted, records, config, budget.plan, task)
+    client.log.write(
+        f"client {node.partition_id}: step {record['server-round']!r}: sum of a batch after "
+        f"{time.monotonic() - began:.1f} s; {summed.num_unfit} of the examples drawn could "
+        f"not be taken; epsilon {epsilon:.3f} of this client's records so far, if the server "
+        "adds the noise that it names"
+    )
+    return RecordDict({ARRAYS: array_record(summed.integers)})
