@@ -42,7 +42,8 @@ from fedllm.data.rows import load_public, load_rows
 from fedllm.data.tokens import tokenize
 from fedllm.evaluation.held_out_loss import held_out
 from fedllm.models.answer_loss import answer_losses, collate
-from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
+from fedllm.models.loading import load_base, load_tokenizer
+from fedllm.models.location import load_config, locate
 from fedllm.planning.frontier import load_frontier
 from fedllm.privacy.accounting import calibrate
 from fedllm.privacy.mechanism import Vector

@@ -282,7 +282,8 @@ def _step(folder: Path, base: Any, sparing: dict[str, bool]) -> None:
     from fedllm.adapters.peft_model import attach, initial_arrays
     from fedllm.adapters.resolve import adapter_spec
     from fedllm.config import AdapterConfig, TrainConfig
-    from fedllm.models.loading import load_config, load_tokenizer
+    from fedllm.models.loading import load_tokenizer
+    from fedllm.models.location import load_config
     from fedllm.training.sft import train_adapter
     from fedllm.training.task import RoundTask
 
@@ -310,7 +311,8 @@ def tell_losses() -> None:
     from fedllm.data.rows import load_public
     from fedllm.data.tokens import tokenize
     from fedllm.evaluation.held_out_loss import held_out
-    from fedllm.models.loading import load_base, load_tokenizer, locate
+    from fedllm.models.loading import load_base, load_tokenizer
+    from fedllm.models.location import locate
 
     data, location = DataConfig(), locate(RunConfig().model.name, fedllm_home())
     tokenizer = load_tokenizer(location)

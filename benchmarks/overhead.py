@@ -213,7 +213,7 @@ def naive_seconds(job: Job, clients: int, own: dict[str, Any]) -> float:
     config = _resolved(job.run_config)
     from fedllm.config import fedllm_home
     from fedllm.data.embedded import BUILT_IN_DATA
-    from fedllm.models.loading import locate
+    from fedllm.models.location import locate
 
     rows = config.data.name
     if rows == BUILT_IN_DATA.name:

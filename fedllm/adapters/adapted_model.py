@@ -13,7 +13,8 @@ from fedllm.adapters.peft_model import (
 )
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.adapters.spec import AdapterSpec, Arrays
-from fedllm.models.loading import load_base, load_config, load_tokenizer, locate
+from fedllm.models.loading import load_base, load_tokenizer
+from fedllm.models.location import load_config, locate
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from fedllm.adapters.peft_model import peft_arrays, peft_config, quiet_peft
 from fedllm.adapters.spec import PREFIX, AdapterSpec
 from fedllm.errors import AdapterError
 from fedllm.foreign_text import printable
-from fedllm.models.loading import repository
+from fedllm.models.location import repository
 
 if TYPE_CHECKING:
     from peft import PeftModel

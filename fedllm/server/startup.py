@@ -91,7 +91,7 @@ def _assemble(
     resumed: Resumed | None,
 ) -> Federation:
     """Find the model and the clients, and build what the rounds need."""
-    from fedllm.models.loading import base_digest, fingerprint, load_config, locate
+    from fedllm.models.location import base_digest, fingerprint, load_config, locate
 
     home = fedllm_home()
     base_name = locate(config.model.name, home)
@@ -158,7 +158,7 @@ def _assemble(
 def _log_unpinned(config: RunConfig, digest: str) -> None:
     """Warn if another machine, or another day, may take another model or other rows."""
     from fedllm.data.rows import is_hub_id
-    from fedllm.models.loading import repository
+    from fedllm.models.location import repository
 
     name, commit = repository(config.model.name)
     if digest.startswith(f"{name} ") and commit is None:

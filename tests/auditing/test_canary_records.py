@@ -21,7 +21,8 @@ from fedllm.auditing.canary_records import (
 from fedllm.auditing.harness import ZeroNoise
 from fedllm.config import DataConfig, parse_run_config
 from fedllm.data.tokens import tokenize
-from fedllm.models.loading import load_config, load_tokenizer
+from fedllm.models.loading import load_tokenizer
+from fedllm.models.location import load_config
 from fedllm.planning.joint_noise import joint_settings
 from fedllm.planning.record_noise import client_plan
 from fedllm.privacy.record_ledger import RecordPlan

@@ -1,7 +1,8 @@
 """The audit's own base model."""
 
 from fedllm.auditing.toy_model import save_toy_model
-from fedllm.models.loading import load_base, load_config, load_tokenizer
+from fedllm.models.loading import load_base, load_tokenizer
+from fedllm.models.location import load_config
 
 
 def test_it_loads_as_any_base_model_and_its_tokenizer_knows_every_text(tmp_path):

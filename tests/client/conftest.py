@@ -11,7 +11,7 @@ from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.client.message_handler import reply_to
 from fedllm.config import parse_run_config
-from fedllm.models.loading import load_config
+from fedllm.models.location import load_config
 from tests.helpers.client_replies import LIMITS, NODE, Answer
 from tests.helpers.flower_messages import context, train_instruction
 from tests.helpers.tiny_models import SENTENCES

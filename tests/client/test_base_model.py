@@ -3,7 +3,7 @@
 import pytest
 
 from fedllm.config import fedllm_home
-from fedllm.models.loading import base_digest
+from fedllm.models.location import base_digest
 from fedllm.wire.messages import ARRAYS, BASE_MODEL, CONFIG
 from tests.helpers.client_replies import WITHOUT_DP, code_of, text_of
 from tests.helpers.flower_messages import train_instruction

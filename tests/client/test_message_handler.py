@@ -6,7 +6,7 @@ from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.config import parse_run_config
 from fedllm.evaluation import held_out_loss
-from fedllm.models.loading import load_config
+from fedllm.models.location import load_config
 from fedllm.training import sft
 from fedllm.wire.masking import WIRE
 from fedllm.wire.messages import (

@@ -21,7 +21,7 @@ import pytest
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.commands import demo, demo_page
 from fedllm.config import AdapterConfig
-from fedllm.models.loading import load_config
+from fedllm.models.location import load_config
 from fedllm.runs import listing
 from fedllm.runs.directory import RunDirectory
 from tests.helpers.listening import listeners

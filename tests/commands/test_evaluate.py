@@ -12,7 +12,7 @@ from fedllm.adapters.resolve import adapter_spec
 from fedllm.commands.evaluate import main
 from fedllm.config import flat, parse_run_config
 from fedllm.evaluation.inference import ChatModel, find_model
-from fedllm.models.loading import load_config
+from fedllm.models.location import load_config
 from fedllm.reporting.sentences import NOT_ADVICE
 from fedllm.runs.directory import CONFIG_FILE, RESULT_FILE, RunDirectory
 from tests.helpers.tiny_models import SENTENCES

@@ -11,7 +11,8 @@ from fedllm.adapters.files import load_adapter, save_adapter
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.commands.export import main
 from fedllm.config import parse_run_config
-from fedllm.models.loading import load_base, load_config
+from fedllm.models.loading import load_base
+from fedllm.models.location import load_config
 from tests.helpers.sample_runs import write_run
 
 

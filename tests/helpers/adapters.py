@@ -11,7 +11,7 @@ from fedllm.adapters.resolve import adapter_spec
 from fedllm.adapters.spec import AdapterSpec
 from fedllm.config import AdapterConfig, RunConfig, parse_run_config
 from fedllm.models import loading
-from fedllm.models.loading import load_config
+from fedllm.models.location import load_config
 
 
 def make_config(**more: object) -> RunConfig:

@@ -52,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
     from fedllm.adapters.peft_model import initial_arrays
     from fedllm.adapters.resolve import adapter_spec
     from fedllm.config import parse_run_config
-    from fedllm.models.loading import load_config
+    from fedllm.models.location import load_config
     from fedllm.server.reply_stream import ReplyStream
     from fedllm.strategy.fedavg import AdapterFedAvg
     from fedllm.wire.messages import array_record, read_reply

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedllm.errors import ModelError
-from fedllm.models.loading import load_base, load_config, load_tokenizer
+from fedllm.models.loading import load_base, load_tokenizer
+from fedllm.models.location import load_config
 
 
 def test_a_hub_out_of_reach_raises_one_line_with_a_remedy() -> None:

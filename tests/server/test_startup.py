@@ -12,7 +12,7 @@ from flwr.app import Message, RecordDict
 from fedllm.client import cache, message_handler
 from fedllm.config import fedllm_home, parse_run_config
 from fedllm.errors import AdapterError, ConfigError, PrivacyError
-from fedllm.models.loading import base_digest
+from fedllm.models.location import base_digest
 from fedllm.planning.adapter_choice import Choice
 from fedllm.privacy.released_rounds import ReleasedRounds
 from fedllm.server.startup import _log_unpinned

@@ -12,7 +12,8 @@ from fedllm.adapters.peft_model import attach
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.config import AdapterConfig, DataConfig
 from fedllm.data.tokens import tokenize
-from fedllm.models.loading import load_config, load_tokenizer
+from fedllm.models.loading import load_tokenizer
+from fedllm.models.location import load_config
 from tests.helpers.clients import Client, Make, rows
 
 

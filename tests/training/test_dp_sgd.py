@@ -26,7 +26,8 @@ from fedllm.config import (
 )
 from fedllm.data.tokens import tokenize
 from fedllm.errors import ConfigError
-from fedllm.models.loading import load_base, load_config, load_tokenizer
+from fedllm.models.loading import load_base, load_tokenizer
+from fedllm.models.location import load_config
 from fedllm.privacy.mechanism import SecureGenerator
 from fedllm.privacy.record_ledger import RecordPlan
 from fedllm.training import dp_sgd

@@ -22,7 +22,8 @@ from fedllm.config import (
     TrainConfig,
 )
 from fedllm.data.tokens import tokenize
-from fedllm.models.loading import load_config, load_tokenizer
+from fedllm.models.loading import load_tokenizer
+from fedllm.models.location import load_config
 from fedllm.privacy.discrete_gaussian import integer_sensitivity
 from fedllm.privacy.joint_sum import record_units
 from fedllm.privacy.record_ledger import RecordPlan

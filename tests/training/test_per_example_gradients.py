@@ -17,7 +17,8 @@ from fedllm.config import AdapterConfig, DataConfig
 from fedllm.data.tokens import tokenize
 from fedllm.models import loading
 from fedllm.models.answer_loss import answer_losses, collate
-from fedllm.models.loading import load_base, load_config, load_tokenizer
+from fedllm.models.loading import load_base, load_tokenizer
+from fedllm.models.location import load_config
 from fedllm.training import per_example_gradients
 from fedllm.training.per_example_gradients import MODEL_TYPES, PerExample
 from tests.helpers.tiny_models import SENTENCES
