@@ -28,7 +28,7 @@ def arm_names(
         alone: How many clients are trained alone, evenly spaced; None: all.
     """
     names = ["base", "federated"]
-    if config.privacy.unit == "client":
+    if config.privacy.unit != "none":
         names.append("federated-dp")
     number = num_clients if alone is None else min(alone, num_clients)
     chosen = [i * num_clients // number for i in range(number)]

@@ -3,6 +3,7 @@
 All arms share one resident base model and one set of public rows.
 """
 
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -44,7 +45,7 @@ from fedllm.training.own_best import OwnBest, OwnBestConfig, train_to_own_best
 _T = TypeVar("_T")
 
 _RUN_ID = 1
-"""Of every arm: a simulated client of `privacy.unit="client"` keeps nothing by it."""
+"""Of every arm but those of record level, whose clients keep their ledgers by it."""
 
 
 class Bench:
@@ -141,7 +142,10 @@ class Bench:
         """Return how many examples a client trains on in so many rounds, in the mean."""
         train, count = config.train, self.num_clients
         each = float(train.local_steps * train.batch_size * train.gradient_accumulation)
-        if train.local_steps == 0:
+        if config.is_joint:
+            # The expected batch is that of all clients together.
+            each /= count
+        elif train.local_steps == 0:
             each = train.local_epochs * len(self._rows("centralised")) / count
         return rounds * each * config.strategy.expected_cohort(count) / count
 
@@ -157,9 +161,11 @@ class Bench:
 
     def _train(self, arm: Arm, directory: RunDirectory) -> Federation:
         """Run an arm's federation to its end."""
-        grid = LocalGrid(reply_to, arm.nodes, flat(arm.config), _RUN_ID)
+        is_record = arm.config.privacy.unit == "record"
+        run_id = secrets.randbits(63) if is_record else _RUN_ID
+        grid = LocalGrid(reply_to, arm.nodes, flat(arm.config), run_id)
         federation = set_up(
-            arm.server_config, grid, _RUN_ID, least_clients=1, directory=directory
+            arm.server_config, grid, run_id, least_clients=1, directory=directory
         )
         federation.public = self._public
         federation.run()
@@ -281,7 +287,7 @@ def _figures(federation: Federation) -> dict[str, Any]:
     lines = read_metrics(federation.directory.path / METRICS_FILE)
     rounds = lines[1:]
     losses = [line["validation_loss"] for line in lines]
-    best, ledger = federation.progress.best, federation.account.ledger
+    best, account = federation.progress.best, federation.account
     figures: dict[str, Any] = {
         "validation_losses": [loss for loss in losses if loss is not None],
         "best_round": len(rounds) if best is None else best.server_round,
@@ -296,8 +302,7 @@ def _figures(federation: Federation) -> dict[str, Any]:
             figures["megabytes"] = sum(
                 line["megabytes_down"] + line["megabytes_up"] for line in rounds
             )
-    if isinstance(ledger, Ledger):
-        spent = ledger.epsilons()
-        figures["epsilon"] = spent.zero_out
-        figures["epsilon_replace_one"] = spent.replace_one
+    figures["epsilon"] = account.epsilon(len(rounds))
+    if isinstance(account.ledger, Ledger):
+        figures["epsilon_replace_one"] = account.ledger.epsilons().replace_one
     return figures
