@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
     """Return the content of compare.json, and print progress and the table."""
-    config = _read_config(args.run_config)
+    config = read_run_config(args.run_config)
     out = _output_folder(args)
     setting = {
         "run_config": {k: v for k, v in flat(config).items() if k != "seed"},
@@ -90,20 +90,6 @@ def _print(args: argparse.Namespace, text: str) -> None:
     stream = sys.stderr if args.json else sys.stdout
     stream.write(text + "\n")
     stream.flush()
-
-
-def _read_config(values: Sequence[str]) -> RunConfig:
-    """Return the run config.
-
-    Raises:
-        ConfigError: It cannot be read, or compare has no arm for its privacy unit.
-    """
-    config = read_run_config(values)
-    if config.privacy.unit == "record":
-        raise ConfigError(
-            "privacy.unit: compare knows 'client' and 'none' (got 'record')"
-        )
-    return config
 
 
 def _output_folder(args: argparse.Namespace) -> Path:
