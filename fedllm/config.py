@@ -107,6 +107,13 @@ class AdapterConfig:
     """Names of linear layers, separated by commas, or `all-linear`. `auto`: `q_proj` and
     `v_proj`; for `ia3` PEFT's choice for the architecture (Llama: `k_proj`, `v_proj` and
     `down_proj`)."""
+    start_from: Text = ""
+    """Folder of a PEFT adapter, on the server, that is round 0: one of an earlier run, whose
+    client-level epsilon then counts in this run's, or any other; empty: an adapter that
+    leaves the base unchanged."""
+    start_is_public: Flag = False
+    """The owner's word that nothing in the start adapter comes from anybody's private rows;
+    then no earlier run counts."""
 
 
 @dataclass(frozen=True, config=_SECTION)
@@ -437,6 +444,12 @@ def _contradictions(config: RunConfig) -> list[str]:
 
 
 def _adapter_problems(adapter: AdapterConfig) -> list[str]:
+    if adapter.start_is_public and not adapter.start_from:
+        return ["adapter.start-is-public: needs adapter.start-from"]
+    if adapter.start_from and adapter.kind == "auto":
+        return [
+            "adapter.kind: must be that of adapter.start-from's adapter (got 'auto')"
+        ]
     if adapter.dropout > 0 and adapter.kind in (*WITHOUT_DROPOUT, "auto"):
         return [
             f"adapter.dropout: must be 0.0 if adapter.kind is {adapter.kind!r} "

@@ -83,14 +83,9 @@ def read_base_name(folder: Path) -> str:
             raise AdapterError(
                 f"{folder}: not a PEFT adapter in safetensors, since {name} is missing"
             )
-    try:
-        config = json.loads((folder / _CONFIG_FILE).read_text("utf-8"))
-        base_name = config["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(
-            f"{folder / _CONFIG_FILE}: cannot be read: {error}"
-        ) from None
+    config = read_config(folder)
     _check_config(folder / _CONFIG_FILE, config)
+    base_name = config.get("base_model_name_or_path")
     if not isinstance(base_name, str) or not base_name:
         raise AdapterError(
             f"{folder / _CONFIG_FILE}: names no base model: set base_model_name_or_path"
@@ -104,6 +99,25 @@ def read_base_name(folder: Path) -> str:
             f"(got {printable(revision)!r})"
         )
     return pinned
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return PEFT's configuration of an adapter, unchecked.
+
+    Raises:
+        AdapterError: It cannot be read.
+    """
+    try:
+        return dict(json.loads((folder / _CONFIG_FILE).read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise AdapterError(
+            f"{folder / _CONFIG_FILE}: cannot be read: {error}"
+        ) from None
+
+
+def weights_path(folder: Path) -> Path:
+    """Return the file of an adapter's weights."""
+    return folder / _WEIGHTS_FILE
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:

@@ -47,7 +47,8 @@ def load_audited_run(folder: Path) -> tuple[RunConfig, PrivacySettings, Check]:
         + (f": it forgets {missing}" if missing else "")
         + f"; epsilon {plain(ledger.epsilons().zero_out)} zero-out",
     )
-    return config, ledger.settings, check
+    # The audit attacks the rounds of this run alone.
+    return config, replace(ledger.settings, earlier_mu_squared=0.0), check
 
 
 def _require_same_promise(ledger: Ledger, config: RunConfig, path: Path) -> None:
@@ -63,7 +64,10 @@ def _require_same_promise(ledger: Ledger, config: RunConfig, path: Path) -> None
         target_epsilon=0.0,
     )
     size, d = settings.population_size, settings.num_trainable
-    promised = privacy_settings(replace(config, privacy=given), size, d)
+    promised = privacy_settings(
+        replace(config, privacy=given),
+        *(size, d, settings.earlier_mu_squared, settings.start_note),
+    )
     noise = config.privacy.noise_multiplier or settings.noise_multiplier
     promised = replace(
         promised,

@@ -1,16 +1,26 @@
 """The noise of a run, fixed before round 1: the server adds it, and a node counts on it."""
 
+import math
 from bisect import bisect_left
 
 from fedllm.config import RunConfig
 from fedllm.errors import PrivacyError
-from fedllm.privacy.accounting import calibrate, default_delta, epsilons
+from fedllm.privacy.accounting import (
+    calibrate,
+    default_delta,
+    epsilons,
+    gaussian_epsilons,
+)
 from fedllm.privacy.discrete_gaussian import integer_sensitivity
 from fedllm.privacy.ledger import PrivacySettings
 
 
 def privacy_settings(
-    config: RunConfig, population_size: int, num_trainable: int
+    config: RunConfig,
+    population_size: int,
+    num_trainable: int,
+    earlier_mu_squared: float = 0.0,
+    start_note: str = "",
 ) -> PrivacySettings:
     """Return the privacy settings, with the noise given or calibrated to the target epsilon.
 
@@ -18,13 +28,20 @@ def privacy_settings(
         config: The run config, with `privacy.unit="client"`.
         population_size: Clients in the federation, N.
         num_trainable: Trained values d.
+        earlier_mu_squared: Sum of 1 / z^2 over the rounds of the runs before, if this one
+            starts from their adapter and samples as they did, without a coin; the target
+            bounds all of them together.
+        start_note: What is not known of the start adapter.
 
     Raises:
-        PrivacyError: The noise is larger than the grid of the sum can hold.
+        PrivacyError: The noise is larger than the grid of the sum can hold, or the runs
+            before have spent the target.
     """
     privacy, strategy = config.privacy, config.strategy
     delta = privacy.delta or default_delta(population_size)
     noise_multiplier = noise_multiplier_at(config, delta)
+    if earlier_mu_squared and privacy.target_epsilon:
+        noise_multiplier = _what_is_left(config, delta, earlier_mu_squared)
     try:
         integer_sensitivity(noise_multiplier)
     except ValueError as error:
@@ -44,7 +61,28 @@ def privacy_settings(
         max_epsilon=privacy.max_epsilon,
         num_trainable=num_trainable,
         planned_rounds=config.num_server_rounds,
+        earlier_mu_squared=earlier_mu_squared,
+        start_note=start_note,
     )
+
+
+def _what_is_left(config: RunConfig, delta: float, earlier: float) -> float:
+    """Return the z with which earlier rounds and this run's spend the target together.
+
+    Raises:
+        PrivacyError: Nothing is left of it.
+    """
+    target = config.privacy.target_epsilon
+    # One round of this z spends the target: mu^2 of all rounds adds up to its 1 / z^2.
+    left = calibrate(target, 1, delta, "all", 1.0) ** -2 - earlier
+    # Rounding may leave a trace of a target that is spent.
+    if left <= earlier * 1e-6:
+        spent = gaussian_epsilons(earlier, delta).zero_out
+        raise PrivacyError(
+            f"privacy.target-epsilon: must be above {spent:.4g}, which the runs that "
+            f"adapter.start-from comes from have spent (got {target:g})"
+        )
+    return math.sqrt(config.num_server_rounds / left) * (1 + 1e-9)
 
 
 def noise_multiplier_at(config: RunConfig, delta: float) -> float:

@@ -86,6 +86,20 @@ def gaussian_epsilon(noise_multiplier: float, num_releases: int, delta: float) -
     return float(root * (1 + 1e-12) + 1e-12)
 
 
+def gaussian_epsilons(mu_squared: float, delta: float) -> Epsilons:
+    """Return the epsilons of composed Gaussians of any noise, without sampling.
+
+    Args:
+        mu_squared: Sum of 1 / z^2 over the releases.
+        delta: In (0, 1).
+    """
+    if mu_squared == 0:
+        return Epsilons(0.0, 0.0, None, _EXACT)
+    z = mu_squared**-0.5
+    zero_out = gaussian_epsilon(z, 1, delta)
+    return Epsilons(zero_out, gaussian_epsilon(z / 2, 1, delta), None, _EXACT)
+
+
 def epsilons(
     noise_multiplier: float,
     num_releases: int,

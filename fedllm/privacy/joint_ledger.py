@@ -53,6 +53,7 @@ class JointSettings:
         expected_batch_size: B: the expected number of records of one step in the whole
             federation, and the divisor of its sum.
         max_grad_norm: Largest norm of one record's gradient.
+        start_note: What is not counted of the adapter that the run starts from.
     """
 
     unit: str
@@ -69,6 +70,7 @@ class JointSettings:
     max_epsilon: float
     num_trainable: int
     planned_rounds: int
+    start_note: str = ""
 
     def __post_init__(self) -> None:
         # A list, as JSON has it, would not equal a tuple.
@@ -133,6 +135,7 @@ class JointLedger(ReleaseLedger[JointSettings]):
             **asdict(settings),
             "total_rows": settings.total_rows,
             "clipping_norm": None,
+            "earlier_mu_squared": None,
             "neighbouring_relation": "add-or-remove one record",
             "epsilon": bounded(spent),
             "epsilon_replace_one": None,
@@ -142,7 +145,7 @@ class JointLedger(ReleaseLedger[JointSettings]):
             "noise_to_signal": self.noise_to_signal,
             "noise_probe": self._noise_probe,
             "accountant": record_accountant(events, settings.delta),
-            "not_covered": list(_NOT_COVERED),
+            "not_covered": [*_NOT_COVERED, *filter(None, [settings.start_note])],
             "strength": self.strength(spent),
             "statement": self._statement(spent),
         }

@@ -3,7 +3,13 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fedllm.privacy.accounting import Epsilons, Sampling, epsilons, noise_to_signal
+from fedllm.privacy.accounting import (
+    Epsilons,
+    Sampling,
+    epsilons,
+    gaussian_epsilons,
+    noise_to_signal,
+)
 from fedllm.privacy.release_ledger import ReleaseLedger, bounded
 from fedllm.privacy.wording import delta_caution, plain, strength
 
@@ -45,6 +51,10 @@ class PrivacySettings:
         max_epsilon: The epsilon at which training stops; 0.0: no limit.
         num_trainable: d.
         planned_rounds: Rounds that z was calibrated for.
+        earlier_mu_squared: Sum of 1 / z^2 over the rounds of earlier runs, from whose
+            adapter this one starts; the rounds of this one add to it.
+        start_note: What is not known of the adapter that the run starts from; empty:
+            nothing is left out.
     """
 
     unit: str
@@ -58,6 +68,8 @@ class PrivacySettings:
     max_epsilon: float
     num_trainable: int
     planned_rounds: int
+    earlier_mu_squared: float = 0.0
+    start_note: str = ""
 
 
 class Ledger(ReleaseLedger[PrivacySettings]):
@@ -90,6 +102,10 @@ class Ledger(ReleaseLedger[PrivacySettings]):
     def epsilon_after(self, num_releases: int) -> Epsilons:
         """Return the epsilons of a number of releases."""
         settings = self.settings
+        if settings.earlier_mu_squared:
+            mu_squared = num_releases / settings.noise_multiplier**2
+            mu_squared += settings.earlier_mu_squared
+            return gaussian_epsilons(mu_squared, settings.delta)
         return epsilons(
             settings.noise_multiplier,
             num_releases,
@@ -123,6 +139,8 @@ class Ledger(ReleaseLedger[PrivacySettings]):
         settings, spent = self.settings, self.epsilons()
         epsilon = bounded(spent.zero_out)
         not_covered = list(_NOT_COVERED)
+        if settings.start_note:
+            not_covered.append(settings.start_note)
         if settings.sampling == "poisson":
             not_covered.append(
                 "the other clients: by a run's traffic and seconds, which Flower shows them, "
@@ -163,11 +181,14 @@ class Ledger(ReleaseLedger[PrivacySettings]):
         zero_out, replace_one = plain(spent.zero_out), plain(spent.replace_one)
         caution = delta_caution(settings.delta, settings.population_size)
         because = f", since {caution}" if caution else ""
+        earlier = ""
+        if settings.earlier_mu_squared:
+            earlier = ", and the runs whose adapter it started from,"
         return (
             "Client-level differential privacy with epsilon "
             f"{zero_out} at delta {settings.delta:g} (protection: "
             f"{self.strength(spent.zero_out)}{because}): for whoever sees only the adapters "
-            f"that this run released in {len(self._releases)} rounds, {words}, whether one client "
+            f"that this run{earlier} released in {len(self._releases)} rounds, {words}, whether one client "
             "took part or sent nothing changes the probability of any conclusion by at "
             f"most a factor of e^{zero_out}, plus {settings.delta:g} (replace-one: "
             f"e^{replace_one}, where that client had other data instead); the server, which "

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class RecordSettings:
     max_epsilon: float
     num_trainable: int
     planned_rounds: int
+    start_note: str = ""
 
 
 class RecordClaims:
@@ -108,6 +109,9 @@ class RecordClaims:
         """
         try:
             content = json.loads(path.read_text("utf-8"))
+            # The start adapter may be gone, and is not looked at again.
+            note = str(content.setdefault("start_note", ""))
+            settings = replace(settings, start_note=note)
             claims = cls(path, settings, str(content["run"]))
             claims._releases = [int(r) for r in content["releases"]]
             count = int(content["num_clients_reported"])
@@ -183,6 +187,7 @@ class RecordClaims:
             "run": self.run,
             **asdict(settings),
             "clipping_norm": None,
+            "earlier_mu_squared": None,
             "neighbouring_relation": "add-or-remove one record",
             "epsilon": worst,
             "epsilon_median": self.median,
@@ -196,7 +201,7 @@ class RecordClaims:
             "noise_probe": None,
             "accountant": "each client's own: exact Gaussian without sampling, else PLD, or "
             "RDP where PLD does not return (dp-accounting)",
-            "not_covered": list(_NOT_COVERED),
+            "not_covered": [*_NOT_COVERED, *filter(None, [self.settings.start_note])],
             "strength": self.strength(math.inf if worst is None else worst),
             "statement": self.statement,
         }

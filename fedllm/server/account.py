@@ -13,6 +13,7 @@ from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.released_rounds import ReleasedRounds
 from fedllm.privacy.wording import BANDS, delta_caution, plain
 from fedllm.runs.directory import PRIVACY_FILE, RunDirectory
+from fedllm.server.start_adapter import NOTHING, Earlier
 from fedllm.strategy.round_stats import Round
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class AccountTerms:
             not, and the run cannot be resumed.
         declared_rows: The rows that each client declared, in the order of the population;
             empty if they were not asked.
+        earlier: What the runs before have spent, from whose adapter a new run starts.
     """
 
     config: RunConfig
@@ -47,6 +49,7 @@ class AccountTerms:
     resumed: bool
     home: Path | None
     declared_rows: Sequence[int] = ()
+    earlier: Earlier = NOTHING
 
     @property
     def path(self) -> Path:

@@ -107,12 +107,16 @@ class Federation:
             self.directory.unlock()
 
     def _prepare(self) -> None:
-        """Score the untuned model, and log what the run will spend, before round 1."""
+        """Score what the run starts from, and log what the run will spend, before round 1."""
         began = time.monotonic()
         loss = self.public.validation_loss(self.progress.arrays)
         if loss is not None:
             self.progress.best = BestRound(0, loss, self.progress.arrays)
-            logger.info("round 0, the untuned model: validation loss %.3f", loss)
+            is_base = not self.config.adapter.start_from
+            what = "the untuned model" if is_base else "the start adapter"
+            logger.info("round 0, %s: validation loss %.3f", what, loss)
+            if not is_base:
+                self.saver.save_start(self.progress, len(self.population))
         evaluated = time.monotonic() - began
         seconds = {"train": 0.0, "aggregate": 0.0, "save": 0.0, "evaluate": evaluated}
         self._record(RoundReport(0, loss=loss, seconds=seconds))
@@ -266,7 +270,8 @@ class Federation:
         recommended, arrays = str(final), progress.arrays
         if best is not None:
             folder = str(self.directory.path / "peft_best")
-            recommended = folder if best.server_round > 0 else "base"
+            is_tuned = best.server_round > 0 or self.config.adapter.start_from
+            recommended = folder if is_tuned else "base"
             arrays = best.arrays
         before = self.public.test_loss(base)
         after = self.public.test_loss(arrays)

@@ -1,6 +1,7 @@
 """The account of record level with one noise for the whole federation."""
 
 import logging
+from dataclasses import replace
 from typing import Self
 
 from fedllm.planning.joint_noise import joint_settings
@@ -35,9 +36,12 @@ class JointAccount(LedgerAccount[JointLedger]):
         if terms.resumed:
             ledger = JointLedger.load(terms.path)
             declared = ledger.settings.declared_rows
-            ledger.check_same(joint_settings(config, declared, num_trainable))
+            settings = joint_settings(config, declared, num_trainable)
+            note = ledger.settings.start_note
+            ledger.check_same(replace(settings, start_note=note))
         else:
             settings = joint_settings(config, terms.declared_rows, num_trainable)
+            settings = replace(settings, start_note=terms.earlier.note)
             name = terms.directory.path.name
             ledger = JointLedger.create(terms.path, settings, name)
         follow_released_rounds(ledger, terms)

@@ -6,6 +6,7 @@ checked in `fedllm.config`, and its noise is made by `fedllm.strategy` or the cl
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 
 from fedllm.planning.advice import ledger_advice
@@ -29,6 +30,7 @@ from fedllm.server.account import (
     statement_lines,
 )
 from fedllm.server.joint_account import JointAccount
+from fedllm.server.start_adapter import Earlier
 from fedllm.strategy.round_stats import Round
 
 logger = logging.getLogger(__name__)
@@ -46,11 +48,17 @@ class ClientAccount(LedgerAccount[Ledger]):
         Raises:
             PrivacyError: The ledger cannot be trusted, or has other settings.
         """
-        settings = privacy_settings(
-            terms.config, terms.num_clients, terms.num_trainable
-        )
+        earlier = terms.earlier
         if terms.resumed:
             ledger = Ledger.load(terms.path)
+            known = ledger.settings
+            # The start adapter may be gone, and is not looked at again.
+            earlier = Earlier(known.earlier_mu_squared, known.start_note)
+        settings = privacy_settings(
+            *(terms.config, terms.num_clients, terms.num_trainable),
+            *(earlier.mu_squared, earlier.note),
+        )
+        if terms.resumed:
             ledger.check_same(settings)
         else:
             ledger = Ledger.create(terms.path, settings, terms.directory.path.name)
@@ -66,10 +74,14 @@ class ClientAccount(LedgerAccount[Ledger]):
             settings.num_trainable,
             settings.num_sampled_clients,
         )
+        before = ""
+        if settings.earlier_mu_squared:
+            spent = self._ledger.epsilon_after(0)
+            before = f" with the runs before, which have spent {plain(spent.zero_out)},"
         lines = [
             (
                 logging.INFO,
-                f"privacy: {settings.planned_rounds} rounds will spend epsilon "
+                f"privacy: {settings.planned_rounds} rounds{before} will spend epsilon "
                 f"{plain(planned.zero_out)} zero-out ({plain(planned.replace_one)} "
                 f"replace-one) at delta {settings.delta:g}; noise multiplier "
                 f"{settings.noise_multiplier:.4g}, clipping norm "
@@ -125,6 +137,7 @@ class RecordAccount(PrivacyAccount):
             PrivacyError: The list cannot be trusted, or has other settings.
         """
         settings = record_settings(terms.config, terms.num_clients, terms.num_trainable)
+        settings = replace(settings, start_note=terms.earlier.note)
         if terms.resumed:
             return cls(RecordClaims.load(terms.path, settings))
         name = terms.directory.path.name

@@ -14,7 +14,7 @@ from fedllm.server.account import PrivacyAccount
 
 @dataclass
 class BestRound:
-    """The round with the lowest validation loss; round 0 is the untuned model."""
+    """The round with the lowest validation loss; round 0 is what the run starts from."""
 
     server_round: int
     loss: float
@@ -109,6 +109,11 @@ class RunSaver:
             progress.best = BestRound(server_round, loss, progress.arrays)
             self._directory.copy_adapter(server_round, "peft_best")
 
+    def save_start(self, progress: Progress, clients: int) -> None:
+        """Write the adapter that the run starts from, the best until a round beats it."""
+        self._save_adapter(0, progress.arrays, clients)
+        self._directory.copy_adapter(0, "peft_best")
+
     def write_checkpoint(
         self,
         progress: Progress,
@@ -143,7 +148,7 @@ class RunSaver:
         if progress.last_round:
             self._save_adapter(progress.last_round, progress.arrays, clients)
         best = progress.best
-        if best is not None and best.server_round:
+        if best is not None and (best.server_round or self._config.adapter.start_from):
             self._save_adapter(best.server_round, best.arrays, clients)
             self._directory.copy_adapter(best.server_round, "peft_best")
         self._directory.link_as_latest()

@@ -24,6 +24,7 @@ from fedllm.server.federation import Federation
 from fedllm.server.population import LEAST_CLIENTS, wait_for_clients
 from fedllm.server.privacy_account import open_account
 from fedllm.server.saving import BestRound, Progress, RunIdentity, RunSaver
+from fedllm.server.start_adapter import NOTHING, start_of_run
 from fedllm.strategy.build import make_strategy
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,9 @@ def _assemble(
     identity = RunIdentity(run_id, base_name, fingerprint(base_name))
     if resumed is not None:
         resumed.checkpoint.state.check_model(identity.fingerprint, spec)
+    start, earlier = initial_arrays(spec), NOTHING
+    if config.adapter.start_from and resumed is None:
+        start, earlier = start_of_run(config, spec, base_name, len(population), home)
     # A caller that names the folder of a new run, as a comparison does, never resumes it.
     is_kept = resumed is not None or directory.path.parent == home / "runs"
     terms = AccountTerms(
@@ -123,11 +127,12 @@ def _assemble(
         resumed is not None,
         home if is_kept else None,
         list(declared.values()),
+        earlier,
     )
     account = open_account(terms)
     progress = _progress_of(resumed, account, config) if resumed else None
     if progress is None:
-        progress = Progress(initial_arrays(spec))
+        progress = Progress(start)
     strategy = make_strategy(config, progress.arrays, population, account.ledger)
     saver = RunSaver(directory, config, identity, spec)
     if resumed is not None:

@@ -42,7 +42,7 @@ def log_outcome(
             "helps: %s",
             "; ".join(account.advice()),
         )
-    elif result["best_round"]:
+    elif result["best_round"] is not None:
         logger.info(
             "the tuned model beats the base: use %s (round %d)",
             result["recommended"],

@@ -76,6 +76,17 @@ class IA3:
             arrays[f"{PREFIX}{module}.ia3_l"] = (1 + change).reshape(shape)
         return arrays
 
+    def trained_arrays(
+        self, spec: AdapterSpec, arrays: Mapping[str, npt.NDArray[Any]]
+    ) -> Arrays:
+        """Return how far every module's factors are from one."""
+        return {
+            f"{PREFIX}{module}.ia3_change": (
+                np.asarray(arrays[f"{PREFIX}{module}.ia3_l"]).flatten() - 1
+            )
+            for module in spec.modules
+        }
+
     def peft_config(
         self, spec: AdapterSpec, base_name: str | None = None
     ) -> "IA3Config":

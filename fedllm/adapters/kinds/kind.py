@@ -61,6 +61,14 @@ class Kind(Protocol):
     ) -> Arrays:
         """Return all that PEFT needs under PEFT's names, fixed factors included."""
 
+    def trained_arrays(
+        self, spec: AdapterSpec, arrays: Mapping[str, npt.NDArray[Any]]
+    ) -> Arrays:
+        """Return the trained values of what `peft_arrays` returned, or a KeyError.
+
+        Fixed factors are not looked at: the caller compares.
+        """
+
     def peft_config(
         self, spec: AdapterSpec, base_name: str | None = None
     ) -> "PeftConfig":

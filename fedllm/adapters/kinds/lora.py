@@ -69,6 +69,12 @@ class Lora:
                 arrays[name] = np.ascontiguousarray(factor, np.float32)
         return arrays
 
+    def trained_arrays(
+        self, spec: AdapterSpec, arrays: Mapping[str, npt.NDArray[Any]]
+    ) -> Arrays:
+        """Return the factors that are trained, which have the same name in PEFT."""
+        return {name: np.asarray(arrays[name]) for name in spec.trained_shapes}
+
     def peft_config(
         self, spec: AdapterSpec, base_name: str | None = None
     ) -> "LoraConfig":
@@ -138,6 +144,17 @@ class LoraCore(FFALora):
     ) -> dict[str, tuple[int, ...]]:
         """Return last part of the name -> shape of each trained array of a module."""
         return {"lora_core.weight": (spec.rank, spec.rank)}
+
+    def trained_arrays(
+        self, spec: AdapterSpec, arrays: Mapping[str, npt.NDArray[Any]]
+    ) -> Arrays:
+        """Return the cores of the factors B: what the fixed left factor sees of them."""
+        cores: Arrays = {}
+        for module in spec.modules:
+            b = np.asarray(arrays[f"{PREFIX}{module}.lora_B.weight"])
+            core = _fixed_left(spec, module).T @ b
+            cores[f"{PREFIX}{module}.lora_core.weight"] = core
+        return cores
 
     def freeze_factors(self, model: "PeftModel", spec: AdapterSpec) -> None:
         """Write the fixed factors into a model; the core becomes the parameter of B."""

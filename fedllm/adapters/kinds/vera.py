@@ -69,6 +69,12 @@ class Vera:
         }
         return {"base_model.vera_A": a, "base_model.vera_B": b, **lambdas}
 
+    def trained_arrays(
+        self, spec: AdapterSpec, arrays: Mapping[str, npt.NDArray[Any]]
+    ) -> Arrays:
+        """Return the lambdas, which have the same name in PEFT."""
+        return {name: np.asarray(arrays[name]) for name in spec.trained_shapes}
+
     def peft_config(
         self, spec: AdapterSpec, base_name: str | None = None
     ) -> "VeraConfig":

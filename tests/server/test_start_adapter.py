@@ -1,0 +1,211 @@
+"""A run that starts from an adapter: what its epsilon counts, and what it leaves out."""
+
+import json
+from dataclasses import replace
+
+import dp_accounting
+import numpy as np
+import pytest
+from dp_accounting import pld
+from flwr.app import Message, MetricRecord, RecordDict
+
+from fedllm.config import parse_run_config
+from fedllm.errors import AdapterError, ConfigError, PrivacyError
+from fedllm.planning.record_noise import record_settings
+from fedllm.privacy.joint_ledger import JointLedger
+from fedllm.privacy.ledger import Ledger
+from fedllm.privacy.record_claims import RecordClaims
+from fedllm.wire.masking import masked
+from fedllm.wire.messages import DECLARED_ROWS, METRICS
+from tests.helpers.federations import (
+    JOINT,
+    NO_PRIVACY,
+    cut_in_round,
+    federation,
+    resumed,
+)
+
+TARGET = {"privacy.target-epsilon": 4.0}
+
+
+def run_of(given, **more):
+    run = federation(given, **more)
+    run.run()
+    return run
+
+
+def privacy_of(run):
+    return json.loads((run.directory.path / "privacy.json").read_text())
+
+
+def started(given, first, folder="peft_final", **more):
+    path = str(first.directory.path / folder)
+    return {**given, "adapter.start-from": path, **more}
+
+
+def declarer(message, context):
+    """A client that declares eight rows."""
+    content = RecordDict({METRICS: MetricRecord({DECLARED_ROWS: 8})})
+    return Message(masked(content), reply_to=message)
+
+
+def epsilon_of(noise_multipliers, delta):
+    relation = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
+    accountant = pld.PLDAccountant(relation)
+    for z in noise_multipliers:
+        accountant.compose(dp_accounting.GaussianDpEvent(z))
+    return accountant.get_epsilon(delta)
+
+
+def test_a_chain_of_runs_has_one_epsilon_and_one_target(quick):
+    first = run_of({**quick, **TARGET})
+    given = {**quick, "num-server-rounds": 2, "privacy.target-epsilon": 8.0}
+    second = run_of(started(given, first))
+    given["privacy.target-epsilon"] = 9.0
+    third = run_of(started(given, second))
+
+    contents = [privacy_of(run) for run in (first, second, third)]
+    noise = [c["noise_multiplier"] for c in contents for _ in c["releases"]]
+    assert [c["num_rounds"] for c in contents] == [3, 2, 2]
+    for content, count in zip(contents, (3, 5, 7), strict=True):
+        theirs = epsilon_of(noise[:count], content["delta"])
+        assert content["epsilon"] == pytest.approx(theirs, rel=2e-3)
+        assert content["epsilon"] <= content["target_epsilon"]
+    assert [c["epsilon"] for c in contents] == pytest.approx([4, 8, 9], rel=1e-6)
+    assert "the runs whose adapter it started from" in contents[1]["statement"]
+    assert contents[1]["not_covered"] == contents[0]["not_covered"]
+    assert Ledger.load(third.directory.path / "privacy.json").spent == pytest.approx(9)
+
+
+def test_round_zero_is_the_start_adapter_and_stays_if_no_round_beats_it(quick):
+    first = run_of({**quick, **NO_PRIVACY})
+    given = {**quick, **NO_PRIVACY, "strategy.server-learning-rate": 1e-9}
+    given["strategy.server-learning-rate-min"] = 1e-9
+    second = federation(started(given, first))
+    start = first.progress.arrays
+    assert all(np.array_equal(second.progress.arrays[k], start[k]) for k in start)
+
+    result = second.run()
+
+    if result["best_round"] == 0:
+        assert result["recommended"] == str(second.directory.path / "peft_best")
+    origin = json.loads((second.directory.path / "peft_0/fedllm.json").read_text())
+    assert origin["server_round"] == 0
+
+
+def test_a_target_that_is_spent_is_an_error(quick):
+    first = run_of({**quick, **TARGET})
+
+    with pytest.raises(PrivacyError, match=r"must be above 4, which the runs that"):
+        federation(started({**quick, **TARGET}, first))
+
+
+def test_max_epsilon_bounds_the_chain(quick):
+    noise = {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 2.0}
+    first = run_of({**quick, **noise})
+    spent = privacy_of(first)["epsilon"]
+    second = run_of(
+        started({**quick, **noise, "privacy.max-epsilon": spent * 1.2}, first)
+    )
+
+    assert 0 < len(privacy_of(second)["releases"]) < 3
+    assert privacy_of(second)["epsilon"] <= spent * 1.2
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "clients"),
+    [
+        ({"strategy.sampling": "poisson"}, {}, 3),
+        ({}, {"strategy.sampling": "poisson"}, 3),
+        ({}, {}, 4),
+    ],
+)
+def test_what_does_not_match_stands_beside(quick, before, after, clients):
+    noise = {
+        "privacy.target-epsilon": 0.0,
+        "privacy.noise-multiplier": 2.0,
+        "strategy.fraction-train": 0.5,
+    }
+    quick = {**quick, **noise}
+    quick["strategy.sampling"] = "fixed"
+    first = run_of({**quick, **before}, num_clients=4)
+    given = started({**quick, **after}, first)
+    second = federation(given, num_clients=clients)
+
+    content = privacy_of(second)
+    assert content["earlier_mu_squared"] == 0 or (not before and not after)
+    if clients == 3 or before or after:
+        note = content["not_covered"][-1 if "poisson" not in after.values() else -3]
+        assert f"run {first.directory.path.name}, whose adapter" in note
+        assert "stands beside this one" in note
+
+
+def test_without_a_ledger_no_total_is_claimed_unless_the_adapter_is_public(quick):
+    public = run_of({**quick, **NO_PRIVACY})
+    second = run_of(started(quick, public))
+    third = run_of(started(quick, second, **{"privacy.target-epsilon": 20.0}))
+    declared = run_of(started(quick, public, **{"adapter.start-is-public": True}))
+
+    for run in (second, third):
+        content = privacy_of(run)
+        assert content["earlier_mu_squared"] == 0
+        assert "is no ledger that could be checked" in content["not_covered"][-1]
+    assert "ledger that could" not in "".join(privacy_of(declared)["not_covered"])
+
+
+def test_record_level_names_the_run_before_and_keeps_its_name(quick):
+    first = run_of({**quick, **TARGET})
+    given = {key: value for key, value in quick.items() if "rate-min" not in key}
+    given |= {**JOINT, "strategy.server-learning-rate-min": 0.05}
+    path = federation(started(given, first), declarer).directory.path / "privacy.json"
+    content = json.loads(path.read_text())
+
+    assert content["noise"] == "joint"
+    assert f"run {first.directory.path.name}, whose" in content["not_covered"][-1]
+    note = content["start_note"]
+    assert JointLedger.load(path).settings.start_note == note
+
+    settings = replace(
+        record_settings(parse_run_config({"privacy.unit": "record"}), 3, 10),
+        start_note=note,
+    )
+    other = path.with_name("claims.json")
+    RecordClaims.create(other, settings)
+    claims = RecordClaims.load(other, replace(settings, start_note=""))
+    assert claims.as_dict()["not_covered"][-1] == note
+
+
+def test_an_edited_ledger_is_no_ledger(quick):
+    first = run_of({**quick, **TARGET})
+    path = first.directory.path / "privacy.json"
+    path.write_text(path.read_text().replace('"num_rounds": 3', '"num_rounds": 2'))
+
+    content = privacy_of(run_of(started(quick, first)))
+
+    assert "is no ledger that could be checked" in content["not_covered"][-1]
+
+
+def test_a_resumed_run_still_counts_the_runs_before(quick):
+    first = run_of({**quick, **TARGET})
+    given = started({**quick, "privacy.target-epsilon": 8.0}, first)
+    cut = cut_in_round(given, 2)
+    (first.directory.path / "peft_final/adapter_model.safetensors").unlink()
+
+    run = resumed(str(cut.directory.path), first_node=300)
+    run.run()
+
+    assert privacy_of(run)["epsilon"] == pytest.approx(8, rel=1e-6)
+
+
+def test_an_adapter_that_does_not_fit_ends_the_start(quick):
+    first = run_of({**quick, **NO_PRIVACY})
+
+    with pytest.raises(AdapterError, match="set adapter.rank"):
+        federation(started(quick, first, **{"adapter.rank": 2}))
+
+
+def test_settings_that_mean_nothing_are_errors():
+    with pytest.raises(ConfigError, match="start-is-public: needs adapter.start-from"):
+        parse_run_config({"adapter.start-is-public": True})
+    with pytest.raises(ConfigError, match="must be that of adapter.start-from's"):
+        parse_run_config({"adapter.start-from": "a", "adapter.kind": "auto"})
