@@ -10,12 +10,14 @@ generator, so that a table can be made again; a run of fedllm never does that.
     python benchmarks/frontier.py screen --kind ffa-lora --clients 20
     python benchmarks/frontier.py run --kind ffa-lora --clients 20 --epsilon 8 \
         --rounds 5 --clip 0.6 --server-lr 0.6 --seed 0 1 2
+    python benchmarks/frontier.py add FOLDER
     python benchmarks/frontier.py table
     python benchmarks/frontier.py publish
 
 `screen` prints the validation loss after round 1 for a grid of steps. `run` appends one
 line for each seed and skips those that the file has, so that it may be stopped and typed
-again. Validation rows (128) choose; the 266 test rows are scored once, at the end.
+again. `add` appends a finished run folder of fedllm, with any number of local steps.
+Validation rows (128) choose; the 266 test rows are scored once, at the end.
 `publish` writes what the planner knows, fedllm/planning/frontier.json, and the plot in docs/images
 from the results file, which lies beside this script.
 """
@@ -47,6 +49,7 @@ from fedllm.models.location import load_config, locate
 from fedllm.planning.frontier import load_frontier
 from fedllm.privacy.accounting import calibrate
 from fedllm.privacy.mechanism import Vector
+from fedllm.runs.directory import read_json, read_metrics
 from fedllm.strategy.server_optimizer import cosine
 
 _DELTA = 1e-5
@@ -377,8 +380,8 @@ def table(args: argparse.Namespace) -> None:
         key = tuple(row[name] for name in _SETTINGS if name != "seed")
         groups.setdefault(key, []).append(row)
     sys.stdout.write(
-        "| adapter | d | clients | partition | epsilon | rounds | batch | C | server lr "
-        "| R | validation loss | test loss | seeds |\n" + "|---" * 13 + "|\n"
+        "| adapter | d | clients | partition | epsilon | rounds | steps, rate | batch | C "
+        "| server lr | R | validation loss | test loss | seeds |\n" + "|---" * 14 + "|\n"
     )
     for rows in sorted(groups.values(), key=lambda g: (g[0]["clients"], order(g[0]))):
         first = rows[0]
@@ -399,6 +402,7 @@ def table(args: argparse.Namespace) -> None:
             first["partition"],
             f"{first['epsilon']:g}" if first["epsilon"] else "none",
             first["rounds"],
+            f"{first['local_steps']}, {first['local_lr']:g}",
             first["batch_size"],
             f"{first['clip']:g}",
             rate,
@@ -408,6 +412,44 @@ def table(args: argparse.Namespace) -> None:
             len(rows),
         ]
         sys.stdout.write("| " + " | ".join(map(str, cells)) + " |\n")
+
+
+def add(args: argparse.Namespace) -> None:
+    """Append finished run folders of fedllm to the results."""
+    for folder in map(Path, args.folders):
+        config = read_json(folder / "config.json")["run_config"]
+        privacy = read_json(folder / "privacy.json")
+        result = read_json(folder / "result.json")
+        losses = [
+            line["validation_loss"] for line in read_metrics(folder / "metrics.jsonl")
+        ]
+        row = {
+            "kind": config["adapter.kind"],
+            "rank": config["adapter.rank"],
+            "target_modules": config["adapter.target-modules"],
+            "clients": privacy["population_size"],
+            "partition": config["data.partition"],
+            "batch_size": config["train.batch-size"],
+            "local_steps": config["train.local-steps"],
+            "local_lr": config["train.learning-rate"],
+            "rounds": config["num-server-rounds"],
+            "epsilon": privacy["target_epsilon"],
+            "clip": privacy["clipping_norm"],
+            "server_lr": config["strategy.server-learning-rate"],
+            "server_lr_min": config["strategy.server-learning-rate-min"],
+            "momentum": 0.0,
+            "seed": config["seed"],
+            "d": privacy["num_trainable"],
+            "z": privacy["noise_multiplier"],
+            "r": privacy["noise_to_signal"],
+            "validation": [loss for loss in losses if loss is not None],
+            "test_before": result["test_loss_before"],
+            "test_after": result["test_loss_after"],
+            "run": folder.name,
+        }
+        with Path(args.out).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        tell(**row)
 
 
 def publish(args: argparse.Namespace) -> None:
@@ -431,6 +473,8 @@ def publish(args: argparse.Namespace) -> None:
             "server_learning_rate": rows[0]["server_lr"],
             "server_learning_rate_min": rows[0]["server_lr_min"],
             "batch_size": rows[0]["batch_size"],
+            "local_steps": rows[0]["local_steps"],
+            "learning_rate": rows[0]["local_lr"],
             "test_losses": [round(row["test_after"], 3) for row in rows],
         }
         for rows in groups.values()
@@ -507,7 +551,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a results file, none where there is none."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    one_step = {"local_steps": 1, "local_lr": 1.0}
+    lines = path.read_text("utf-8").splitlines()
+    return [{**one_step, **json.loads(line)} for line in lines]
 
 
 def setting(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -522,6 +568,8 @@ _SETTINGS = (
     "clients",
     "partition",
     "batch_size",
+    "local_steps",
+    "local_lr",
     "rounds",
     "epsilon",
     "clip",
@@ -540,12 +588,9 @@ _SETTINGS_OF_ALL: dict[str, int | float | str] = {
     "adapter.dropout": 0.0,
     "adapter.target-modules": "auto",
     "data.partition": "iid",
-    "train.local-steps": 1,
     "train.gradient-accumulation": 1,
     "train.max-length": 512,
     "train.optimizer": "sgd",
-    "train.learning-rate": 1.0,
-    "train.learning-rate-min": 1.0,
     "train.warmup-steps": 0,
     "train.weight-decay": 0.0,
     "train.max-grad-norm": 0.0,
@@ -611,7 +656,8 @@ def _batches(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("mode", choices=("check", "screen", "run", "table", "publish"))
+    parser.add_argument("mode", choices=("check", "screen", "run", "add", "table", "publish"))
+    parser.add_argument("folders", nargs="*", help="run folders, for add")
     parser.add_argument("--kind", default="ffa-lora")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--target-modules", default="auto")
@@ -634,13 +680,14 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=float, nargs="+", default=[0.2, 0.4, 0.8, 1.6, 3.2, 6.4]
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.server_lr_min is None:
         args.server_lr_min = args.server_lr
     modes = {
         "check": check,
         "screen": screen,
         "run": run,
+        "add": add,
         "table": table,
         "publish": publish,
     }

@@ -55,12 +55,14 @@ def choose_adapter(
         frontier: The measured federations; None: those that come with the package.
     """
     frontier = load_frontier() if frontier is None else frontier
-    # Of the kinds that have a rank only what was measured with this one counts.
+    # Of the kinds that have a rank only what was measured with this one counts, and for
+    # all with as many local steps: the steps of the server go with them.
     rank = config.adapter.rank
     rows = tuple(
         row
         for row in frontier.rows
-        if row.rank == rank or not kind_of(row.kind).has_rank
+        if row.local_steps == config.train.local_steps
+        and (row.rank == rank or not kind_of(row.kind).has_rank)
     )
     frontier = replace(frontier, rows=rows)
     level, noise = 0.0, "no noise"

@@ -98,7 +98,7 @@ def _server_learning_rate_by_rule(
         settings.planned_rounds,
         settings.num_sampled_clients,
     )
-    rate = step_by_rule(level) * 0.6 / settings.clipping_norm
+    rate = step_by_rule(level, config.train.local_steps) * 0.6 / settings.clipping_norm
     # Three digits of any size: a rate of 0 is none.
     return float(f"{rate:.3g}")
 
@@ -140,8 +140,11 @@ def _settings_of(row: Measured) -> str:
     rate = f"{row.server_learning_rate:g}"
     if row.server_learning_rate_min != row.server_learning_rate:
         rate += f" to {row.server_learning_rate_min:g}"
+    rounds = "1 round" if row.rounds == 1 else f"{row.rounds} rounds"
+    steps = "one step" if row.local_steps == 1 else f"{row.local_steps} local steps"
     return (
-        f"{row.rounds} rounds, {row.kind} r={row.rank}, batch size {row.batch_size}, "
+        f"{rounds} of {steps} of rate {row.learning_rate:g}, {row.kind} r={row.rank}, "
+        f"batch size {row.batch_size}, "
         f"server learning rate {rate} at clipping norm {row.clipping_norm:g}"
     )
 
@@ -154,8 +157,8 @@ def _better(
 ) -> list[dict[str, Any]]:
     """Return measured federations that beat a measured run: one change each.
 
-    The change is to more clients, to a larger epsilon or to another kind of adapter; rounds
-    and steps are those that were measured with it.
+    The change is to more clients, other local steps, a larger epsilon or another kind of
+    adapter; rounds and steps are those that were measured with it.
     """
     if prediction.interval is None:
         return []
@@ -183,6 +186,9 @@ def _change(config: RunConfig, settings: PrivacySettings, row: Measured) -> str 
     clients = settings.population_size
     if same_kind and not weaker and row.clients > clients:
         return f"{row.clients} clients"
+    steps = row.local_steps
+    if same_kind and not weaker and row.clients == clients:
+        return None if steps == config.train.local_steps else f"{steps} local steps"
     if same_kind and weaker and row.clients == clients:
         return f"epsilon {then:.3g}"
     if row.kind != config.adapter.kind and not weaker and row.clients == clients:

@@ -73,7 +73,7 @@ def predict(
 
     A run is inside what was measured if it has the settings that all rows share and, with at
     least one row on each side of its noise level (or one at its level), the kind, rank,
-    rounds, batch size and about the clients, clipping norm and steps of these rows.
+    rounds, batch size, local steps, learning rate and about the clients, clipping norm and steps of these rows.
 
     Args:
         config: The run config, with a kind that is not `auto`.
@@ -103,6 +103,8 @@ def _federation_settings(
         server_learning_rate=config.strategy.server_learning_rate,
         server_learning_rate_min=config.strategy.server_learning_rate_min,
         batch_size=config.train.batch_size,
+        local_steps=config.train.local_steps,
+        learning_rate=config.train.learning_rate,
     )
 
 
@@ -114,11 +116,18 @@ def _unshared_settings(config: RunConfig, frontier: Frontier) -> list[str]:
         **frontier.settings,
     }
     given = flat(config)
-    return [
+    out = [
         f"{key} {given[key]} (measured: {value})"
         for key, value in shared.items()
         if given[key] != value
     ]
+    train = config.train
+    if train.learning_rate_min != train.learning_rate:
+        out.append(
+            f"train.learning-rate-min {train.learning_rate_min:g} (measured: as "
+            "train.learning-rate)"
+        )
+    return out
 
 
 def _differences(run: FederationSettings, row: Measured) -> list[str]:
@@ -128,6 +137,8 @@ def _differences(run: FederationSettings, row: Measured) -> list[str]:
         ("clients", run.clients, row.clients),
         ("rounds", run.rounds, row.rounds),
         ("train.batch-size", run.batch_size, row.batch_size),
+        ("train.local-steps", run.local_steps, row.local_steps),
+        ("train.learning-rate", run.learning_rate, row.learning_rate),
     ]
     if kind_of(run.kind).has_rank:
         pairs.insert(1, ("adapter.rank", run.rank, row.rank))
@@ -156,6 +167,8 @@ def _distance(run: FederationSettings, row: Measured) -> tuple[bool, float]:
         (run.noise_level, row.noise_level),
         (run.step, row.step),
         (run.batch_size, row.batch_size),
+        # 0 is a whole epoch of steps.
+        (run.local_steps or 1, row.local_steps),
     ]
     if kind_of(run.kind).has_rank:
         ratios.append((run.rank, row.rank))
@@ -193,6 +206,8 @@ def _is_like(run: FederationSettings, row: Measured) -> bool:
         and (run.rank == row.rank or not kind_of(run.kind).has_rank)
         and run.rounds == row.rounds
         and run.batch_size == row.batch_size
+        and run.local_steps == row.local_steps
+        and run.learning_rate == row.learning_rate
         and _within(run.clients, row.clients, _LARGEST_CLIENTS_RATIO)
         and _within(run.clipping_norm, row.clipping_norm, _LARGEST_STEP_RATIO)
     )

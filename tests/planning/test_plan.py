@@ -45,8 +45,8 @@ def test_what_is_better_was_measured_and_changes_one_thing(capsys):
     assert list(losses.values()) == sorted(losses.values())
     assert max(losses.values()) < plan["expected"]["test_loss"]
     assert plan["better"][1]["settings"] == (
-        "8 rounds, ffa-lora r=8, batch size 4, server learning rate 1.3 to 0.5 at "
-        "clipping norm 0.6"
+        "8 rounds of one step of rate 1, ffa-lora r=8, batch size 4, server "
+        "learning rate 1.3 to 0.5 at clipping norm 0.6"
     )
 
 
