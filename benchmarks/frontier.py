@@ -381,7 +381,9 @@ def table(args: argparse.Namespace) -> None:
         groups.setdefault(key, []).append(row)
     sys.stdout.write(
         "| adapter | d | clients | partition | epsilon | rounds | steps, rate | batch | C "
-        "| server lr | R | validation loss | test loss | seeds |\n" + "|---" * 14 + "|\n"
+        "| server lr | R | validation loss | test loss | seeds |\n"
+        + "|---" * 14
+        + "|\n"
     )
     for rows in sorted(groups.values(), key=lambda g: (g[0]["clients"], order(g[0]))):
         first = rows[0]
@@ -656,7 +658,9 @@ def _batches(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("mode", choices=("check", "screen", "run", "add", "table", "publish"))
+    parser.add_argument(
+        "mode", choices=("check", "screen", "run", "add", "table", "publish")
+    )
     parser.add_argument("folders", nargs="*", help="run folders, for add")
     parser.add_argument("--kind", default="ffa-lora")
     parser.add_argument("--rank", type=int, default=8)
