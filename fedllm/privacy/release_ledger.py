@@ -4,7 +4,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
@@ -104,7 +104,12 @@ class ReleaseLedger(ABC, Generic[SettingsT]):
         """
         try:
             content = json.loads(path.read_text("utf-8"))
-            values = {f.name: content[f.name] for f in fields(cls.settings_type)}
+            # A file from before a setting was added has not got it: it has the default.
+            values = {
+                f.name: content[f.name]
+                for f in fields(cls.settings_type)
+                if f.name in content or f.default is MISSING
+            }
             settings = cls.settings_type(**values)
             releases = [int(r) for r in content["releases"]]
             run = str(content.get("run", ""))
@@ -222,7 +227,7 @@ class ReleaseLedger(ABC, Generic[SettingsT]):
             return f"delta is {settings.delta!r}"
         derived = self.as_dict()
         for name in self.derived:
-            stated, true = content[name], derived[name]
+            stated, true = content.get(name), derived[name]
             if stated is None or true is None:
                 same = stated is true
             else:
