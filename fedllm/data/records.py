@@ -15,9 +15,10 @@ from fedllm.config import DataConfig
 from fedllm.data.partitions import partition
 from fedllm.data.persons import person_id
 from fedllm.data.prompts import to_prompt_completion, training_texts
-from fedllm.data.readers import Row, looks_local, read_records
-from fedllm.data.rows import load_rows
+from fedllm.data.readers import Row, comma_list, looks_local, read_records
+from fedllm.data.rows import is_hub_id, load_rows
 from fedllm.data.tokens import Example, encoded_pairs, labelled
+from fedllm.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,24 @@ def load_records(config: DataConfig, path: str | None = None) -> list[Row | None
     if name is None:
         return list(load_rows(config).to_list())
     return read_records(Path(name).expanduser().absolute())
+
+
+def require_person_column(config: DataConfig) -> None:
+    """Check that the data set names persons, if it is on this machine and no hub's.
+
+    Raises:
+        DataError: No row has the person column, or the rows cannot be read.
+    """
+    column = config.person_column
+    if not column or is_hub_id(config.name):
+        return
+    rows = load_records(config)
+    if not any(row is not None and column in row for row in rows):
+        names = dict.fromkeys(str(name) for row in rows if row for name in row)
+        raise DataError(
+            f"data.person-column: {config.name}: no row has the column {column!r}; the "
+            f"columns are {comma_list(names)}"
+        )
 
 
 def own_records(

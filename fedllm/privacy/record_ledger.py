@@ -166,10 +166,10 @@ class RecordLedger:
                 released.
         """
         with self._folder.locked() as content:
+            self._require_unit(content)
             content["releases"] = _releases(content, event)
             spent = record_epsilon(content["releases"], delta)
             _require_at_most(spent, limit)
-            self._require_unit(content)
             self._write(content)
         return spent
 
