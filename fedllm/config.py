@@ -129,6 +129,9 @@ class DataConfig:
     """Column with the question; ignored if there is a `messages` column."""
     response_column: Name = "response"
     """Column with the answer, the only part that the loss sees."""
+    person_column: Text = ""
+    """Column that names whose row it is; under privacy.unit='record' all rows of one person
+    in one client are one record; empty: each row is one. Partitions keep persons whole."""
     partition: Literal["iid", "dirichlet", "natural", "size-skew"] = "iid"
     """How virtual clients share the rows (a SuperNode's own file is not shared)."""
     partition_alpha: PositiveAmount = 0.5

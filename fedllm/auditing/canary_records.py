@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import Message, RecordDict
@@ -18,7 +18,6 @@ from flwr.app import Message, RecordDict
 from fedllm.adapters.adapted_model import AdaptedModel, load_adapted_model
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.config import RunConfig
-from fedllm.data.tokens import Example
 from fedllm.evaluation.held_out_loss import held_out
 from fedllm.planning.joint_noise import joint_settings
 from fedllm.planning.record_noise import client_plan
@@ -32,15 +31,22 @@ from fedllm.privacy.lower_bounds import (
 from fedllm.privacy.mechanism import SecureGenerator
 from fedllm.privacy.record_ledger import RecordPlan
 from fedllm.strategy.build import make_strategy
+from fedllm.training.person_gradients import Record
 from fedllm.training.task import RoundTask
 from fedllm.wire.masking import masked
 from fedllm.wire.messages import ARRAYS, array_record, read_global
 from fedllm.wire.task_identity import set_task_identity
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 _PROMPT_TOKENS = 8
 _ANSWER_TOKENS = 16
 
-Train = Callable[[Sequence[Example], Mapping[str, Any]], Mapping[str, Any]]
+ROWS_OF_A_PERSON = 3
+"""Rows of a canary where a record is a person."""
+
+Train = Callable[[Sequence[Record], Mapping[str, Any]], Mapping[str, Any]]
 """One round of one client: examples and the adapter's trained values -> new values."""
 
 
@@ -94,28 +100,53 @@ def audit_first_client(
     from fedllm.config import fedllm_home
     from fedllm.data.partitions import partition
     from fedllm.data.rows import load_rows
-    from fedllm.data.tokens import tokenize
     from fedllm.training.dp_sgd import train_privately
 
     adapted = load_adapted_model(config, fedllm_home())
     rows = partition(config.data, load_rows(config.data), 0, num_clients, config.seed)
-    length = config.train.max_length
-    examples = tokenize(rows, adapted.tokenizer, config.data, length).examples
+    examples, is_by_person = _records(adapted, config, rows)
     expected = len(examples) + num_canaries // 2
+    size = ROWS_OF_A_PERSON if is_by_person else 1
     if config.is_joint:
-        others = len(load_rows(config.data)) - len(rows)
+        others = _number(config, load_rows(config.data)) - _number(config, rows)
         joint = joint_settings(config, (expected, others), adapted.spec.num_trainable)
         with tempfile.TemporaryDirectory(prefix="fedllm-audit-") as folder:
             step = joint_step(adapted, config, joint, Path(folder))
             plan = joint_plan(joint)
-            return audit_records(adapted, examples, config, plan, num_canaries, step)
+            return audit_records(
+                adapted, examples, config, plan, num_canaries, step, size
+            )
     plan = client_plan(config, expected, config.privacy.target_epsilon)
 
-    def train(records: Sequence[Example], arrays: Mapping[str, Any]) -> Any:
+    def train(records: Sequence[Record], arrays: Mapping[str, Any]) -> Any:
         task = RoundTask(arrays, config.train.learning_rate)
         return train_privately(adapted, records, config, plan, task).arrays
 
-    return audit_records(adapted, examples, config, plan, num_canaries, train)
+    return audit_records(adapted, examples, config, plan, num_canaries, train, size)
+
+
+def _records(
+    adapted: AdaptedModel, config: RunConfig, rows: "Dataset"
+) -> tuple[list[Record], bool]:
+    """Return the records of some rows, and whether each is a person."""
+    from fedllm.data.persons import by_person
+    from fedllm.data.records import tokenize_records
+    from fedllm.data.tokens import tokenize
+
+    length, column = config.train.max_length, config.data.person_column
+    if not column:
+        return [*tokenize(rows, adapted.tokenizer, config.data, length).examples], False
+    found = tokenize_records(rows.to_list(), adapted.tokenizer, config.data, length)
+    persons = by_person(rows[column][:]).records(found.examples)
+    return [person for person in persons if person is not None], True
+
+
+def _number(config: RunConfig, rows: "Dataset") -> int:
+    """Return how many records some rows are, whatever they hold."""
+    from fedllm.data.persons import by_person
+
+    column = config.data.person_column
+    return len(by_person(rows[column][:]).places) if column else len(rows)
 
 
 def joint_plan(settings: JointSettings) -> RecordPlan:
@@ -151,7 +182,7 @@ def joint_step(
     strategy = make_strategy(config, start, population, ledger)
     plan = joint_plan(settings)
 
-    def step(records: Sequence[Example], arrays: Mapping[str, Any]) -> Any:
+    def step(records: Sequence[Record], arrays: Mapping[str, Any]) -> Any:
         server_round = len(ledger.releases) + 1
         task = RoundTask(arrays, config.train.learning_rate)
         summed = batch_sum(adapted, records, config, plan, task)
@@ -165,11 +196,12 @@ def joint_step(
 
 def audit_records(
     adapted: AdaptedModel,
-    examples: Sequence[Example],
+    examples: Sequence[Record],
     config: RunConfig,
     plan: RecordPlan,
     num_canaries: int,
     train: Train,
+    rows_per_canary: int = 1,
 ) -> RecordFindings:
     """Train one client on its records and planted canaries, and guess which were planted.
 
@@ -180,10 +212,13 @@ def audit_records(
         plan: The client's noise and batches, fixed before the coins are thrown.
         num_canaries: Canaries, at least 1.
         train: One round.
+        rows_per_canary: Above 1 a canary is a person with so many rows.
     """
     generator = SecureGenerator()
     vocabulary = int(adapted.model.get_base_model().config.vocab_size)
-    canaries = [_canary(generator, vocabulary) for _ in range(num_canaries)]
+    canaries: list[Record] = [
+        _canary(generator, vocabulary, rows_per_canary) for _ in range(num_canaries)
+    ]
     planted = generator.bernoulli(0.5, num_canaries)
     records = [
         *examples,
@@ -213,7 +248,15 @@ def most_certifiable(num_canaries: int, delta: float) -> float:
     return certified_bound(num_canaries, num_canaries, num_canaries, delta).epsilon
 
 
-def _canary(generator: SecureGenerator, vocabulary: int) -> dict[str, list[int]]:
+def _canary(generator: SecureGenerator, vocabulary: int, num_rows: int) -> Record:
+    """Make an example of random tokens, or the several of one person."""
+    rows = tuple(_random_example(generator, vocabulary) for _ in range(num_rows))
+    return rows[0] if num_rows == 1 else rows
+
+
+def _random_example(
+    generator: SecureGenerator, vocabulary: int
+) -> dict[str, list[int]]:
     """Make an example of random tokens, which no other example helps to predict."""
     size = _PROMPT_TOKENS + _ANSWER_TOKENS
     tokens = [
@@ -226,8 +269,9 @@ def _canary(generator: SecureGenerator, vocabulary: int) -> dict[str, list[int]]
 def _losses(
     adapted: AdaptedModel,
     arrays: Mapping[str, Any],
-    canaries: Sequence[Example],
+    canaries: Sequence[Record],
 ) -> Any:
     """Return (canaries,) losses, nats per token."""
     adapted.set(arrays)
-    return np.array([held_out(adapted.model, [canary], 0).loss for canary in canaries])
+    rows = ([*c] if isinstance(c, tuple) else [c] for c in canaries)
+    return np.array([held_out(adapted.model, canary, 0).loss for canary in rows])

@@ -39,9 +39,13 @@ Answer = Callable[[Message, Context], Message]
 NUM_ROWS = 6
 _WORD = "HIV"
 _ADAPTER = AdapterConfig(kind="lora-core", rank=2, target_modules="q_proj")
-_ORDINARY = b'{"instruction": "Is the patient well?", "response": "yes"}'
+_ORDINARY = (
+    b'{"instruction": "Is the patient well?", "response": "yes", "patient": "a"}'
+)
 ROWS: Mapping[str, bytes] = {
     "ordinary": _ORDINARY,
+    "of another person": _ORDINARY.replace(b'"a"', b'"b"'),
+    "of no person": _ORDINARY.replace(b'"a"', b'[{"a": null}]'),
     "with the word": b'{"instruction": "Does the patient have HIV?", "response": "yes"}',
     "long question": b'{"instruction": "' + b"a " * 400 + b'", "response": "yes"}',
     "no answer": b'{"instruction": "Is the patient well?", "response": ""}',
@@ -78,6 +82,7 @@ TEMPLATES: Mapping[str, str] = {
 _NOISE = {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 4.0}
 # Refused before the training, so never charged: a question that costs nothing.
 _QUIET = {"privacy.noise-multiplier": 0.05, "privacy.max-epsilon": 1.0}
+_PERSONS = {"data.person-column": "patient"}
 QUESTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "which epsilon": ("plain", {}),
     "as many as a batch": ("plain", {"train.batch-size": NUM_ROWS, **_QUIET}),
@@ -93,6 +98,13 @@ QUESTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "an epoch": ("plain", {"train.local-steps": 0, "train.batch-size": 2}),
     "a sum for joint noise": ("plain", {"privacy.noise": "joint"}),
     "a word, by a joint sum": ("fails at a word", {"privacy.noise": "joint"}),
+    "how many persons": ("plain", {**_PERSONS, "train.local-steps": 0}),
+    "persons, by a joint sum": ("plain", {**_PERSONS, "privacy.noise": "joint"}),
+    "as many persons as a batch": (
+        "plain",
+        {**_PERSONS, "train.batch-size": NUM_ROWS, **_QUIET},
+    ),
+    "a column of the server's": ("plain", {"data.person-column": "response", **_QUIET}),
 }
 """What a server asks: a chat template, and settings of the run."""
 
@@ -197,6 +209,13 @@ def _ask(
     record = own_config({"server-round": 1, "learning-rate": 0.1, **numbers})
     message = Message(RecordDict({ARRAYS: arrays, CONFIG: record}), 1, "train")
     node: dict[str, Any] = {"data-path": str(rows), "partition-id": 0}
+    if "data.person-column" in changes:
+        node |= {
+            "privacy-unit": "record",
+            "privacy-noise": "joint",
+            "model-name": model,
+        }
+        node |= {"person-column": "patient", "declared-persons": NUM_ROWS}
     context = Context(1, 1, node, RecordDict(), config)
     return answer(message, context).content
 

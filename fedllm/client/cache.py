@@ -16,13 +16,18 @@ from fedllm.config import RunConfig, fedllm_home
 from fedllm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from datasets import Dataset
 
     from fedllm.adapters.adapted_model import AdaptedModel
+    from fedllm.data.persons import Persons
     from fedllm.data.readers import Row
     from fedllm.data.tokens import Example
+    from fedllm.training.person_gradients import Record
+
+_MOST_LISTED = 50
+"""Rows without an id that a line of the client's log lists."""
 
 
 @dataclass
@@ -31,7 +36,7 @@ class ResidentModel:
 
     adapted: "AdaptedModel"
     rows: dict[Any, "list[Example]"] = field(default_factory=dict)
-    records: dict[Any, "list[Example | None]"] = field(default_factory=dict)
+    records: dict[Any, "list[Record | None]"] = field(default_factory=dict)
 
 
 _resident: dict[Any, ResidentModel] = {}
@@ -101,8 +106,11 @@ def client_rows(
 
 def client_records(
     resident: ResidentModel, node: NodeConfig, config: RunConfig, log: ClientLog
-) -> "list[Example | None]":
+) -> "list[Record | None]":
     """Return this client's records, tokenised once: all its rows, whatever they hold.
+
+    With `data.person-column` a record is a person, the tuple of all examples of their rows.
+    A row without an id is in no record: it adds nothing, and neither refuses nor counts.
 
     Args:
         resident: Its tokenizer makes the tokens, and it keeps them.
@@ -135,21 +143,62 @@ def client_records(
                 f"of {len(rows)} rows, which count as records all the same: "
                 + "; ".join(f"{count}: {cause}" for cause, count in causes)
             )
-        resident.records[key] = [
+        examples = [
             None if place in public else example
             for place, example in enumerate(records.examples)
         ]
+        column = config.data.person_column
+        if column:
+            persons = _persons(rows, column)
+            _log_persons(persons, rows, column, log)
+            resident.records[key] = list(persons.records(examples))
+        else:
+            resident.records[key] = list(examples)
     return resident.records[key]
 
 
-def num_partition_rows(node: NodeConfig, config: RunConfig) -> int:
-    """Return how many rows a virtual client has, whatever they hold.
+def num_partition_records(node: NodeConfig, config: RunConfig) -> int:
+    """Return how many rows, or persons, a virtual client has, whatever the rows hold.
 
     Raises:
         ConfigError: There is no such partition, or it would depend on what rows hold.
         DataError: There are no rows, or they are malformed as a whole.
     """
-    return len(_load_records(node, config))
+    rows = _load_records(node, config)
+    column = config.data.person_column
+    return len(_persons(rows, column).places) if column else len(rows)
+
+
+def _persons(rows: "Sequence[Row | None]", column: str) -> "Persons":
+    """Group a client's rows by person; a broken row is nobody's."""
+    from fedllm.data.persons import by_person
+
+    return by_person(None if row is None else row.get(column) for row in rows)
+
+
+def _log_persons(
+    persons: "Persons", rows: "Sequence[Row | None]", column: str, log: ClientLog
+) -> None:
+    """Log how many persons there are, and which rows are nobody's.
+
+    A column that is missing is a line here, and no refusal: it may be in one row alone, and
+    then a refusal would say whether that row was there.
+    """
+    if not any(row is not None and column in row for row in rows):
+        log.write(
+            f"client {log.number}: data.person-column: no row has the column {column!r}, so "
+            "nothing is learned from these rows; fedllm doctor --node says so before a run"
+        )
+        return
+    text = f"client {log.number}: {len(persons.places)} persons by {column!r}"
+    if persons.without_id:
+        shown = ", ".join(str(place + 1) for place in persons.without_id[:_MOST_LISTED])
+        more = ", ..." if len(persons.without_id) > _MOST_LISTED else ""
+        text += (
+            f"; {len(persons.without_id)} of {len(rows)} rows name none and add nothing: "
+            f"row {shown}{more}"
+        )
+    log.write(text)
 
 
 def _load_records(node: NodeConfig, config: RunConfig) -> "list[Row | None]":

@@ -37,7 +37,7 @@ from fedllm.wire.resumed_run import original_context
 
 if TYPE_CHECKING:
     from fedllm.adapters.adapted_model import AdaptedModel
-    from fedllm.data.tokens import Example
+    from fedllm.training.person_gradients import Record
     from fedllm.training.result import Trained
 
 
@@ -125,7 +125,7 @@ def _train(message: Message, client: RunClient) -> RecordDict:
     _charge(client, server_round)
     resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
     loaded = time.monotonic()
-    examples: Sequence[Example | None]
+    examples: Sequence[Record | None]
     if config.privacy.unit == "record":
         examples = client_records(resident, node, config, client.log)
     else:
@@ -186,7 +186,7 @@ def _charge(client: RunClient, server_round: int | None) -> None:
 def _fit(
     client: RunClient,
     adapted: "AdaptedModel",
-    examples: "Sequence[Example | None]",
+    examples: "Sequence[Record | None]",
     task: RoundTask,
 ) -> tuple["Trained", dict[str, Any]]:
     """Train, and return the result with the metrics that may leave beside it."""
@@ -195,7 +195,7 @@ def _fit(
         return trained, {"epsilon": epsilon}
     from fedllm.training.sft import train_adapter
 
-    usable = [example for example in examples if example is not None]
+    usable = [e for e in examples if e is not None and not isinstance(e, tuple)]
     trained = train_adapter(adapted, usable, client.config.train, task)
     if client.config.privacy.unit != "none":
         return trained, {}

@@ -24,8 +24,16 @@ LIMITS = (
     "delta",
     "model-name",
     "privacy-noise",
+    "person-column",
 )
-KEYS = ("data-path", "partition-id", "num-partitions", "declared-rows", *LIMITS)
+KEYS = (
+    "data-path",
+    "partition-id",
+    "num-partitions",
+    "declared-rows",
+    "declared-persons",
+    *LIMITS,
+)
 
 _NOISES = ("local", "joint")
 _MOST_ROWS = 2**31
@@ -52,6 +60,10 @@ class NodeConfig:
         privacy_noise: `joint` if a run may leave the noise of record level to the server;
             `local` or None: a node with a limit adds it itself.
         declared_rows: How many rows the node's owner declares as public; None: not set.
+        person_column: The `data.person-column` that a run of record level must have, which
+            the owner's file names persons by; None: a run must have none.
+        declared_persons: How many persons the owner declares as public; set with
+            `person_column`.
         is_partition: Whether the config names a number of partitions, as every node of a
             simulation does. What such a client prints may reach the server's log.
     """
@@ -66,6 +78,8 @@ class NodeConfig:
     model_name: str | None = None
     privacy_noise: str | None = None
     declared_rows: int | None = None
+    person_column: str | None = None
+    declared_persons: int | None = None
     is_partition: bool = False
 
     @property
@@ -119,7 +133,9 @@ def parse_node_config(values: Mapping[str, Any]) -> NodeConfig:
         delta=_number(values, "delta"),
         model_name=None if model_name is None else str(model_name),
         privacy_noise=_noise(values),
-        declared_rows=_declared_rows(values),
+        declared_rows=_declared_number(values, "declared-rows", "rows"),
+        person_column=_person_column(values),
+        declared_persons=_declared_number(values, "declared-persons", "persons"),
         is_partition="num-partitions" in values,
     )
 
@@ -145,6 +161,7 @@ def check_node_limits(node: NodeConfig, config: RunConfig) -> None:
     _check_unit(node, config)
     _check_epsilon(node, config)
     _check_model(node, config)
+    _check_persons(node, config)
     privacy = config.privacy
     if node.delta is not None and not 0 < privacy.delta <= node.delta:
         raise ConfigError(
@@ -191,6 +208,27 @@ def _check_model(node: NodeConfig, config: RunConfig) -> None:
         )
 
 
+def _check_persons(node: NodeConfig, config: RunConfig) -> None:
+    """Check that the run counts as persons what the node's owner says are persons.
+
+    Any other column, of the server's choice, would break persons up or put several in one
+    record. It is compared with the owner's word and never with the file: whether a column
+    is there is something that rows hold.
+    """
+    if config.privacy.unit != "record" or node.is_simulated:
+        return
+    wanted, got = node.person_column or "", config.data.person_column
+    if got != wanted:
+        raise ConfigError(
+            f"data.person-column: this node demands {wanted!r} (got {got!r})"
+            + (
+                "; its person-column and declared-persons are not set"
+                if node.person_column is None
+                else ""
+            )
+        )
+
+
 def _check_epsilon(node: NodeConfig, config: RunConfig) -> None:
     """Check the epsilon that the run promises, and the delta that it is meant at."""
     privacy, limit = config.privacy, node.max_epsilon
@@ -233,21 +271,53 @@ def _noise(values: Mapping[str, Any]) -> str | None:
     return str(noise)
 
 
-def _declared_rows(values: Mapping[str, Any]) -> int | None:
-    """Return `declared-rows`; None if it is not set.
+def _person_column(values: Mapping[str, Any]) -> str | None:
+    """Return `person-column`; None if it is not set.
 
     Raises:
-        ConfigError: It is no whole number of rows.
+        ConfigError: It names nothing, or what belongs to it is missing.
     """
-    rows = _number(values, "declared-rows")
-    if rows is None:
+    column = values.get("person-column")
+    if column is None:
+        if "declared-persons" in values:
+            raise ConfigError(
+                "node config: declared-persons: needs person-column, the column that "
+                "names whose row it is"
+            )
         return None
-    if rows != int(rows) or not 0 < rows <= _MOST_ROWS:
+    if not isinstance(column, str) or not column:
         raise ConfigError(
-            "node config: declared-rows: must be a whole number of rows, at least 1 (got "
-            f"{values['declared-rows']!r})"
+            f"node config: person-column: must name a column (got {column!r})"
         )
-    return int(rows)
+    if values.get("privacy-unit") != "record":
+        raise ConfigError(
+            "node config: person-column: is for privacy-unit='record' (got "
+            f"{values.get('privacy-unit')!r})"
+        )
+    for key, why in (
+        ("data-path", "a file of the node's own, whose persons its owner knows"),
+        ("declared-persons", "how many persons the file has, as a public number"),
+    ):
+        if key not in values:
+            raise ConfigError(f"node config: person-column: needs {key}, {why}")
+    return column
+
+
+def _declared_number(values: Mapping[str, Any], key: str, what: str) -> int | None:
+    """Return how many rows or persons the owner declares; None if it is not set.
+
+    Raises:
+        ConfigError: It is no whole number of them.
+    """
+    number = _number(values, key)
+    if number is None:
+        return None
+    if number != int(number) or not 0 < number <= _MOST_ROWS:
+        raise ConfigError(
+            f"node config: {key}: must be a whole number of {what}, at least 1 (got "
+            f"{values[key]!r})"
+        )
+    return int(number)
 
 
 def _require_known_keys(values: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from fedllm.config import RunConfig, fedllm_home, flat
 from fedllm.errors import ConfigError
 from fedllm.planning.record_noise import client_plan
 from fedllm.privacy.accounting import default_delta
-from fedllm.privacy.record_ledger import RecordLedger, RecordPlan
+from fedllm.privacy.record_ledger import RecordLedger, RecordPlan, Unit
 from fedllm.wire.messages import NOISE_MULTIPLIER, TOTAL_ROWS
 
 SMALLEST_NOISE = 1e-3
@@ -118,6 +118,8 @@ def _run_name(config: RunConfig, run_id: int, target_epsilon: float) -> str:
     parts = [run_id, target_epsilon, *(settings[key] for key in _PLANNED_BY)]
     if config.is_joint:
         parts.append(config.privacy.noise)
+    if config.data.person_column:
+        parts.append(config.data.person_column)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -134,18 +136,19 @@ def open_budget(
         config: The run config.
         node: The client's node config.
         run_id: Flower's id of the run.
-        num_records: n, all rows of the client.
+        num_records: n, all rows of the client, or the public number of its persons.
         log: Gets a line if a real client's ledger begins.
 
     Raises:
-        ConfigError: There are fewer records than one expected batch.
+        ConfigError: There are fewer records than one expected batch, or the ledger counts
+            another unit.
         PrivacyError: The ledger cannot be trusted.
     """
 
     def plan(target: float) -> RecordPlan:
         return client_plan(config, num_records, target)
 
-    ledger = _own_ledger(node, run_id, log)
+    ledger = _own_ledger(config, node, run_id, log)
     return RecordBudget(ledger, config, run_id, plan, node.max_epsilon)
 
 
@@ -172,7 +175,7 @@ def open_joint_budget(
         PrivacyError: The ledger cannot be trusted.
     """
     wanted = _joint_plan(config, numbers.get(NOISE_MULTIPLIER), numbers.get(TOTAL_ROWS))
-    ledger = _own_ledger(node, run_id, log)
+    ledger = _own_ledger(config, node, run_id, log)
     budget = RecordBudget(ledger, config, run_id, lambda _: wanted, node.max_epsilon)
     if budget.plan != wanted:
         raise ConfigError(
@@ -213,11 +216,19 @@ def _joint_plan(
     )
 
 
-def _own_ledger(node: NodeConfig, run_id: int, log: ClientLog) -> RecordLedger:
-    """Return a client's ledger, and log the line if a real one begins."""
+def _own_ledger(
+    config: RunConfig, node: NodeConfig, run_id: int, log: ClientLog
+) -> RecordLedger:
+    """Return a client's ledger, and log the line if a real one begins.
+
+    Raises:
+        ConfigError: It counts another unit than this run's.
+        PrivacyError: It cannot be trusted.
+    """
     simulated = node.partition_id if node.is_simulated else None
     folder = ledger_folder(fedllm_home(), run_id, simulated)
-    ledger = RecordLedger(folder)
+    unit: Unit = "person" if config.data.person_column else "row"
+    ledger = RecordLedger(folder, unit)
     if ledger.is_new and simulated is None:
         log.write_new_ledger(folder)
     return ledger

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from fedllm.client.cache import num_partition_rows
+from fedllm.client.cache import num_partition_records
 from fedllm.client.run_client import RunClient
 from fedllm.errors import ConfigError
 from fedllm.training.task import RoundTask
@@ -14,33 +14,48 @@ from fedllm.wire.messages import ARRAYS, DECLARED_ROWS, METRICS, array_record
 
 if TYPE_CHECKING:
     from fedllm.adapters.adapted_model import AdaptedModel
-    from fedllm.data.tokens import Example
+    from fedllm.training.person_gradients import Record
     from fedllm.training.result import Trained
 
 
 def declare_rows(client: RunClient) -> RecordDict:
-    """Return how many rows this client declares as public, which no row decides.
+    """Return how many rows, or persons, this client declares as public, which no row decides.
 
     Raises:
         ConfigError: The node's owner declares nothing.
         DataError: A virtual client's rows cannot be read.
     """
     config, node = client.config, client.node
-    rows = node.declared_rows
-    if rows is None and not node.is_simulated:
+    by_person = bool(config.data.person_column)
+    declared = node.declared_persons if by_person else node.declared_rows
+    if declared is None and not node.is_simulated:
+        what = "persons" if by_person else "rows"
         raise ConfigError(
-            "node config: declared-rows: is missing: under privacy.noise='joint' the owner "
-            "declares how many rows the node has, as a public number"
+            f"node config: declared-{what}: is missing: under privacy.noise='joint' the owner "
+            f"declares how many {what} the node has, as a public number"
         )
-    if rows is None:
-        rows = num_partition_rows(node, config)
-    return RecordDict({METRICS: MetricRecord({DECLARED_ROWS: rows})})
+    if declared is None:
+        declared = num_partition_records(node, config)
+    return RecordDict({METRICS: MetricRecord({DECLARED_ROWS: declared})})
+
+
+def public_number(client: RunClient, records: "Sequence[Record | None]") -> int:
+    """Return n, the public number of a client's records, of which q and noise are made.
+
+    A real client's number of persons is what its owner declares, and never what the file
+    holds: one row decides whether a person is there. The number of its rows is public by
+    assumption, as are the persons of a virtual client, behind which nobody stands.
+    """
+    declared = client.node.declared_persons
+    if client.config.data.person_column and declared is not None:
+        return declared
+    return len(records)
 
 
 def fit_privately(
     client: RunClient,
     adapted: "AdaptedModel",
-    records: "Sequence[Example | None]",
+    records: "Sequence[Record | None]",
     task: RoundTask,
 ) -> tuple["Trained", float]:
     """Train by DP-SGD, and pay on this client's disk before anything leaves.
@@ -50,14 +65,16 @@ def fit_privately(
 
     Raises:
         BudgetError: The round would pass the node's or the run's limit.
-        ConfigError: The client has fewer records than a batch.
+        ConfigError: The client has fewer records than a batch, or its ledger counts another
+            unit.
         PrivacyError: The ledger cannot be trusted or written.
     """
     from fedllm.client.record_budget import open_budget
     from fedllm.training.dp_sgd import train_privately
 
     config = client.config
-    budget = open_budget(config, client.node, client.run_id, len(records), client.log)
+    number = public_number(client, records)
+    budget = open_budget(config, client.node, client.run_id, number, client.log)
     budget.require()
     trained = train_privately(adapted, records, config, budget.plan, task)
     return trained, budget.spend()
@@ -67,7 +84,7 @@ def sum_batch(
     client: RunClient,
     record: ConfigRecord,
     adapted: "AdaptedModel",
-    records: "Sequence[Example | None]",
+    records: "Sequence[Record | None]",
     task: RoundTask,
 ) -> RecordDict:
     """Return the sum of a batch's clipped gradients, paid for before its coins are tossed.

@@ -115,6 +115,7 @@ def _audit_records(
     The result is as for clients.
     """
     from fedllm.auditing.canary_records import audit_first_client
+    from fedllm.auditing.person_checks import check_persons
     from fedllm.auditing.row_questions import ask_about_rows
     from fedllm.client.message_handler import reply_to
 
@@ -133,6 +134,9 @@ def _audit_records(
         show(
             f"{'PASS' if answer.passed else 'FAIL'}  rows, {answer.question}: {answer.text}"
         )
+    if config.data.person_column:
+        persons = check_persons()
+        show(f"{'PASS' if persons.passed else 'FAIL'}  persons: {persons.text}")
     findings = audit_first_client(config, num_clients, num_canaries)
     certified = findings.certified
     show(
@@ -150,6 +154,8 @@ def _audit_records(
     )
     show(MEANING)
     passed = findings.passed and all(answer.passed for answer in answers)
+    if config.data.person_column:
+        passed = passed and persons.passed
     content = {**findings.as_dict(), "passed": passed}
     return passed, content | {"rows": [asdict(answer) for answer in answers]}
 

@@ -23,11 +23,12 @@ from fedllm.commands.options import (
     add_run_config,
     new_parser,
     positive_int,
+    read_settings,
     read_values,
     run_command,
     write_json,
 )
-from fedllm.config import fedllm_home
+from fedllm.config import fedllm_home, parse_run_config
 from fedllm.deployment.flower_programs import make_home
 from fedllm.deployment.simulation import Simulation, find_app, simulate
 from fedllm.runs.directory import RESULT_FILE, read_json
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     make_home(None)
     app = find_app(args.app, fedllm_home())
+    _require_person_column(args.run_config)
     with tempfile.TemporaryDirectory(prefix="fedllm-flwr-") as folder:
         home = Path(folder)
         simulation = Simulation(
@@ -49,6 +51,23 @@ def run(args: argparse.Namespace) -> int:
         status = simulate(simulation, home, log)
     write_json({"completed": status == 0, **log.report()})
     return status
+
+
+def _require_person_column(values: Sequence[str]) -> None:
+    """Check that a simulation's rows name persons, before anything is started.
+
+    Here all rows are on this machine, so an error may depend on them. A client of a
+    federation trains on noise instead, and its own log has the reason.
+
+    Raises:
+        ConfigError: The settings cannot be read.
+        DataError: No row has the column, or the rows cannot be read.
+    """
+    settings = read_settings(values)
+    if settings.get("data.person-column"):
+        from fedllm.data.records import require_person_column
+
+        require_person_column(parse_run_config(settings).data)
 
 
 class _Log:

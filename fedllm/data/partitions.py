@@ -1,16 +1,21 @@
 """Partitions of one data set among virtual clients."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from fedllm.config import DataConfig
+from fedllm.data.persons import by_person
 from fedllm.data.readers import comma_list
 from fedllm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from flwr_datasets.partitioner import Partitioner
+
+# A name that no file has.
+_PLACE = "\0place"
 
 
 def partition(
@@ -23,7 +28,9 @@ def partition(
     """Return the rows of one virtual client, by one of flwr-datasets' partitioners.
 
     The partitions are disjoint and together hold every row; the same arguments give
-    the same rows in every process. A partition may be empty: under `dirichlet` with a
+    the same rows in every process. With `person_column` all rows of a person are in one
+    partition: persons are shared out as rows are otherwise, each by its first row's label,
+    and a row without an id by itself. A partition may be empty: under `dirichlet` with a
     small alpha, under `size-skew` with few rows, and if there are fewer rows than clients
     (then each row is one client's). `natural` with more clients than groups
     cuts the larger groups into several clients.
@@ -37,8 +44,11 @@ def partition(
 
     Raises:
         ConfigError: No such partition, or `natural` has fewer clients than groups.
-        DataError: The partition column is missing, or has rows without a value.
+        DataError: The partition column is missing, or has rows without a value; or the
+            person column is missing.
     """
+    if config.person_column:
+        return _whole_persons(config, rows, partition_id, num_partitions, seed)
     if not 0 <= partition_id < num_partitions:
         raise ConfigError(
             f"partition-id: must be in [0, {num_partitions}) (got {partition_id})"
@@ -56,6 +66,35 @@ def partition(
     partitioner = _make_partitioner(config, len(rows), num_partitions, seed)
     partitioner.dataset = rows
     return partitioner.load_partition(partition_id)
+
+
+def _whole_persons(
+    config: DataConfig,
+    rows: "Dataset",
+    partition_id: int,
+    num_partitions: int,
+    seed: int,
+) -> "Dataset":
+    """Return all rows of the persons that `partition` gives to one virtual client.
+
+    Raises:
+        ConfigError: As `partition`.
+        DataError: As `partition`.
+    """
+    column = config.person_column
+    if column not in rows.column_names:
+        raise DataError(
+            f"data.person-column: there is no column {column!r}; the columns are "
+            f"{comma_list(rows.column_names)}"
+        )
+    persons = by_person(rows[column][:])
+    places = [*persons.places, *([place] for place in persons.without_id)]
+    first = rows.select([place for place, *_ in places])
+    shares = first.add_column(_PLACE, list(range(len(places))))
+    chosen = partition(
+        replace(config, person_column=""), shares, partition_id, num_partitions, seed
+    )
+    return rows.select([place for unit in chosen[_PLACE][:] for place in places[unit]])
 
 
 def _make_partitioner(

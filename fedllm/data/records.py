@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from fedllm.config import DataConfig
 from fedllm.data.partitions import partition
+from fedllm.data.persons import person_id
 from fedllm.data.prompts import to_prompt_completion, training_texts
-from fedllm.data.readers import Row, looks_local, read_records
-from fedllm.data.rows import load_rows
+from fedllm.data.readers import Row, comma_list, looks_local, read_records
+from fedllm.data.rows import is_hub_id, load_rows
 from fedllm.data.tokens import Example, encoded_pairs, labelled
+from fedllm.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,6 +57,24 @@ def load_records(config: DataConfig, path: str | None = None) -> list[Row | None
     return read_records(Path(name).expanduser().absolute())
 
 
+def require_person_column(config: DataConfig) -> None:
+    """Check that the data set names persons, if it is on this machine and no hub's.
+
+    Raises:
+        DataError: No row has the person column, or the rows cannot be read.
+    """
+    column = config.person_column
+    if not column or is_hub_id(config.name):
+        return
+    rows = load_records(config)
+    if not any(row is not None and column in row for row in rows):
+        names = dict.fromkeys(str(name) for row in rows if row for name in row)
+        raise DataError(
+            f"data.person-column: {config.name}: no row has the column {column!r}; the "
+            f"columns are {comma_list(names)}"
+        )
+
+
 def own_records(
     config: DataConfig,
     rows: Sequence[Row | None],
@@ -66,7 +86,7 @@ def own_records(
 
     Raises:
         ConfigError: No such partition, or `natural` has fewer clients than groups.
-        DataError: The partition column is in no row.
+        DataError: The partition column, or the person column, is in no row.
     """
     from datasets import Dataset
 
@@ -76,6 +96,11 @@ def own_records(
     if is_by_label and any(row is not None and column in row for row in rows):
         # As text: a row without a value, or with another kind, is of a group of its own.
         columns[column] = [str((row or {}).get(column, "")) for row in rows]
+    person = config.person_column
+    if person and any(row is not None and person in row for row in rows):
+        # One kind of value, in characters that a table takes: an id may be half of one.
+        ids = (person_id((row or {}).get(person)) for row in rows)
+        columns[person] = ["" if name is None else ascii(name) for name in ids]
     shares = Dataset.from_dict(columns)
     chosen = partition(config, shares, partition_id, num_partitions, seed)
     return [rows[index] for index in chosen["row"][:]]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fedllm.config import RunConfig, fedllm_home
 from fedllm.data.identifiers import IdentifierFinder
 from fedllm.data.overlap import conversation_digest
+from fedllm.data.persons import by_person, person_id
 from fedllm.data.prompts import MESSAGES, to_prompt_completion
 from fedllm.data.readers import Row, comma_list, read_records
 from fedllm.data.records import tokenize_records
@@ -44,6 +45,8 @@ def row_checks(path: Path, config: RunConfig, country: str | None) -> Iterator[C
         return
     yield _columns(rows, config)
     yield _answers(rows, config)
+    if config.data.person_column:
+        yield _persons(rows, config.data.person_column)
     yield _duplicates(rows, config)
     yield _lengths(rows, config)
     yield _minimum(rows, config)
@@ -55,6 +58,8 @@ def _columns(rows: Rows, config: RunConfig) -> Check:
     names = dict.fromkeys(str(name) for row in rows if row for name in row)
     wanted = {config.data.prompt_column, config.data.response_column}
     used = {MESSAGES} if MESSAGES in names else wanted
+    if config.data.person_column in names:
+        used = used | {config.data.person_column}
     text = f"used: {_names(used & {*names})}; not used: {_names({*names} - used)}"
     if missing := used - {*names}:
         remedy = "data.prompt-column and data.response-column name them (--run-config)"
@@ -87,6 +92,40 @@ def _answers(rows: Rows, config: RunConfig) -> Check:
     return Check("rows", "warn" if remedy else "ok", text, remedy)
 
 
+def _persons(rows: Rows, column: str) -> Check:
+    """Count persons, and refuse rows that are nobody's: a run learns nothing from them."""
+    if not any(row is not None and column in row for row in rows):
+        names = {str(name) for row in rows if row for name in row}
+        text = f"no row has the column {column!r}; the columns are {_names(names)}"
+        return Check("persons", "FAIL", text, "data.person-column names it")
+    cells = [None if row is None else row.get(column) for row in rows]
+    persons = by_person(cells)
+    nobody = [place + 1 for place in persons.without_id]
+    most = max(map(len, persons.places), default=0)
+    text = f"{len(persons.places)} persons by {column!r}, {most} rows at most"
+    if nobody:
+        text += f"; without an id: {len(nobody)} rows{_where(nobody)}"
+        return Check("persons", "FAIL", text, "name whose row each is, or take it out")
+    first = {person_id(cells[p[0]]): p[0] + 1 for p in persons.places}
+    alike: dict[str, list[int]] = {}
+    for name, number in first.items():
+        alike.setdefault(_loosely(str(name)), []).append(number)
+    doubtful = sorted(n for numbers in alike.values() if numbers[1:] for n in numbers)
+    if doubtful:
+        text += (
+            f"; {len(doubtful)} ids differ from another in case, blanks or leading zeros "
+            f"alone{_where(doubtful)}"
+        )
+        return Check("persons", "warn", text, "write a person's id in one way")
+    return Check("persons", "ok", text)
+
+
+def _loosely(name: str) -> str:
+    """Return an id without what one person's ids may differ in."""
+    text = "".join(name.casefold().split())
+    return text.lstrip("0") or "0"
+
+
 def _duplicates(rows: Rows, config: RunConfig) -> Check:
     """Count the rows whose question and answer are those of an earlier one."""
     seen: set[bytes] = set()
@@ -99,6 +138,8 @@ def _duplicates(rows: Rows, config: RunConfig) -> Check:
             seen.add(digest)
     text = f"{len(numbers)} rows are copies of earlier ones{_where(numbers)}"
     remedy = "a record stands for a person only where each has one row"
+    if config.data.person_column:
+        remedy = "copies weigh more, within their person's clip"
     return Check("duplicates", *(("warn", text, remedy) if numbers else ("ok", text)))
 
 
@@ -161,12 +202,17 @@ def _minimum(rows: Rows, config: RunConfig) -> Check:
     if unit != "record":
         text = f"privacy.unit={unit!r}: no number of rows is too small for the promise"
         return Check("minimum", "ok", text)
+    number, what = len(rows), "rows"
+    column = config.data.person_column
+    if column:
+        cells = (None if row is None else row.get(column) for row in rows)
+        number, what = len(by_person(cells).places), "persons"
     try:
-        plan = record_plan(config, len(rows))
+        plan = record_plan(config, number)
     except FedllmError as error:
         return Check("minimum", "FAIL", " ".join(str(error).split()))
     text = (
-        f"{len(rows)} rows for batches of {plan['expected_batch_size']}: "
+        f"{number} {what} for batches of {plan['expected_batch_size']}: "
         f"epsilon {plan['epsilon']:.3g} at delta {plan['delta']:.3g} takes noise of "
         f"{plan['noise_multiplier']:.3g} clipping norms"
     )

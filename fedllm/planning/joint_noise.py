@@ -21,7 +21,7 @@ def joint_settings(
 
     Args:
         config: The run config, with `privacy.noise="joint"`.
-        declared_rows: The rows that each client declared.
+        declared_rows: The rows, or persons, that each client declared.
         num_trainable: Trained values d.
 
     Raises:
@@ -60,6 +60,7 @@ def joint_settings(
         max_epsilon=privacy.max_epsilon,
         num_trainable=num_trainable,
         planned_rounds=config.num_server_rounds,
+        person_column=config.data.person_column,
     )
 
 

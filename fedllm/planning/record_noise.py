@@ -30,6 +30,7 @@ def record_settings(
         max_epsilon=privacy.max_epsilon,
         num_trainable=num_trainable,
         planned_rounds=config.num_server_rounds,
+        person_column=config.data.person_column,
     )
 
 

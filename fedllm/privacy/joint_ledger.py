@@ -9,6 +9,8 @@ from fedllm.privacy.accounting import (
     record_accountant,
     record_epsilon,
 )
+from fedllm.privacy.group_privacy import group_epsilon
+from fedllm.privacy.protected_record import persons_not_covered, protected, relation
 from fedllm.privacy.release_ledger import ReleaseLedger, bounded
 from fedllm.privacy.wording import delta_caution, plain, strength
 
@@ -17,7 +19,6 @@ _NOT_COVERED = [
     "the noise: neither a client nor its ledger can verify that it does",
     "how many rows each client declared, and so the sampling probability: public numbers, "
     "fixed before round 1, of which a row that joins or leaves changes none",
-    "a person with several rows: the bound is for one row",
     "rows declared public, if a client trains on them: their losses, and the choice of a "
     "round by them, have no noise",
     "time and memory: how long a client takes, and whether it passes the run's time limit or "
@@ -36,7 +37,6 @@ _NOT_COVERED = [
     "the choice of settings, where it was made on private data",
     "earlier and later runs over the same rows: their epsilons add up (each node's own ledger "
     "counts them)",
-    "the same row at several clients",
     "in a simulation: that partitions by label ('dirichlet', 'natural') have sizes that depend "
     "on rows, and stand as declared",
 ]
@@ -49,11 +49,14 @@ class JointSettings:
     Attributes:
         unit: `record`.
         noise: `joint`.
-        declared_rows: The rows that each client declared, in the order of the population.
+        declared_rows: The rows that each client declared, in the order of the population;
+            the persons, if there is a `person_column`.
         expected_batch_size: B: the expected number of records of one step in the whole
             federation, and the divisor of its sum.
         max_grad_norm: Largest norm of one record's gradient.
         start_note: What is not counted of the adapter that the run starts from.
+        person_column: Column by which all rows of one person in one client are one record;
+            empty: each row is one.
     """
 
     unit: str
@@ -71,6 +74,7 @@ class JointSettings:
     num_trainable: int
     planned_rounds: int
     start_note: str = ""
+    person_column: str = ""
 
     def __post_init__(self) -> None:
         # A list, as JSON has it, would not equal a tuple.
@@ -79,7 +83,7 @@ class JointSettings:
 
     @property
     def total_rows(self) -> int:
-        """The rows that all clients declared together."""
+        """The rows, or persons, that all clients declared together."""
         return sum(self.declared_rows)
 
     @property
@@ -106,11 +110,20 @@ class JointLedger(ReleaseLedger[JointSettings]):
         "num_trainable",
         "planned_rounds",
     )
-    derived = ("num_rounds", "sampling_probability", "epsilon")
+    derived = ("num_rounds", "sampling_probability", "epsilon", "epsilon_two_clients")
 
     def spent_after(self, num_releases: int) -> float:
         """Return the epsilon of a number of steps, add-or-remove of one record."""
         return record_epsilon(self._events(num_releases), self.settings.delta)
+
+    @property
+    def two_clients(self) -> float | None:
+        """The epsilon of a person with rows at two clients; None if a record is a row."""
+        settings, count = self.settings, len(self._releases)
+        if not settings.person_column:
+            return None
+        (event,) = self._events(count)
+        return group_epsilon(event, settings.delta, 2)
 
     @property
     def noise_to_signal(self) -> float:
@@ -136,8 +149,9 @@ class JointLedger(ReleaseLedger[JointSettings]):
             "total_rows": settings.total_rows,
             "clipping_norm": None,
             "earlier_mu_squared": None,
-            "neighbouring_relation": "add-or-remove one record",
+            "neighbouring_relation": relation(settings.person_column),
             "epsilon": bounded(spent),
+            "epsilon_two_clients": bounded(self.two_clients),
             "epsilon_replace_one": None,
             "sampling_probability": settings.sampling_probability,
             "num_rounds": len(self._releases),
@@ -145,7 +159,7 @@ class JointLedger(ReleaseLedger[JointSettings]):
             "noise_to_signal": self.noise_to_signal,
             "noise_probe": self._noise_probe,
             "accountant": record_accountant(events, settings.delta),
-            "not_covered": [*_NOT_COVERED, *filter(None, [settings.start_note])],
+            "not_covered": self._not_covered(),
             "strength": self.strength(spent),
             "statement": self._statement(spent),
         }
@@ -155,19 +169,34 @@ class JointLedger(ReleaseLedger[JointSettings]):
         q = settings.sampling_probability
         return [(settings.noise_multiplier, q, num_releases)]
 
+    def _not_covered(self) -> list[str]:
+        """Return what the bound leaves out, the server first."""
+        column = self.settings.person_column
+        own = persons_not_covered(column)
+        same = [] if column else ["the same row at several clients"]
+        start = filter(None, [self.settings.start_note])
+        return [*_NOT_COVERED[:2], *own, *_NOT_COVERED[2:], *same, *start]
+
     def _statement(self, spent: float) -> str:
         """Return the privacy statement, one sentence."""
         settings = self.settings
         caution = delta_caution(settings.delta, settings.total_rows)
         because = f", since {caution}" if caution else ""
+        two = self.two_clients
+        group = (
+            ""
+            if two is None
+            else f" (epsilon {plain(two)} for a person with rows at two clients)"
+        )
         return (
             f"Record-level differential privacy with epsilon {plain(spent)} at delta "
             f"{settings.delta:g} (protection: {self.strength(spent)}{because}): for whoever "
             "sees only the adapters that this run released in "
             f"{len(self._releases)} steps, each record drawn by its client's secret coin of "
-            f"probability {settings.sampling_probability:.3g}, whether one training record of "
-            "a client was there or not changes the probability of any conclusion by at most "
-            f"a factor of e^{plain(spent)}, plus {settings.delta:g}; the server, which "
+            f"probability {settings.sampling_probability:.3g}, whether "
+            f"{protected(settings.person_column)} was there or not changes the probability "
+            f"of any conclusion by at most a factor of e^{plain(spent)}, plus "
+            f"{settings.delta:g}{group}; the server, which "
             "receives each client's sum of clipped gradients and adds one noise to the sum "
             "of all, is trusted, and what is not covered is listed beside this under "
             "not_covered."

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedllm.errors import PrivacyError
 from fedllm.privacy.accounting import Sampling
+from fedllm.privacy.protected_record import persons_not_covered, protected, relation
 from fedllm.privacy.release_ledger import write_privacy_file
 from fedllm.privacy.wording import delta_caution, plain, strength
 
@@ -17,7 +18,6 @@ _NOT_COVERED = [
     "each client's word: epsilon is what the clients report, and the server cannot check",
     "an update that came too late, or that the server could not read: its client has paid "
     "for it, and says so only with its next update",
-    "a person with several rows: the bound is for one row",
     "rows declared public, if a client trains on them: their losses, and the choice of a "
     "round by them, have no noise",
     "the number of records of each client, usable or not, which is public by assumption, and "
@@ -46,9 +46,11 @@ class RecordSettings:
     """The settings that a run promises, fixed before round 1; fields as in `PrivacySettings`.
 
     Attributes:
-        max_grad_norm: Largest norm of one example's gradient.
+        max_grad_norm: Largest norm of one record's gradient.
         noise_multiplier: z if it is given; None if each client calibrates its own.
         delta: Upper bound of the clients' deltas.
+        person_column: Column by which all rows of one person in one client are one record;
+            empty: each row is one.
     """
 
     unit: str
@@ -63,6 +65,7 @@ class RecordSettings:
     num_trainable: int
     planned_rounds: int
     start_note: str = ""
+    person_column: str = ""
 
 
 class RecordClaims:
@@ -121,7 +124,8 @@ class RecordClaims:
             changed = [
                 f"{key} was {content[key]!r} and is now {value!r}"
                 for key, value in asdict(settings).items()
-                if content[key] != value
+                # A file from before there were persons has no column of them.
+                if content.get(key, "") != value
             ]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PrivacyError(f"{path}: cannot be read: {error}") from None
@@ -171,6 +175,16 @@ class RecordClaims:
         return _known(statistics.median(self._every)) if self._every else None
 
     @property
+    def two_clients(self) -> float | None:
+        """The epsilon of a person with rows at two clients, at twice delta.
+
+        Each client has noise and coins of its own, so their bounds add up. None if it is not
+        known, or a record is a row.
+        """
+        worst = self.worst
+        return None if worst is None or not self.settings.person_column else 2 * worst
+
+    @property
     def releases(self) -> list[int]:
         """The rounds in which a client sent an update."""
         return list(self._releases)
@@ -188,8 +202,9 @@ class RecordClaims:
             **asdict(settings),
             "clipping_norm": None,
             "earlier_mu_squared": None,
-            "neighbouring_relation": "add-or-remove one record",
+            "neighbouring_relation": relation(settings.person_column),
             "epsilon": worst,
+            "epsilon_two_clients": self.two_clients,
             "epsilon_median": self.median,
             "epsilon_replace_one": None,
             "num_clients_reported": len(self._every),
@@ -201,10 +216,16 @@ class RecordClaims:
             "noise_probe": None,
             "accountant": "each client's own: exact Gaussian without sampling, else PLD, or "
             "RDP where PLD does not return (dp-accounting)",
-            "not_covered": [*_NOT_COVERED, *filter(None, [self.settings.start_note])],
+            "not_covered": self._not_covered(),
             "strength": self.strength(math.inf if worst is None else worst),
             "statement": self.statement,
         }
+
+    def _not_covered(self) -> list[str]:
+        """Return what the bound leaves out, the server first."""
+        own = persons_not_covered(self.settings.person_column)
+        start = filter(None, [self.settings.start_note])
+        return [*_NOT_COVERED[:2], *own, *_NOT_COVERED[2:], *start]
 
     def strength(self, epsilon: float) -> str:
         """Return the word for an epsilon at this run's delta.
@@ -229,15 +250,22 @@ class RecordClaims:
             )
         caution = delta_caution(settings.delta)
         because = f", since {caution}" if caution else ""
+        two = self.two_clients
+        group = (
+            ""
+            if two is None
+            else f" (epsilon {plain(two)} at delta {2 * settings.delta:g} for a person with "
+            "rows at two clients)"
+        )
         return (
             f"Record-level differential privacy with epsilon {plain(worst)} for the worst "
             f"client and {plain(self.median)} for the median one at delta "
             f"{settings.delta:g} (protection: {self.strength(worst)}{because}), as the {len(self._every)} "
             f"clients that took part in {len(self._releases)} rounds report it: for "
-            "whoever sees all that they sent, the server included, whether one training "
-            "record of a client was there or not changes the probability of any "
-            f"conclusion by at most a factor of e^{plain(worst)}, plus "
-            f"{settings.delta:g}; the code that a client runs is trusted, and what is not "
+            "whoever sees all that they sent, the server included, whether "
+            f"{protected(settings.person_column)} was there or not changes the probability "
+            f"of any conclusion by at most a factor of e^{plain(worst)}, plus "
+            f"{settings.delta:g}{group}; the code that a client runs is trusted, and what is not "
             "covered is listed beside this under not_covered."
         )
 

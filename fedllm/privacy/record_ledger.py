@@ -4,19 +4,25 @@ Every release counts against every record, whether the client held it at the tim
 what is spent, and when the client stops, is a function of the plans of its runs and of nothing
 that a row holds: neither tells whether a certain row was there, and no edit, copy or new export
 of the rows begins a budget anew. A row that came later is counted with what was spent before it.
+
+So no id of a person is in it either, hashed or not: every release counts against every person,
+and a person whose rows change stays the one that they were.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fedllm.errors import BudgetError
+from fedllm.errors import BudgetError, ConfigError
 from fedllm.privacy.accounting import Event, calibrate, default_delta, record_epsilon
 from fedllm.privacy.sealed_folder import SealedFolder
 from fedllm.privacy.wording import plain
 
 _EMPTY: Mapping[str, Any] = {"format": 2, "plans": {}, "releases": []}
+
+Unit = Literal["row", "person"]
+"""What is added or removed: one row, or all rows of one person."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +85,25 @@ class RecordLedger:
     Guarantee:
         An event is on disk, file and folder synced, before `spend` returns; no two
         processes spend at a time; a ledger that was edited, cut short, taken from
-        another folder or lost raises an error. Not covered: an owner who deletes the whole
-        folder, or puts an older copy of it back.
+        another folder or lost raises an error. A ledger is of one unit: what was released
+        with a row as the unit does not bound a person with several rows, and a release
+        with the person as the unit bounds a row only as a replaced one. Not covered: an
+        owner who deletes the whole folder, or puts an older copy of it back.
 
     Args:
         folder: Made, with a fresh key and an empty ledger, if there is none.
+        unit: What its epsilon is of.
 
     Raises:
-        ConfigError: Another user may write its place.
+        ConfigError: Another user may write its place, or it has releases of the other unit.
         PrivacyError: The ledger cannot be trusted or written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, unit: Unit = "row") -> None:
         self._folder = SealedFolder(folder, _EMPTY)
+        self._unit: Unit = unit
+        with self._folder.locked() as content:
+            self._require_unit(content)
 
     @property
     def is_new(self) -> bool:
@@ -114,8 +126,9 @@ class RecordLedger:
             known = content["plans"].get(run)
             if known is not None:
                 return RecordPlan(**known)
+            self._require_unit(content)
             content["plans"][run] = asdict(plan)
-            self._folder.write(content)
+            self._write(content)
         return plan
 
     def epsilon(self, delta: float, event: Event | None = None) -> float:
@@ -153,11 +166,33 @@ class RecordLedger:
                 released.
         """
         with self._folder.locked() as content:
+            self._require_unit(content)
             content["releases"] = _releases(content, event)
             spent = record_epsilon(content["releases"], delta)
             _require_at_most(spent, limit)
-            self._folder.write(content)
+            self._write(content)
         return spent
+
+    def _require_unit(self, content: Mapping[str, Any]) -> None:
+        """Check, with the lock held, that what was released had the same unit.
+
+        Raises:
+            ConfigError: It had not.
+        """
+        # A ledger of rows has no entry, as from before there were persons.
+        counted = content.get("unit", "row")
+        if content["releases"] and counted != self._unit:
+            raise ConfigError(
+                f"data.person-column: this client's ledger counts releases with one {counted} "
+                f"as the unit, which is no bound for one {self._unit}: use another "
+                "FEDLLM_HOME for rows that no earlier run had, or the unit of before"
+            )
+
+    def _write(self, content: dict[str, Any]) -> None:
+        content.pop("unit", None)
+        if self._unit != "row":
+            content["unit"] = self._unit
+        self._folder.write(content)
 
 
 def _releases(content: Mapping[str, Any], event: Event | None) -> list[Event]:

@@ -227,7 +227,7 @@ class ReleaseLedger(ABC, Generic[SettingsT]):
             return f"delta is {settings.delta!r}"
         derived = self.as_dict()
         for name in self.derived:
-            stated, true = content[name], derived[name]
+            stated, true = content.get(name), derived[name]
             if stated is None or true is None:
                 same = stated is true
             else:

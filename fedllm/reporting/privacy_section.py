@@ -63,7 +63,11 @@ def _meaning(privacy: dict[str, Any]) -> Html:
     epsilon, delta = privacy.get("epsilon"), privacy.get("delta")
     if privacy.get("unit") == "none" or epsilon is None or delta is None:
         return html("")
-    unit = "one record of a client" if privacy["unit"] == "record" else "one client"
+    unit = "one client"
+    if privacy["unit"] == "record":
+        # A folder from before there were persons names no column.
+        is_person = privacy.get("person_column")
+        unit = "one person of a client" if is_person else "one record of a client"
     replaced = privacy.get("epsilon_replace_one")
     other = " (zero-out), or which of two data sets it held (replace-one)"
     other = other if replaced is not None else ""

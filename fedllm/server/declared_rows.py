@@ -33,6 +33,7 @@ def ask_declared_rows(
         FederationError: Fewer than that declared some.
     """
     messages = [_question(node_id, config) for node_id in population]
+    what = "persons" if config.data.person_column else "rows"
     declared: dict[int, int] = {}
     codes: dict[int, str] = {}
     for reply in ReplyStream(grid, messages, config.strategy.round_timeout):
@@ -45,21 +46,24 @@ def ask_declared_rows(
     for node_id in population:
         if node_id not in declared:
             logger.warning(
-                "node %d: takes no part, since it declared no rows (%s); a node with a file "
-                "of its own needs declared-rows in its node config, and with "
+                "node %d: takes no part, since it declared no %s (%s); a node with a file "
+                "of its own needs declared-%s in its node config, and with "
                 "privacy-unit='record' also privacy-noise='joint'; its own log has the reason",
                 node_id,
+                what,
                 f"code {codes[node_id]}" if node_id in codes else "no answer in time",
+                what,
             )
     if len(declared) < least_clients:
         raise FederationError(
-            f"privacy.noise: 'joint' needs {least_clients} clients that declare their rows, "
-            f"and {len(declared)} of {len(population)} did: set declared-rows in each node "
+            f"privacy.noise: 'joint' needs {least_clients} clients that declare their {what}, "
+            f"and {len(declared)} of {len(population)} did: set declared-{what} in each node "
             "config"
         )
     counts = [declared[n] for n in population if n in declared]
     logger.info(
-        "rows: %d clients declared %d together (%d to %d each)",
+        "%s: %d clients declared %d together (%d to %d each)",
+        what,
         len(counts),
         sum(counts),
         min(counts),

@@ -6,6 +6,7 @@ from typing import Self
 
 from fedllm.planning.joint_noise import joint_settings
 from fedllm.privacy.joint_ledger import JointLedger
+from fedllm.privacy.protected_record import relation
 from fedllm.privacy.wording import plain
 from fedllm.server.account import (
     NO_PROTECTION,
@@ -51,12 +52,14 @@ class JointAccount(LedgerAccount[JointLedger]):
         """Return the epsilon of a record, the noise, and the ratio R."""
         settings = self._ledger.settings
         planned = self._ledger.spent_after(settings.planned_rounds)
+        column = settings.person_column
+        rows = "persons" if column else "rows"
         lines = [
             (
                 logging.INFO,
                 f"privacy: {settings.planned_rounds} steps will spend epsilon "
-                f"{plain(planned)} on each record (add-or-remove one record) at delta "
-                f"{settings.delta:g}; one noise for all {settings.total_rows} declared rows, "
+                f"{plain(planned)} on each record ({relation(column)}) at delta "
+                f"{settings.delta:g}; one noise for all {settings.total_rows} declared {rows}, "
                 f"multiplier {settings.noise_multiplier:.4g}, largest gradient norm "
                 f"{settings.max_grad_norm:g}, expected batch "
                 f"{settings.expected_batch_size} (probability "
@@ -76,8 +79,9 @@ class JointAccount(LedgerAccount[JointLedger]):
     def outcome(self) -> list[str]:
         """Return epsilon, the statement, and what it leaves out."""
         return [
-            f"epsilon: {plain(self._ledger.spent)} for each record, add-or-remove one "
-            f"record, at delta {self._ledger.settings.delta:g}",
+            f"epsilon: {plain(self._ledger.spent)} for each record, "
+            f"{relation(self._ledger.settings.person_column)}, at delta "
+            f"{self._ledger.settings.delta:g}",
             *statement_lines(self._ledger.as_dict()),
         ]
 

@@ -14,6 +14,7 @@ from fedllm.planning.noise import privacy_settings
 from fedllm.planning.record_noise import record_settings
 from fedllm.privacy.accounting import noise_to_signal
 from fedllm.privacy.ledger import Ledger, no_privacy
+from fedllm.privacy.protected_record import relation
 from fedllm.privacy.record_claims import RecordClaims
 from fedllm.privacy.wording import plain
 from fedllm.runs.checkpoint import require_unchanged
@@ -180,7 +181,7 @@ class RecordAccount(PrivacyAccount):
                 "privacy: each client calibrates its own noise, so that "
                 f"{settings.planned_rounds} rounds spend at most epsilon "
                 f"{plain(settings.target_epsilon)} on any of its records "
-                f"(add-or-remove one record) at delta {settings.delta:g}; largest "
+                f"({relation(settings.person_column)}) at delta {settings.delta:g}; largest "
                 f"gradient norm {settings.max_grad_norm:g}"
             )
         else:
@@ -208,8 +209,8 @@ class RecordAccount(PrivacyAccount):
         claims = self.claims
         return [
             f"epsilon: {plain(claims.worst)} for the worst client, "
-            f"{plain(claims.median)} for the median one, add-or-remove one record, at "
-            f"delta {claims.settings.delta:g}, as the clients report",
+            f"{plain(claims.median)} for the median one, "
+            f"{relation(claims.settings.person_column)}, at delta {claims.settings.delta:g}, as the clients report",
             *statement_lines(claims.as_dict()),
         ]
 

@@ -7,7 +7,7 @@ Examples, the answer-only loss, the adapter and the base are those of `sft.py`.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -29,13 +29,18 @@ from fedllm.privacy.mechanism import (
 from fedllm.privacy.record_ledger import RecordPlan
 from fedllm.training.mapped_weights import release_mapped_pages
 from fedllm.training.per_example_gradients import PerExample
+from fedllm.training.person_gradients import (
+    Record,
+    by_number_of_rows,
+    person_gradient,
+)
 from fedllm.training.result import Trained, restoring
 from fedllm.training.task import RoundTask
 
 
 def train_privately(
     adapted: AdaptedModel,
-    examples: Sequence[Mapping[str, Any] | None],
+    examples: Sequence[Record | None],
     config: RunConfig,
     plan: RecordPlan,
     task: RoundTask,
@@ -45,10 +50,10 @@ def train_privately(
     Args:
         adapted: The resident model; its trained values are overwritten, everything else
             is left as it was.
-        examples: One a record, with `input_ids` and `labels`; None for a record that
-            nothing can be learned from.
+        examples: One a record, with `input_ids` and `labels`, or a tuple of all of one
+            person's; None for a record that nothing can be learned from.
         config: Gives `train`, of which a micro-batch has `batch_size` examples, and
-            `privacy.max_grad_norm`, the largest L2 norm of one example's gradient.
+            `privacy.max_grad_norm`, the largest L2 norm of one record's gradient.
         plan: Noise multiplier, sampling probability, steps, expected batch size.
         task: Where to start, the learning rate and the deadline.
 
@@ -106,22 +111,22 @@ def ready_for_gradients(
 
 def clipped_sum(
     per_example: PerExample,
-    batch: Sequence[Mapping[str, Any]],
+    batch: Sequence[Record],
     micro_batch_size: int,
     max_grad_norm: float,
     noise_multiplier: float,
 ) -> FixedPointSum:
-    """Return the sum of the clipped gradients of a batch's examples.
+    """Return the sum of the clipped gradients of a batch's records.
 
     Args:
         per_example: Gives the gradients.
-        batch: Examples; may be empty.
+        batch: Records, each an example or all of one person's; may be empty.
         micro_batch_size: Examples in one pass.
-        max_grad_norm: Largest norm of one gradient.
+        max_grad_norm: Largest norm of one record's gradient.
         noise_multiplier: z of the noise that will be added.
 
     Guarantee:
-        Every example adds at most `max_grad_norm`, and the sum is the same in any order.
+        Every record adds at most `max_grad_norm`, and the sum is the same in any order.
     """
     size = sum(p.numel() for p in per_example.trained)
     total = private_sum(size, max_grad_norm, noise_multiplier)
@@ -132,27 +137,35 @@ def clipped_sum(
 def add_clipped(
     total: FixedPointSum,
     per_example: PerExample,
-    batch: Sequence[Mapping[str, Any]],
+    batch: Sequence[Record],
     micro_batch_size: int,
     max_grad_norm: float,
 ) -> None:
-    """Add the clipped gradients of a batch's examples to a sum; arguments as there.
+    """Add the clipped gradients of a batch's records to a sum; arguments as there.
 
     Guarantee:
-        An example whose gradient is not finite, or that has none, adds nothing.
+        An example whose gradient is not finite, or that has none, adds nothing. A person
+        adds one vector, the sum over its rows, clipped once: at most `max_grad_norm`,
+        however many rows there are and whatever they hold.
     """
-    for rows in per_example.gradients(batch, micro_batch_size):
+    alone, several = by_number_of_rows(batch)
+    for rows in per_example.gradients(alone, micro_batch_size):
         for row in rows.numpy():
             gradient = clipped(row.astype(np.float64), max_grad_norm).update
             if gradient is not None:
                 total.add(gradient)
+    for person in several:
+        summed = person_gradient(per_example, person)
+        gradient = clipped(summed, max_grad_norm).update
+        if gradient is not None:
+            total.add(gradient)
 
 
 def drawn(
-    examples: Sequence[Mapping[str, Any] | None],
+    examples: Sequence[Record | None],
     probability: float,
     generator: SecureGenerator,
-) -> list[Mapping[str, Any]]:
+) -> list[Record]:
     """Return a Poisson batch: each record by its own secret coin, whatever it holds."""
     coins = generator.bernoulli(probability, len(examples))
     return [

@@ -4,9 +4,8 @@ Gradients, clipping and coins are those of `dp_sgd`; what differs is that the su
 integers of a grid that the whole federation shares, without noise and without a division.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.config import RunConfig
@@ -15,6 +14,7 @@ from fedllm.privacy.mechanism import FixedPointSum, Integers, SecureGenerator
 from fedllm.privacy.record_ledger import RecordPlan
 from fedllm.training.dp_sgd import add_clipped, drawn, ready_for_gradients
 from fedllm.training.per_example_gradients import PerExample
+from fedllm.training.person_gradients import Record
 from fedllm.training.task import RoundTask
 
 
@@ -33,7 +33,7 @@ class BatchSum:
 
 def batch_sum(
     adapted: AdaptedModel,
-    examples: Sequence[Mapping[str, Any] | None],
+    examples: Sequence[Record | None],
     config: RunConfig,
     plan: RecordPlan,
     task: RoundTask,
@@ -42,7 +42,8 @@ def batch_sum(
 
     Args:
         adapted: The resident model; its trained values are overwritten.
-        examples: One a record; None for a record that nothing can be learned from.
+        examples: One a record, or a tuple of all of one person's; None for a record that
+            nothing can be learned from.
         config: Gives the micro-batch, `train.batch_size`, and `privacy.max_grad_norm`.
         plan: z, q, and the expected batch of the whole federation.
         task: Where the gradients are taken.

@@ -265,3 +265,50 @@ def test_runs_are_composed_at_the_nodes_delta_and_never_at_one_that_bounds_nothi
     assert node_of(max_epsilon=8.0).counted_delta == 1e-5
     assert node_of(delta=1e-7).counted_delta == 1e-7
     assert node_of(delta=0.95).counted_delta == 1e-3
+
+
+PERSONS = {
+    "data_path": "rows.jsonl",
+    "privacy_unit": "record",
+    "person_column": "patient",
+    "declared_persons": 40,
+}
+
+
+def test_what_a_person_is_is_the_owners_word_and_no_runs():
+    """Another column would break persons up, or put several in one record."""
+    by_patient = {"privacy.unit": "record", "data.person-column": "patient"}
+    limits = {"privacy_unit": "record", "data_path": "rows.jsonl"}
+    for node, run in (
+        (PERSONS, {"privacy.unit": "record"}),
+        (PERSONS, {"privacy.unit": "record", "data.person-column": "diagnosis"}),
+        (limits, by_patient),
+        ({"data_path": "rows.jsonl"}, by_patient),
+        ({"model_name": "smollm2-135m-instruct"}, by_patient),
+    ):
+        with pytest.raises(ConfigError, match="data.person-column: this node demands"):
+            check_node_limits(node_of(**node), parse_run_config(run))
+
+    check_node_limits(node_of(**PERSONS), parse_run_config(by_patient))
+    # Behind a virtual client nobody stands.
+    check_node_limits(node_of(), parse_run_config(by_patient))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"declared_persons": None}, "person-column: needs declared-persons"),
+        ({"data_path": None}, "person-column: needs data-path"),
+        ({"person_column": None}, "declared-persons: needs person-column"),
+        ({"person_column": ""}, "person-column: must name a column"),
+        ({"person_column": 3}, "person-column: must name a column"),
+        ({"privacy_unit": "client"}, "person-column: is for privacy-unit='record'"),
+        ({"declared_persons": 2.5}, "declared-persons: must be a whole number of per"),
+        ({"declared_persons": 0}, "declared-persons: must be a whole number of per"),
+    ],
+)
+def test_a_person_column_needs_all_that_makes_it_a_promise(changes, words):
+    typed = {k: v for k, v in {**PERSONS, **changes}.items() if v is not None}
+
+    with pytest.raises(ConfigError, match=words):
+        node_of(**typed)

@@ -91,3 +91,17 @@ def test_text_that_flower_would_pass_over_starts_no_run(simulated):
         simulate.main(["--run-config", "privacy.target-epsilon = 2.0"])
 
     assert simulated == []
+
+
+def test_rows_that_name_no_person_start_no_simulation(simulated, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "q", "response": "a", "patient": 1}\n')
+    pairs = f'data.name="{rows}" data.person-column='
+
+    with pytest.raises(SystemExit) as ended:
+        simulate.main(["--run-config", pairs + '"patent"'])
+
+    assert "no row has the column 'patent'" in str(ended.value.code)
+    assert not simulated
+    simulate.main(["--run-config", pairs + '"patient"'])
+    assert simulated

@@ -183,3 +183,35 @@ def test_another_process_gets_the_same_rows_prints_nothing_and_leaves_no_file(
         "Matplotlib is building the font cache; this may take a moment.\n",
     )
     assert [file for file in home.rglob("*") if file.is_file()] == []
+
+
+@pytest.mark.parametrize("kind", ["iid", "size-skew", "natural", "dirichlet"])
+def test_a_person_is_whole_in_one_partition(kind: Any) -> None:
+    """Also if the ids of one person are written in two ways."""
+    from datasets import Dataset
+
+    rows = Dataset.from_list(
+        [
+            {
+                "n": n,
+                "who": f"{'  ' * (n % 2)}p{n % 13}" if n % 7 else " ",
+                "site": n % 3,
+            }
+            for n in range(140)
+        ]
+    )
+    config = DataConfig(partition=kind, person_column="who")
+
+    parts = [partition(config, rows, i, 4, 3) for i in range(4)]
+
+    assert sorted(n for part in parts for n in part["n"][:]) == list(range(140))
+    held = [{who.strip() for who in part["who"][:]} - {""} for part in parts]
+    assert sum(map(len, held)) == len(set().union(*held)) == 13
+    assert sum(bool(persons) for persons in held) > 1
+    assert parts[0].column_names == rows.column_names
+
+
+def test_a_person_column_that_is_missing_is_one_error() -> None:
+    config = DataConfig(person_column="patient")
+    with pytest.raises(DataError, match="data.person-column: there is no column 'pat"):
+        partition(config, load_rows(config), 0, 5, 1)

@@ -13,7 +13,12 @@ from pyarrow import parquet
 from fedllm.config import DataConfig
 from fedllm.data import tokens
 from fedllm.data.readers import read_rows
-from fedllm.data.records import load_records, own_records, tokenize_records
+from fedllm.data.records import (
+    load_records,
+    own_records,
+    require_person_column,
+    tokenize_records,
+)
 from fedllm.errors import DataError
 from fedllm.models.loading import load_tokenizer
 
@@ -174,3 +179,33 @@ def test_an_answer_that_the_length_limit_cuts_leaves_a_record(tiny_chat_llama):
 
     assert found.examples == [None]
     assert found.causes == {"no answer within train.max-length": 1}
+
+
+def test_a_simulations_persons_are_whole_whatever_kind_their_ids_have():
+    ids: list[Any] = [17, "17 ", 17.0, "b", "b", None, [1], "\ud83d", "\ud83d"]
+    rows: list[Any] = [{"who": who, "i": i} for i, who in enumerate(ids)] + [None]
+    config = DataConfig(person_column="who")
+
+    shares = [own_records(config, rows, part, 3, 5) for part in range(3)]
+
+    together = [row for share in shares for row in share]
+    assert sorted(map(str, together)) == sorted(map(str, rows))
+    places = [{row["i"] for row in share if row} for share in shares]
+    for person in ({0, 1, 2}, {3, 4}, {7, 8}):
+        assert sum(person <= held for held in places) == 1
+        assert sum(bool(person & held) for held in places) == 1
+
+
+def test_a_person_column_in_no_row_is_an_error_of_a_simulation(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"q": 1}\n{"a": 1}\n')
+    config = DataConfig(name=path, person_column="who")
+
+    for ask in (
+        lambda: own_records(config, [{"q": 1}, None], 0, 1, 5),
+        lambda: require_person_column(config),
+    ):
+        with pytest.raises(DataError, match="data.person-column: .*no.* column 'who'"):
+            ask()
+    require_person_column(DataConfig(name=path, person_column="a"))
+    require_person_column(DataConfig(name=path))
+    require_person_column(DataConfig(name="owner/of-the-hub", person_column="who"))

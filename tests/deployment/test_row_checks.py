@@ -127,3 +127,42 @@ def test_a_file_that_is_none_or_has_other_columns_fails(look, tmp_path):
     assert "answer\\x1b" in found["columns"].text
     (check,) = row_checks(tmp_path / "gone.jsonl", parse_run_config({}), None)
     assert check.level == "FAIL" and "no such file" in check.text
+
+
+PERSONS = {"data.person-column": "who", "privacy.unit": "record", "train.batch-size": 1}
+
+
+def test_persons_are_counted_and_the_noise_is_that_of_their_number(look):
+    rows = [row(f"What is {n}?", who=n // 3) for n in range(9)]
+    found = look(*rows, **PERSONS, **{"privacy.noise-multiplier": 1.0} | NO_TARGET)
+
+    assert found["persons"].level == "ok"
+    assert found["persons"].text == "3 persons by 'who', 3 rows at most"
+    assert found["columns"].text.startswith("used: instruction, response, who")
+    assert found["minimum"].text.startswith("3 persons for batches of 1")
+
+
+NO_TARGET = {"privacy.target-epsilon": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([row()], "no row has the column 'who'; the columns are instruction, response"),
+        ([row(who="a"), row(who=" "), "{"], "without an id: 2 rows (row 2, 3)"),
+    ],
+)
+def test_rows_that_are_nobodys_are_refused_beforehand(look, rows, words):
+    found = look(*rows, **PERSONS, **{"privacy.noise-multiplier": 1.0} | NO_TARGET)
+
+    assert found["persons"].level == "FAIL"
+    assert words in found["persons"].text
+
+
+def test_ids_that_may_be_of_one_person_are_a_warning(look):
+    people = [row(who=who) for who in ("P7", "p7", "007", 7, SECRET, "b")]
+    found = look(*people, **PERSONS, **{"privacy.noise-multiplier": 1.0} | NO_TARGET)
+
+    assert found["persons"].level == "warn"
+    assert "4 ids differ from another in case" in found["persons"].text
+    assert "(row 1, 2, 3, 4)" in found["persons"].text

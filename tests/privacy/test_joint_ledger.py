@@ -8,7 +8,9 @@ import pytest
 from dp_accounting import pld
 
 from fedllm.errors import PrivacyError
+from fedllm.privacy.group_privacy import group_epsilon
 from fedllm.privacy.joint_ledger import JointLedger, JointSettings
+from fedllm.privacy.wording import plain
 
 SETTINGS = JointSettings(
     unit="record",
@@ -89,3 +91,36 @@ def test_no_more_steps_are_admitted_than_the_noise_is_for(tmp_path):
     with pytest.raises(PrivacyError, match="pass the budget"):
         ledger.spend(2)
     assert content_of(tmp_path)["releases"] == [1]
+
+
+def test_with_persons_the_statement_names_them_and_what_two_clients_cost(tmp_path):
+    ledger = opened(tmp_path, person_column="patient")
+    for server_round in (1, 2, 3):
+        ledger.spend(server_round)
+
+    content = content_of(tmp_path)
+    two = group_epsilon((1.2, 0.1, 3), 1e-5, 2)
+    assert content["epsilon_two_clients"] == two > content["epsilon"]
+    assert content["neighbouring_relation"].startswith("add-or-remove one record, all")
+    statement = content["statement"]
+    assert "all training rows of one person in one client (by 'patient')" in statement
+    assert f"epsilon {plain(two)} for a person with rows at two clients" in statement
+    lines = content["not_covered"]
+    assert any(line.startswith("a person at several clients") for line in lines)
+    assert not any("the bound is for one row" in line for line in lines)
+    assert JointLedger.load(tmp_path / "privacy.json").as_dict() == content
+
+
+def test_with_rows_nothing_is_said_of_persons_and_an_older_file_is_read(tmp_path):
+    opened(tmp_path).spend(1)
+    path = tmp_path / "privacy.json"
+    content = content_of(tmp_path)
+    assert content["epsilon_two_clients"] is None
+    assert any("the bound is for one row" in line for line in content["not_covered"])
+    del content["person_column"], content["epsilon_two_clients"]
+    path.write_text(json.dumps(content))
+
+    assert JointLedger.load(path).settings == SETTINGS
+    changed = replace(SETTINGS, person_column="patient")
+    with pytest.raises(PrivacyError, match="person_column was '' and is now 'patient'"):
+        JointLedger.load(path).check_same(changed)

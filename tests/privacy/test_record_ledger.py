@@ -10,7 +10,7 @@ import dp_accounting as dp
 import pytest
 from dp_accounting import pld
 
-from fedllm.errors import BudgetError, PrivacyError
+from fedllm.errors import BudgetError, ConfigError, PrivacyError
 from fedllm.privacy.accounting import (
     gaussian_epsilon,
     record_accountant,
@@ -216,3 +216,26 @@ def test_noise_too_small_for_pld_is_still_bounded():
     spent = record_epsilon([(0.05, 0.01, 2), (0.04, 0.02, 1)], DELTA)
 
     assert 10 < spent <= gaussian_epsilon((2 / 0.05**2 + 1 / 0.04**2) ** -0.5, 1, DELTA)
+
+
+def test_a_ledger_of_rows_is_no_bound_for_persons_nor_the_other_way(tmp_path):
+    for first, second in (("row", "person"), ("person", "row")):
+        folder = tmp_path / first
+        # What was planned and never released binds nothing.
+        RecordLedger(folder, second).remember_plan("run", RecordPlan(*EVENT, 2, DELTA))
+        RecordLedger(folder, first).spend(EVENT, DELTA, 100.0)
+        spent = RecordLedger(folder, first).epsilon(DELTA)
+
+        with pytest.raises(ConfigError, match=f"with one {first} as the unit"):
+            RecordLedger(folder, second)
+        assert RecordLedger(folder, first).epsilon(DELTA) == spent > 0
+
+
+def test_a_ledger_that_was_opened_before_it_had_a_unit_spends_none_of_another(tmp_path):
+    early = RecordLedger(tmp_path / "own", "person")
+    RecordLedger(tmp_path / "own", "row").spend(EVENT, DELTA, 100.0)
+
+    with pytest.raises(ConfigError, match="with one row as the unit"):
+        early.spend(EVENT, DELTA, 100.0)
+    with pytest.raises(ConfigError, match="with one row as the unit"):
+        early.remember_plan("run", RecordPlan(*EVENT, 2, DELTA))
