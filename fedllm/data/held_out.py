@@ -1,0 +1,113 @@
+"""Rows that a client holds out of its training: to report on, and for its personal adapter.
+
+    >>> split_rows(RunConfig(), [{"instruction": "a", "response": "b"}]).training
+    [0]
+
+Whether a row is held out follows from its content and the seed alone. So all copies of a
+row, also another client's, are on one side, and stay there when a file changes between
+rounds. Under record level this matters more: one row added or taken away changes the side of
+no other, which a tenth by place, or an exact tenth, would not give. The share is therefore
+an expected one; of a few rows possibly none is held out.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedllm.config import PERSONAL_SHARE, RunConfig
+from fedllm.data.readers import Row
+
+Part = Literal["training", "evaluation", "stopping", "choosing"]
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """The places of a client's rows, by what they are for. Each is in one list only.
+
+    Attributes:
+        training: Train in the rounds, and the personal adapter.
+        evaluation: Clients report the loss on these (`data.held-out-fraction`).
+        stopping: End the training of the personal adapter.
+        choosing: Choose between base, shared and personal; nothing else reads them.
+    """
+
+    training: list[int]
+    evaluation: list[int]
+    stopping: list[int]
+    choosing: list[int]
+
+    def places(self, part: Part) -> list[int]:
+        """Return the places of one part."""
+        places: list[int] = getattr(self, part)
+        return places
+
+
+def split_rows(config: RunConfig, rows: Collection[Row | None]) -> RowSplit:
+    """Return which of a client's rows train, and which are held out for what.
+
+    Args:
+        config: Gives both shares and the seed.
+        rows: One client's rows; None for one that cannot be read.
+
+    Guarantee:
+        Total. Whether a row is in `training` is a function of this row, the shares and the
+        seed. Copies of a row are in one list.
+    """
+    reported = config.data.held_out_fraction
+    held = reported + (PERSONAL_SHARE if config.is_personal else 0.0)
+    if not held:
+        return RowSplit(list(range(len(rows))), [], [], [])
+    split = RowSplit([], [], [], [])
+    personal: dict[bytes, list[int]] = {}
+    key = str(config.seed).encode()
+    for place, row in enumerate(rows):
+        digest = _keyed_digest(key, row)
+        where = 1.0 if digest is None else int.from_bytes(digest[:8], "big") / 2**64
+        if digest is None or where >= held:
+            split.training.append(place)
+        elif where < reported:
+            split.evaluation.append(place)
+        else:
+            personal.setdefault(digest, []).append(place)
+    # One after the other, so that two different rows are enough for both halves.
+    for number, digest in enumerate(sorted(personal)):
+        half = split.choosing if number % 2 else split.stopping
+        half += personal[digest]
+    return split
+
+
+def _keyed_digest(key: bytes, row: Row | None) -> bytes | None:
+    """Return the digest that decides about a row; None for one that has none.
+
+    Under record level no row may end a client's part by what it holds, such as a whole
+    number that no float can be.
+    """
+    try:
+        return None if row is None else hashlib.sha256(key + _row_digest(row)).digest()
+    except Exception:  # noqa: BLE001 - see above
+        return None
+
+
+def _row_digest(row: Mapping[str, Any]) -> bytes:
+    """Return the digest of a row: a hash of all its columns, in any order.
+
+    A missing value equals None, and 1 equals 1.0: reading a table fills and converts, so
+    one row would change the digests of all others.
+    """
+    normalized = _without_the_table(row)
+    text = json.dumps(normalized, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode("ascii")).digest()
+
+
+def _without_the_table(value: Any) -> Any:
+    """Return a value without what it has only because of other rows."""
+    if isinstance(value, Mapping):
+        items = {key: _without_the_table(item) for key, item in value.items()}
+        return {key: item for key, item in items.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_the_table(item) for item in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value

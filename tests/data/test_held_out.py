@@ -1,0 +1,87 @@
+"""Which rows train and which are held out: by their content and the seed alone."""
+
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import pytest
+
+from fedllm.config import DataConfig, PersonalConfig, RunConfig
+from fedllm.data.held_out import RowSplit, split_rows
+
+PERSONAL = RunConfig(seed=1, personal=PersonalConfig(epochs=1.0))
+REPORTED = RunConfig(seed=1, data=DataConfig(held_out_fraction=0.25))
+BOTH = replace(PERSONAL, data=REPORTED.data)
+
+
+def questions(count: int) -> list[dict[str, Any]]:
+    return [{"instruction": f"q{i}", "response": "a"} for i in range(count)]
+
+
+def parts(split: RowSplit) -> list[list[int]]:
+    return [split.training, split.evaluation, split.stopping, split.choosing]
+
+
+def test_held_out_rows_are_a_fixed_share_and_copies_of_a_row_are_on_one_side():
+    rows = questions(1000)
+    twice = [*rows, *rows[::-1]]
+
+    def texts(data: Any, seed: int, part: str) -> list[str]:
+        split = split_rows(replace(REPORTED, seed=seed), data)
+        return [data[i]["instruction"] for i in getattr(split, part)]
+
+    train, held = texts(twice, 1, "training"), texts(twice, 1, "evaluation")
+    assert not set(train) & set(held)
+    assert len(train) + len(held) == 2000
+    # 250 of 1,000 coins: 5 standard deviations are 69.
+    assert 181 < len(set(held)) < 319
+    first = {f"q{i}" for i in range(500)}
+    assert set(texts(rows[:500], 1, "evaluation")) == set(held) & first
+    assert set(texts(twice, 2, "evaluation")) != set(held)
+
+
+def test_without_a_share_every_row_is_trained_on():
+    assert parts(split_rows(RunConfig(), questions(3))) == [[0, 1, 2], [], [], []]
+
+
+def test_the_personal_tenth_is_halved_and_no_row_is_for_two_purposes():
+    rows = questions(1000)
+    split, both = split_rows(PERSONAL, rows), split_rows(BOTH, rows)
+
+    held = len(split.stopping) + len(split.choosing)
+    # 100 of 1,000 coins: 5 standard deviations are 47.
+    assert 53 < held < 147 and not split.evaluation
+    assert abs(len(split.stopping) - len(split.choosing)) <= 1
+    # A round reports on other rows than those that choose afterwards.
+    assert both.evaluation == split_rows(REPORTED, rows).evaluation
+    assert 53 < len(both.stopping) + len(both.choosing) < 147
+    for chosen in (split, both):
+        assert sorted(chain(*parts(chosen))) == list(range(1000))
+
+
+def test_copies_of_a_row_are_in_one_half():
+    rows = questions(200)
+    twice = [*rows, *rows[::-1]]
+    split = split_rows(PERSONAL, twice)
+
+    def texts(places: list[int]) -> set[str]:
+        return {twice[i]["instruction"] for i in places}
+
+    assert split.stopping and split.choosing
+    assert not texts(split.stopping) & texts(split.choosing)
+
+
+@pytest.mark.parametrize("place", [0, 57, 199])
+def test_a_row_taken_away_changes_the_side_of_no_other(place):
+    rows = questions(200)
+    less = rows[:place] + rows[place + 1 :]
+
+    def training(data: list[dict[str, Any]]) -> set[str]:
+        return {data[i]["instruction"] for i in split_rows(PERSONAL, data).training}
+
+    assert training(less) == training(rows) - {f"q{place}"}
+
+
+def test_a_row_that_has_no_digest_trains_and_ends_nothing():
+    rows = [None, {"instruction": 10**400}, {"instruction": {1: "a", "b": 2}}]
+    assert split_rows(PERSONAL, rows).training == [0, 1, 2]
