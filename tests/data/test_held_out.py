@@ -40,8 +40,13 @@ def test_held_out_rows_are_a_fixed_share_and_copies_of_a_row_are_on_one_side():
     assert set(texts(twice, 2, "evaluation")) != set(held)
 
 
-def test_without_a_share_every_row_is_trained_on():
-    assert parts(split_rows(RunConfig(), questions(3))) == [[0, 1, 2], [], [], []]
+def test_without_a_share_every_row_is_trained_on_and_none_is_looked_at():
+    class Unread(list):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            raise AssertionError("a row was looked at")
+
+    rows = Unread(questions(3))
+    assert parts(split_rows(RunConfig(), rows)) == [[0, 1, 2], [], [], []]
 
 
 def test_the_personal_tenth_is_halved_and_no_row_is_for_two_purposes():
