@@ -47,9 +47,10 @@ class ResidentModel:
 _resident: dict[Any, ResidentModel] = {}
 
 _TOO_FEW = (
-    "has too few rows for a personal adapter: of the tenth that it holds out by their "
-    "content, at least two that differ are needed, one to stop the training and one to "
-    "choose by; some 40 rows are enough almost always"
+    "has too few rows for a personal adapter: of those that it holds out, at least two "
+    "that differ are needed, one to stop the training and one to choose by; four rows are "
+    "enough, and at record level, where a tenth is held out by content, some 80 almost "
+    "always"
 )
 _WITHOUT: "dict[Part, str]" = {
     "training": "has no usable example, so its update is zero",

@@ -2,7 +2,8 @@
 
     fedllm export --peft-path RUN/peft_final --out my-model
 
-A personal adapter is not private: it is merged only with --allow-personal. Nothing leaves this machine unless --push-to-hub names a repository.
+A personal adapter is not private: it is merged only with --allow-personal. Nothing leaves
+this machine unless --push-to-hub names a repository.
 """
 
 import argparse

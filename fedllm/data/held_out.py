@@ -7,7 +7,8 @@ Whether a row is held out follows from its content and the seed alone. So all co
 row, also another client's, are on one side, and stay there when a file changes between
 rounds. Under record level this matters more: one row added or taken away changes the side of
 no other, which a tenth by place, or an exact tenth, would not give. The share is therefore
-an expected one; of a few rows possibly none is held out.
+an expected one; of a few rows possibly none is held out. Only where the unit is the client,
+or nothing, may a client of few rows have two of them held out for its personal adapter.
 """
 
 import hashlib
@@ -20,6 +21,9 @@ from fedllm.config import PERSONAL_SHARE, RunConfig
 from fedllm.data.readers import Row
 
 Part = Literal["training", "evaluation", "stopping", "choosing"]
+
+_LEAST_ROWS = 4
+"""Different rows of which two may be held out, whatever their digests are."""
 
 
 @dataclass(frozen=True)
@@ -52,30 +56,43 @@ def split_rows(config: RunConfig, rows: Collection[Row | None]) -> RowSplit:
         rows: One client's rows; None for one that cannot be read.
 
     Guarantee:
-        Total. Whether a row is in `training` is a function of this row, the shares and the
-        seed. Copies of a row are in one list.
+        Total. Under record level, whether a row is in `training` is a function of this row,
+        the shares and the seed. Copies of a row are in one list.
     """
     reported = config.data.held_out_fraction
     held = reported + (PERSONAL_SHARE if config.is_personal else 0.0)
     if not held:
         return RowSplit(list(range(len(rows))), [], [], [])
     split = RowSplit([], [], [], [])
-    personal: dict[bytes, list[int]] = {}
+    places: dict[bytes, list[int]] = {}
     key = str(config.seed).encode()
     for place, row in enumerate(rows):
         digest = _keyed_digest(key, row)
-        where = 1.0 if digest is None else int.from_bytes(digest[:8], "big") / 2**64
-        if digest is None or where >= held:
+        if digest is None:
             split.training.append(place)
-        elif where < reported:
-            split.evaluation.append(place)
         else:
-            personal.setdefault(digest, []).append(place)
-    # One after the other, so that two different rows are enough for both halves.
-    for number, digest in enumerate(sorted(personal)):
-        half = split.choosing if number % 2 else split.stopping
-        half += personal[digest]
+            places.setdefault(digest, []).append(place)
+    ordered = sorted(places)
+    first, last = (
+        sum(_share(d) < border for d in ordered) for border in (reported, held)
+    )
+    if config.is_personal and config.privacy.unit != "record":
+        # Both halves need a row, and the rounds as many.
+        is_enough = len(ordered) - first >= _LEAST_ROWS
+        last = max(last, first + _LEAST_ROWS // 2) if is_enough else first
+    for number, digest in enumerate(ordered):
+        # One after the other, so that two different rows are enough for both halves.
+        half = split.choosing if (number - first) % 2 else split.stopping
+        part = split.training if number >= last else half
+        part = split.evaluation if number < first else part
+        part += places[digest]
+    split.training.sort()
     return split
+
+
+def _share(digest: bytes) -> float:
+    """Return where a digest lies between the least and the largest, from 0 to 1."""
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _keyed_digest(key: bytes, row: Row | None) -> bytes | None:

@@ -105,12 +105,12 @@ def test_the_reply_is_the_same_whatever_the_rows_hold_and_no_row_is_read(
     assert len({wire["nonce"] for wire in wires}) == len(wires)
 
 
-def test_under_record_level_a_delivery_counts_as_no_refusal(deliver, answer, home):
-    for _ in range(5):
-        deliver(RECORD)
+def test_under_record_level_a_delivery_counts_as_no_refusal(deliver, home):
+    """It reads no row: a client takes part in the run as long as before."""
+    codes = [code_of(deliver({**RECORD, "personal.epochs": 0.0})) for _ in range(5)]
 
-    counts = [path.stat().st_size for path in (home / "refusals").glob("1-*")]
-    assert not any(counts)
+    assert set(codes) == {"bad-config"}
+    assert not (home / "refusals").exists()
 
 
 def test_a_run_without_personal_training_leaves_nothing(deliver, home):

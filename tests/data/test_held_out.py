@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from fedllm.config import DataConfig, PersonalConfig, RunConfig
+from fedllm.config import DataConfig, PersonalConfig, PrivacyConfig, RunConfig
 from fedllm.data.held_out import RowSplit, split_rows
 
 PERSONAL = RunConfig(seed=1, personal=PersonalConfig(epochs=1.0))
 REPORTED = RunConfig(seed=1, data=DataConfig(held_out_fraction=0.25))
 BOTH = replace(PERSONAL, data=REPORTED.data)
+RECORD = PrivacyConfig(unit="record")
 
 
 def questions(count: int) -> list[dict[str, Any]]:
@@ -76,13 +77,32 @@ def test_copies_of_a_row_are_in_one_half():
     assert not texts(split.stopping) & texts(split.choosing)
 
 
+@pytest.mark.parametrize("count", range(4, 40))
+def test_a_client_of_few_rows_has_two_held_out_unless_the_unit_is_a_row(count):
+    split = split_rows(PERSONAL, questions(count))
+
+    assert split.stopping and split.choosing
+    assert len(split.training) >= count / 2
+    assert split.training == sorted(split.training)
+    by_row = split_rows(replace(PERSONAL, privacy=RECORD), questions(count))
+    assert {*by_row.training} >= {*split.training}
+
+
+def test_too_few_rows_all_train():
+    assert split_rows(PERSONAL, [*questions(3), *questions(3)]).training == list(
+        range(6)
+    )
+
+
 @pytest.mark.parametrize("place", [0, 57, 199])
-def test_a_row_taken_away_changes_the_side_of_no_other(place):
-    rows = questions(200)
+@pytest.mark.parametrize("count", [12, 200])
+def test_at_record_level_a_row_taken_away_changes_the_side_of_no_other(place, count):
+    rows, place = questions(count), place % count
     less = rows[:place] + rows[place + 1 :]
 
     def training(data: list[dict[str, Any]]) -> set[str]:
-        return {data[i]["instruction"] for i in split_rows(PERSONAL, data).training}
+        config = replace(PERSONAL, privacy=RECORD)
+        return {data[i]["instruction"] for i in split_rows(config, data).training}
 
     assert training(less) == training(rows) - {f"q{place}"}
 
