@@ -58,7 +58,9 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
     sync_folder(path.parent)
 
 
-def create_once(folder: Path, make: Callable[[Path], None]) -> Path:
+def create_once(
+    folder: Path, make: Callable[[Path], None], *, private: bool = False
+) -> Path:
     """Return `folder`, which exists only when `make` has filled it to the end.
 
     `make` fills a folder beside it, which is renamed at the end, so an interruption at
@@ -68,6 +70,7 @@ def create_once(folder: Path, make: Callable[[Path], None]) -> Path:
     Args:
         folder: What is wanted.
         make: Called with an empty folder on the same disk.
+        private: Whether its owner alone may read it, whatever the umask.
 
     Raises:
         OSError: The place cannot be written to, or `make` raised it.
@@ -85,7 +88,7 @@ def create_once(folder: Path, make: Callable[[Path], None]) -> Path:
         partial = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
         try:
             make(partial)
-            _publish(partial)
+            _publish(partial, private)
             os.replace(partial, folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -107,15 +110,16 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _publish(folder: Path) -> None:
+def _publish(folder: Path, private: bool) -> None:
     # mkdtemp and safetensors let only the owner read; a home may serve several users,
     # as where one of them builds a container's image and another runs it.
-    folder.chmod(0o755)
+    for_folders, for_files = (0o700, 0o600) if private else (0o755, 0o644)
+    folder.chmod(for_folders)
     for path in folder.rglob("*"):
         if path.is_dir():
-            path.chmod(0o755)
+            path.chmod(for_folders)
             continue
-        path.chmod(0o644)
+        path.chmod(for_files)
         # A rename may reach the disk before the contents of what it publishes.
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -36,3 +36,10 @@ def query(message: Message, context: Context) -> Message:
     """Count a run that is announced, or declare this client's rows, before round 1."""
     show_log()
     return reply_to(message, context)
+
+
+@app.query("deliver")
+def deliver(message: Message, context: Context) -> Message:
+    """Keep the released adapter, from which the node's owner may train a personal one."""
+    show_log()
+    return reply_to(message, context)

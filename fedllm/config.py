@@ -33,6 +33,9 @@ SMALLEST_DELTA = 1e-12
 LARGEST_DELTA = 1e-3
 """The largest `privacy.delta`: a promise that fails more often than this is none."""
 
+PERSONAL_SHARE = 0.1
+"""Expected share of a client's rows that is held out for its personal adapter."""
+
 _SECTION = ConfigDict(
     extra="forbid",
     alias_generator=lambda name: _key(name),
@@ -265,6 +268,23 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True, config=_SECTION)
+class PersonalConfig:
+    """What each node trains for itself after the last round, from the released adapter on.
+
+    Nothing of it leaves the node, so it is no part of what `privacy` promises to others.
+    """
+
+    epochs: Amount = 0.0
+    """Most passes over the client's own rows; 0.0: no personal adapter. Above, a client holds
+    an expected tenth of its rows out of all rounds: half of it stops this training, the
+    other half chooses between base, shared and personal."""
+    learning_rate: PositiveAmount = 0.002
+    """Adam's learning rate at the start; it falls by half a cosine."""
+    proximal_mu: Amount = 0.0
+    """Weight of the pull towards the released adapter."""
+
+
+@dataclass(frozen=True, config=_SECTION)
 class WireConfig:
     """What travels between server and clients."""
 
@@ -308,9 +328,15 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    personal: PersonalConfig = field(default_factory=PersonalConfig)
     wire: WireConfig = field(default_factory=WireConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
+
+    @property
+    def is_personal(self) -> bool:
+        """Whether each node trains an adapter of its own after the last round."""
+        return self.personal.epochs > 0
 
     @property
     def cohorts_may_be_empty(self) -> bool:
@@ -429,6 +455,7 @@ def _contradictions(config: RunConfig) -> list[str]:
         *_train_problems(config.train),
         *_strategy_problems(config.strategy),
         *_evaluation_problems(config),
+        *_personal_problems(config),
         *_resume_problems(config.resume),
     ]
     if config.privacy.noise == "joint" and config.privacy.unit != "record":
@@ -519,6 +546,26 @@ def _evaluation_problems(config: RunConfig) -> list[str]:
             "strategy.fraction-evaluate: must be 0.0 under "
             f"privacy.unit={config.privacy.unit!r} (got {share}): clients' losses would "
             "leave without noise"
+        )
+    return problems
+
+
+def _personal_problems(config: RunConfig) -> list[str]:
+    personal, problems = config.personal, []
+    usual = PersonalConfig()
+    for name in ("learning_rate", "proximal_mu"):
+        got = getattr(personal, name)
+        if not config.is_personal and got != getattr(usual, name):
+            problems.append(
+                f"personal.{_key(name)}: is for personal.epochs above 0.0 (got {got}, and "
+                "0.0 epochs): no personal adapter is trained"
+            )
+    held_out = config.data.held_out_fraction
+    if config.is_personal and held_out + PERSONAL_SHARE >= 1:
+        problems.append(
+            f"data.held-out-fraction: must be below {1 - PERSONAL_SHARE:g} if "
+            f"personal.epochs is above 0.0 (got {held_out}): another tenth is held out for "
+            "the personal adapter"
         )
     return problems
 

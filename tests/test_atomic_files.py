@@ -49,3 +49,14 @@ def test_others_may_read_what_one_user_made(tmp_path: Path) -> None:
 
     assert folder.stat().st_mode & 0o005 == 0o005
     assert (folder / "model").stat().st_mode & 0o004
+
+
+def test_what_is_private_is_its_owner_s_alone_whatever_it_was_made_as(tmp_path):
+    def make(folder: Path) -> None:
+        (folder / "part").mkdir(mode=0o755)
+        (folder / "part" / "rows").touch(mode=0o644)
+
+    folder = create_once(tmp_path / "wanted", make, private=True)
+
+    modes = [path.stat().st_mode & 0o777 for path in (folder, *folder.rglob("*"))]
+    assert modes == [0o700, 0o700, 0o600]

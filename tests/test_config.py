@@ -113,6 +113,10 @@ def test_a_preset_says_its_whole_command(preset: Path):
         ),
         ("data.held-out-fraction", 0.5, "must be above 0.0 if strategy.fraction"),
         ("data.held-out-fraction", 1.0, "data.held-out-fraction: must be less than 1"),
+        ("personal.epochs", -1.0, "personal.epochs: must be >= 0"),
+        ("personal.epochs", 0.5, None),
+        ("personal.learning-rate", 0.1, "is for personal.epochs above 0.0 (got 0.1"),
+        ("personal.proximal-mu", 0.1, "is for personal.epochs above 0.0 (got 0.1"),
         ("strategy.aggregator", "krum", "the bound is proved for a sum"),
         ("strategy.num-clients", 1, "strategy.num-clients"),
         ("train.learning-rate-min", 5.0, "must be <= train.learning-rate"),
@@ -261,3 +265,15 @@ def test_the_home_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "elsewhere"))
 
     assert fedllm_home() == tmp_path / "elsewhere"
+
+
+def test_two_tenths_that_are_held_out_leave_rows_to_train_on():
+    held = {
+        "privacy.unit": "none",
+        "privacy.target-epsilon": 0.0,
+        "strategy.fraction-evaluate": 1.0,
+        "data.held-out-fraction": 0.9,
+    }
+    parse_run_config(held)
+    with pytest.raises(ConfigError, match=r"must be below 0\.9 if personal\.epochs"):
+        parse_run_config({**held, "personal.epochs": 1.0})

@@ -58,6 +58,7 @@ REFUSED: list[dict[str, Scalar]] = [
     {"privacy.max-epsilon": 4.0},
     {"strategy.aggregator": "median"},
     {"strategy.fraction-evaluate": 0.5, "data.held-out-fraction": 0.2},
+    {"personal.proximal-mu": 0.1},
     {"privacy.unit": "none", "strategy.fraction-evaluate": 0.5},
     {"privacy.unit": "record", "model.quantization": 8},
     {"privacy.unit": "record", "adapter.kind": "auto"},

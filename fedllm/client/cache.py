@@ -21,13 +21,30 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from fedllm.adapters.adapted_model import AdaptedModel
+    from fedllm.data.held_out import Part, RowSplit
     from fedllm.data.persons import Persons
     from fedllm.data.readers import Row
     from fedllm.data.tokens import Example
     from fedllm.training.person_gradients import Record
+    from fedllm.training.personal import PersonalRows
 
 _MOST_LISTED = 50
 """Rows without an id that a line of the client's log lists."""
+
+
+@dataclass(frozen=True)
+class OwnRecords:
+    """A client's rows under record level, what each is for, and whose it is.
+
+    Attributes:
+        examples: One a row; None for a row that nothing can be learned from.
+        split: The places of the rows, by what they are for.
+        persons: The places of each person's rows; None if every row is a record.
+    """
+
+    examples: "list[Example | None]"
+    split: "RowSplit"
+    persons: "Persons | None"
 
 
 @dataclass
@@ -36,10 +53,23 @@ class ResidentModel:
 
     adapted: "AdaptedModel"
     rows: dict[Any, "list[Example]"] = field(default_factory=dict)
-    records: dict[Any, "list[Record | None]"] = field(default_factory=dict)
+    records: dict[Any, OwnRecords] = field(default_factory=dict)
 
 
 _resident: dict[Any, ResidentModel] = {}
+
+_TOO_FEW = (
+    "has too few rows for a personal adapter: of those that it holds out, at least two "
+    "that differ are needed, one to stop the training and one to choose by; four rows are "
+    "enough, and at record level, where a tenth is held out by content, some 80 almost "
+    "always"
+)
+_WITHOUT: "dict[Part, str]" = {
+    "training": "has no usable example, so its update is zero",
+    "evaluation": "has no held-out example, so it does not evaluate",
+    "stopping": _TOO_FEW,
+    "choosing": _TOO_FEW,
+}
 
 
 def resident_model(config: RunConfig) -> ResidentModel:
@@ -73,34 +103,28 @@ def client_rows(
     node: NodeConfig,
     config: RunConfig,
     log: ClientLog,
-    held_out: bool = False,
+    part: "Part" = "training",
 ) -> "list[Example]":
-    """Return this client's examples, tokenised once: those to train on or those held out.
+    """Return one part of this client's examples, tokenised once.
 
     Args:
         resident: Its tokenizer makes the tokens, and it keeps them.
         node: Names the file or the partition.
         config: The run config.
         log: Gets a line if `train.max-length` cuts rows.
-        held_out: Whether to return the rows that are not trained on.
+        part: Those to train on, or those held out for one purpose.
 
     Raises:
-        DataError: The client has no usable row.
+        DataError: The client has no usable row in this part.
     """
-    key = (*_rows_key(node, config), held_out)
+    key = (*_rows_key(node, config), part)
     if key not in resident.rows:
-        loaded = _load_rows(node, config, log, held_out)
+        loaded = _load_rows(node, config, log, part)
         tokenizer = resident.adapted.tokenizer
         resident.rows[key] = _tokenize(loaded, tokenizer, config, log)
     examples = resident.rows[key]
     if not examples:
-        raise DataError(
-            f"client {node.partition_id}: has no held-out example, so it does not "
-            "evaluate"
-            if held_out
-            else f"client {node.partition_id}: has no usable example, so its update is "
-            "zero"
-        )
+        raise DataError(f"client {node.partition_id}: {_WITHOUT[part]}")
     return examples
 
 
@@ -119,12 +143,67 @@ def client_records(
         log: Gets a line of how many records have no example, and why.
 
     Returns:
-        An entry for each record, None for one that nothing can be learned from.
+        An entry for each record, None for one that nothing can be learned from, or that is
+        held out. It takes its coin all the same: the number of records is that of rows, or
+        of persons.
 
     Raises:
         ConfigError: There is no such partition, or it would depend on what rows hold.
         DataError: There is no such file, it holds no rows, or it is malformed as a whole.
     """
+    own = _own_records(resident, node, config, log)
+    training = _only(own.examples, own.split.training)
+    return list(training if own.persons is None else own.persons.records(training))
+
+
+def personal_rows(
+    resident: ResidentModel, node: NodeConfig, config: RunConfig, log: ClientLog
+) -> "PersonalRows":
+    """Return what this client's personal adapter is trained on, stopped and chosen by.
+
+    For the node's own use: what it raises and returns depends on what rows hold.
+
+    Args:
+        resident: Its tokenizer makes the tokens, and it keeps them.
+        node: Names the file or the partition.
+        config: The run config, with personal training.
+        log: Gets what `client_rows` or `client_records` logs.
+
+    Raises:
+        ConfigError: There is no such partition.
+        DataError: The client has too few rows.
+    """
+    from fedllm.training.personal import PersonalRows
+
+    parts: tuple[Part, ...] = ("training", "stopping", "choosing")
+    if config.privacy.unit != "record":
+        return PersonalRows(
+            *(client_rows(resident, node, config, log, part) for part in parts)
+        )
+    own = _own_records(resident, node, config, log)
+    chosen: list[list[Example]] = []
+    for part in parts:
+        examples = _only(own.examples, own.split.places(part))
+        usable = [example for example in examples if example is not None]
+        if not usable:
+            raise DataError(f"client {node.partition_id}: {_WITHOUT[part]}")
+        chosen.append(usable)
+    return PersonalRows(*chosen)
+
+
+def _only(
+    examples: "Sequence[Example | None]", places: "Iterable[int]"
+) -> "list[Example | None]":
+    """Return as many entries, with None at all other places."""
+    kept = set(places)
+    return [example if i in kept else None for i, example in enumerate(examples)]
+
+
+def _own_records(
+    resident: ResidentModel, node: NodeConfig, config: RunConfig, log: ClientLog
+) -> OwnRecords:
+    """Return all records of this client, tokenised once, and what each is for."""
+    from fedllm.data.held_out import split_rows
     from fedllm.data.records import tokenize_records
 
     key = _rows_key(node, config)
@@ -143,17 +222,18 @@ def client_records(
                 f"of {len(rows)} rows, which count as records all the same: "
                 + "; ".join(f"{count}: {cause}" for cause, count in causes)
             )
-        examples = [
-            None if place in public else example
-            for place, example in enumerate(records.examples)
-        ]
-        column = config.data.person_column
+        column, persons = config.data.person_column, None
         if column:
             persons = _persons(rows, column)
             _log_persons(persons, rows, column, log)
-            resident.records[key] = list(persons.records(examples))
-        else:
-            resident.records[key] = list(examples)
+        resident.records[key] = OwnRecords(
+            [
+                None if place in public else example
+                for place, example in enumerate(records.examples)
+            ],
+            split_rows(config, rows),
+            persons,
+        )
     return resident.records[key]
 
 
@@ -218,7 +298,7 @@ def _load_records(node: NodeConfig, config: RunConfig) -> "list[Row | None]":
 def _rows_key(node: NodeConfig, config: RunConfig) -> tuple[Any, ...]:
     """Return all that a client's rows and their tokens depend on, but for the model."""
     share = (node.data_path, node.partition_id, node.num_partitions, config.seed)
-    return (config.data, config.train.max_length, share)
+    return (config.data, config.is_personal, config.train.max_length, share)
 
 
 def _require_public_partition(node: NodeConfig, config: RunConfig) -> None:
@@ -237,11 +317,12 @@ def _require_public_partition(node: NodeConfig, config: RunConfig) -> None:
 
 
 def _load_rows(
-    node: NodeConfig, config: RunConfig, log: ClientLog, held_out: bool
+    node: NodeConfig, config: RunConfig, log: ClientLog, part: "Part"
 ) -> "Dataset":
-    """Read the client's own file without public rows, or its partition of `data.name`."""
+    """Read a part of the client's file, without public rows, or of its partition."""
+    from fedllm.data.held_out import split_rows
     from fedllm.data.partitions import partition
-    from fedllm.data.rows import load_rows, own_rows
+    from fedllm.data.rows import load_rows
 
     rows = load_rows(config.data, node.data_path)
     if node.data_path is None:
@@ -250,7 +331,7 @@ def _load_rows(
         )
     elif public := _public_places(config, rows, log):
         rows = rows.select([i for i in range(len(rows)) if i not in public])
-    return own_rows(config.data, rows, config.seed, held_out)
+    return rows.select(split_rows(config, rows).places(part))
 
 
 def _public_places(

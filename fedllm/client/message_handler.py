@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from fedllm.adapters.resolve import with_kind
 from fedllm.client.base_model import require_same_base
 from fedllm.client.cache import client_records, client_rows, resident_model
+from fedllm.client.delivery import keep_delivery
 from fedllm.client.failures import failure
 from fedllm.client.node_config import check_node_limits, parse_node_config
 from fedllm.client.record_steps import declare_rows, fit_privately, sum_batch
@@ -28,6 +29,7 @@ from fedllm.wire.messages import (
     ARRAYS,
     BASE_MODEL,
     CONFIG,
+    DELIVER,
     METRICS,
     WIRE_FORMAT_KEY,
     encoded_record,
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 
 def reply_to(message: Message, context: Context) -> Message:
-    """Train, evaluate or count a run as a message asks, and reply. Never raises.
+    """Train, evaluate, count a run or keep its adapter as asked, and reply. Never raises.
 
     Guarantee:
         Under `privacy.unit="client"` the reply holds the trained arrays, or one code of
@@ -52,6 +54,8 @@ def reply_to(message: Message, context: Context) -> Message:
         leaves, and which epsilon, is a function of settings and of the number of rows, but
         for limits of time and memory; after a few requests without a release it is one
         code for the rest of the run.
+        What a delivered adapter is answered with is a function of settings and this
+        machine's disk: it is answered before any row is read.
         No object of a reply can be foreseen by who knows the rows (`wire.masking`).
     """
     private = True
@@ -63,7 +67,8 @@ def reply_to(message: Message, context: Context) -> Message:
         private = config.privacy.unit != "none"
         node = parse_node_config(context.node_config)
         client = RunClient(config, node, context.run_id, attempt)
-        if config.privacy.unit == "record":
+        reads_rows = message.metadata.message_type != DELIVER
+        if config.privacy.unit == "record" and reads_rows:
             content = masked(_counted(message, client))
         else:
             content = masked(_answer(message, client))
@@ -90,6 +95,8 @@ def _answer(message: Message, client: RunClient) -> RecordDict:
     """Check the limits of the node's owner, and do what is asked."""
     check_node_limits(client.node, client.config)
     _check_format(message)
+    if message.metadata.message_type == DELIVER:
+        return keep_delivery(message, client)
     if message.metadata.message_type.startswith("query"):
         return declare_rows(client) if client.config.is_joint else _announced(client)
     if message.metadata.message_type.startswith("evaluate"):
@@ -246,7 +253,7 @@ def _evaluate(message: Message, client: RunClient) -> RecordDict:
     record = message.content.config_records[CONFIG]
     require_same_base(config.model.name, record.get(BASE_MODEL))
     resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
-    held = client_rows(resident, client.node, config, client.log, held_out=True)
+    held = client_rows(resident, client.node, config, client.log, "evaluation")
     adapted = resident.adapted
     adapted.set(_received(message, adapted, config))
     examples = held[: config.strategy.evaluate_examples or None]

@@ -7,6 +7,8 @@ all data in one place; each client alone; each client that trains on from a fede
 adapter. Federations are runs of fedllm's own round loop and clients, for the config's
 rounds. All other arms train to their own best: up to --passes over the rows, stopped by a
 tenth of them, with the best of --rates. All share one resident base model in this process.
+With personal.epochs above 0.0 a client that trains on does what a node does: by personal.*, on
+its rows but the tenth that no round used, of which one half stops and the other half chooses.
 Every finished arm is kept in the output folder: the same command, stopped and repeated,
 trains only what is missing.
 

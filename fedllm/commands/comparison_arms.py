@@ -8,7 +8,7 @@ all data in one place.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedllm.config import RunConfig, flat, parse_run_config
+from fedllm.config import PersonalConfig, RunConfig, flat, parse_run_config
 
 FEDERATIONS = ("federated", "federated-dp")
 """Arms of all clients together."""
@@ -75,7 +75,8 @@ class Arm:
         """The run config of its server, without what no table needs.
 
         The losses do not change: not asked are clients' own losses, the probe of the
-        noise, and rounds that validation did not choose.
+        noise, and rounds that validation did not choose. Nothing is delivered: clients
+        that train on are arms of their own.
         """
         config, strategy = self.config, self.config.strategy
         strategy = replace(
@@ -89,7 +90,13 @@ class Arm:
         output = replace(
             config.output, save_every=config.num_server_rounds, tracker="none"
         )
-        return replace(config, strategy=strategy, privacy=privacy, output=output)
+        return replace(
+            config,
+            strategy=strategy,
+            privacy=privacy,
+            output=output,
+            personal=PersonalConfig(),
+        )
 
 
 def make_arm(name: str, config: RunConfig, num_clients: int) -> Arm:

@@ -17,13 +17,14 @@ from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.spec import Arrays
 from fedllm.atomic_files import write_atomic
-from fedllm.client.cache import client_rows, resident_model
+from fedllm.client.cache import client_rows, personal_rows, resident_model
 from fedllm.client.log import ClientLog
 from fedllm.client.message_handler import reply_to
 from fedllm.client.node_config import parse_node_config
 from fedllm.commands.comparison_arms import (
     FEDERATIONS,
     Arm,
+    kind_of,
     lone_client,
     make_arm,
     start_of,
@@ -40,7 +41,14 @@ from fedllm.runs.directory import METRICS_FILE, RunDirectory, read_metrics
 from fedllm.server.federation import Federation
 from fedllm.server.local_grid import LocalGrid
 from fedllm.server.startup import set_up
-from fedllm.training.own_best import OwnBest, OwnBestConfig, train_to_own_best
+from fedllm.training.own_best import (
+    OwnBest,
+    OwnBestConfig,
+    OwnRows,
+    split_tenth,
+    train_to_own_best,
+)
+from fedllm.training.personal import PersonalRows, train_personal
 
 _T = TypeVar("_T")
 
@@ -111,16 +119,53 @@ class Bench:
         """Train one client, or all rows as one, to its own best, and score that."""
         began = time.monotonic()
         start = self._start(start_of(arm), folder)
-        adapted, train = self._adapted, self.config.train
+        if self.config.is_personal and kind_of(arm) == "personal":
+            return self._measure_personal(arm, start, began)
         found = train_to_own_best(
-            adapted,
-            self._rows(arm),
+            self._adapted,
+            self._own_rows(arm),
             start,
-            train,
+            self.config.train,
             self._own_best,
-            lambda rows: held_out(adapted.model, rows, adapted.pad_token_id).loss,
+            self._loss,
         )
         return {**self._scores(found.arrays), **_lone_figures(found, began)}
+
+    def _measure_personal(
+        self, arm: str, shared: Arrays, began: float
+    ) -> dict[str, Any]:
+        """Do what a node does after a run with personal training, and score its choice."""
+        config = self.config
+        made = train_personal(
+            self._adapted, self._personal_rows(arm), shared, config, self._loss
+        )
+        figures = _lone_figures(made.search, began)
+        return {**self._scores(made.arrays), **figures, "choice": made.choice}
+
+    def _own_rows(self, arm: str) -> OwnRows:
+        """Return an arm's rows: held out are those that no round has trained on, if any.
+
+        Raises:
+            DataError: There are too few.
+        """
+        if not self.config.is_personal:
+            return split_tenth(self._rows(arm), self._own_best.seed)
+        rows = self._personal_rows(arm)
+        return OwnRows(rows.training, rows.stopping)
+
+    def _personal_rows(self, arm: str) -> PersonalRows:
+        """Return the rows that a node has for its personal training.
+
+        Raises:
+            DataError: There are too few.
+        """
+        config, values = lone_client(arm, self.config, self.num_clients)
+        node, log = parse_node_config(values), ClientLog(0, _RUN_ID)
+        return personal_rows(resident_model(config), node, config, log)
+
+    def _loss(self, rows: Sequence[Mapping[str, Any]]) -> float:
+        """Return the resident model's loss on rows."""
+        return held_out(self._adapted.model, rows, self._adapted.pad_token_id).loss
 
     def _start(self, arm: str, folder: Path) -> Arrays:
         """Return the adapter of an arm that was trained, or the base's.

@@ -102,8 +102,8 @@ class Resident:
         chat = self._load(folder)
         answers = dict.fromkeys(NAMES, "")
         limits = (self._options.max_new_tokens, self._options.temperature)
-        for name, tuned in chat.variants():
-            pieces = chat.answer(question, tuned, turns[name], *limits)
+        for name in chat.variants():
+            pieces = chat.answer(question, name, turns[name], *limits)
             # A page that is closed or cleared ends the generation that it waits for.
             with contextlib.closing(pieces):
                 for piece in pieces:

@@ -2,9 +2,14 @@
 
 fedllm evaluate --question "What is asthma?" --base
 fedllm evaluate --held-out --json
+fedllm evaluate --personal --question "What is asthma?"
+
+`--personal` is for a node: base, shared and personal answer side by side, and it names the one
+that the node's own held-out rows chose (fedllm node personal).
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,7 +26,13 @@ from fedllm.commands.options import (
 )
 from fedllm.config import DataConfig, RunConfig, fedllm_home
 from fedllm.errors import DataError
-from fedllm.evaluation.inference import ChatModel, Turn, find_model
+from fedllm.evaluation.inference import (
+    CandidatesChat,
+    ChatModel,
+    ModelChoice,
+    Turn,
+    find_model,
+)
 from fedllm.reporting.sentences import NOT_ADVICE
 
 
@@ -29,14 +40,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure and ask what the options name."""
     _check(args)
     log_to_stderr()
-    choice = find_model(args.peft_path, fedllm_home())
-    if args.quantization is not None:
-        choice.quantization = args.quantization
-    if args.float32:
-        choice.quantization, choice.in_float32 = 0, True
-    report: dict[str, Any] = {"answers_for": choice.described}
-    _print(args, choice.described)
-    chat = ChatModel(choice)
+    report: dict[str, Any] = {}
+    chat = _personal(args, report) if args.personal is not None else _chat(args)
+    report["answers_for"] = chat.choice.described
+    _print(args, chat.choice.described)
     if args.held_out:
         report["held_out"] = _held_out(args, chat)
     if args.benchmark:
@@ -57,6 +64,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _chat(args: argparse.Namespace) -> ChatModel:
+    """Return the model of an adapter folder or of the latest run."""
+    choice = find_model(args.peft_path, fedllm_home())
+    if args.quantization is not None:
+        choice.quantization = args.quantization
+    if args.float32:
+        choice.quantization, choice.in_float32 = 0, True
+    return ChatModel(choice)
+
+
+def _personal(args: argparse.Namespace, report: dict[str, Any]) -> ChatModel:
+    """Return base, shared and personal of this node, and report the choice among them.
+
+    Raises:
+        NodeError: There is no personal adapter here.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from fedllm.client.personal import candidates, latest_choice
+
+    delivery, choice = latest_choice(args.personal)
+    adapted, arrays = candidates(delivery)
+    report |= {"chosen": choice.choice, "losses": choice.losses, "rows": choice.rows}
+    described = f"answers: {delivery.config.model.name}; {choice}"
+    config = delivery.config
+    model = ModelChoice(
+        choice.folder, config.model.name, config.model.quantization, described, config
+    )
+    return CandidatesChat(model, adapted, arrays)
+
+
 def _check(args: argparse.Namespace) -> None:
     """Check that the options name something to do and fit together.
 
@@ -72,15 +109,23 @@ def _check(args: argparse.Namespace) -> None:
         )
     elif args.json and args.interactive:
         problem = "--interactive is a conversation: it has no --json"
+    elif args.personal is not None and (
+        args.peft_path or args.float32 or args.quantization is not None
+    ):
+        problem = (
+            "--personal is of a run and its base: it has no --peft-path, --quantization "
+            "or --float32"
+        )
     elif args.float32 and args.quantization:
         problem = "--float32 is for an unquantised base: it has no --quantization"
     if problem:
         raise argparse.ArgumentError(None, problem)
 
 
-def _names(args: argparse.Namespace, chat: ChatModel) -> list[tuple[str, bool]]:
-    """Return the models to ask, each (name, with the adapter)."""
-    return chat.variants() if args.base else chat.variants()[-1:]
+def _names(args: argparse.Namespace, chat: ChatModel) -> list[str]:
+    """Return the names of the models to ask."""
+    is_all = args.base or args.personal is not None
+    return chat.variants() if is_all else chat.variants()[-1:]
 
 
 def _answer(
@@ -92,12 +137,12 @@ def _answer(
     """Stream the answers of each model, each after its own history."""
     answers = {}
     histories = histories or {}
-    for name, tuned in _names(args, chat):
+    for name in _names(args, chat):
         _print(args, f"\n{name}: ", end="")
         pieces = []
         for piece in chat.answer(
             question,
-            tuned,
+            name,
             histories.get(name, ()),
             args.max_new_tokens,
             args.temperature,
@@ -146,7 +191,7 @@ def _losses(
     chat: ChatModel,
     examples: Sequence[Mapping[str, Any]],
     what: str,
-    names: Sequence[tuple[str, bool]],
+    names: Sequence[str],
 ) -> dict[str, Any]:
     """Measure the loss of models on labelled examples.
 
@@ -155,13 +200,13 @@ def _losses(
         chat: Base and tuned model.
         examples: Rows with `input_ids` and `labels`.
         what: What the rows are, in words.
-        names: The models, each (name, with the adapter).
+        names: The models.
     """
     from fedllm.evaluation.held_out_loss import held_out
 
     scores = {}
-    for name, tuned in names:
-        with chat.adapter(tuned):
+    for name in names:
+        with chat.adapter(name):
             score = held_out(chat.model, examples, chat.tokenizer.pad_token_id or 0)
         scores[name] = {
             "loss": score.loss,
@@ -183,8 +228,8 @@ def _benchmark(args: argparse.Namespace, chat: ChatModel, path: Path) -> dict[st
 
     questions = load_questions(path)
     scores = {}
-    for name, tuned in _names(args, chat):
-        with chat.adapter(tuned):
+    for name in _names(args, chat):
+        with chat.adapter(name):
             score = multiple_choice(chat.model, chat.tokenizer, questions, chat.prompt)
         low, high = score.interval
         scores[name] = {
@@ -209,10 +254,10 @@ def _open(args: argparse.Namespace, chat: ChatModel, path: Path) -> dict[str, An
 
     rows = load_open_questions(path)
     scores = {}
-    for name, tuned in _names(args, chat):
+    for name in _names(args, chat):
         limits = (args.max_new_tokens, args.temperature)
         answers = [
-            "".join(chat.answer(row["question"], tuned, (), *limits)) for row in rows
+            "".join(chat.answer(row["question"], name, (), *limits)) for row in rows
         ]
         score = score_answers(answers, [row["answer"] for row in rows])
         scores[name] = asdict(score)
@@ -256,6 +301,13 @@ def parser() -> argparse.ArgumentParser:
         "--peft-path",
         metavar="DIR",
         help="adapter folder; default: what the latest run recommends",
+    )
+    parser.add_argument(
+        "--personal",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="base, shared and personal of this node; default: of its newest run",
     )
     parser.add_argument("--question", metavar="TEXT", help="ask one question")
     parser.add_argument(

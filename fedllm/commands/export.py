@@ -2,7 +2,8 @@
 
     fedllm export --peft-path RUN/peft_final --out my-model
 
-Nothing leaves this machine unless --push-to-hub names a repository.
+A personal adapter is not private: it is merged only with --allow-personal. Nothing leaves
+this machine unless --push-to-hub names a repository.
 """
 
 import argparse
@@ -27,7 +28,9 @@ def run(args: argparse.Namespace) -> int:
     # A user cannot act on what transformers logs while it loads.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     out = Path(args.out).expanduser()
-    export(Path(args.peft_path).expanduser(), out, args.quantize)
+    adapter = Path(args.peft_path).expanduser()
+    _require_leave(adapter, args.allow_personal)
+    export(adapter, out, args.quantize)
     if args.push_to_hub:
         _push(out, args.push_to_hub)
     if args.json:
@@ -35,6 +38,21 @@ def run(args: argparse.Namespace) -> int:
     else:
         sys.stdout.write(f"{args.out}\n")
     return 0
+
+
+def _require_leave(adapter: Path, is_allowed: bool) -> None:
+    """Check that a personal adapter is not merged, and perhaps handed on, by mistake.
+
+    Raises:
+        AdapterError: It is one, and the flag is not there.
+    """
+    from fedllm.adapters.files import read_origin
+
+    if not is_allowed and adapter.is_dir() and read_origin(adapter).get("personal"):
+        raise AdapterError(
+            f"{adapter}: is a personal adapter, trained on a node's own rows without noise, "
+            "and may hold what they say: --allow-personal exports it all the same"
+        )
 
 
 def export(adapter: Path, out: Path, bits: int = 0) -> None:
@@ -56,7 +74,7 @@ def export(adapter: Path, out: Path, bits: int = 0) -> None:
     if out.exists():
         raise AdapterError(f"--out: {out} exists already: name a new folder")
     base_name = read_base_name(adapter)
-    card = _card(adapter.resolve().parent)
+    card = _card(adapter.resolve())
     # In bfloat16 small updates would be lost in rounding.
     base = load_base(base_name, 0, fedllm_home()).float()
     merged = load_adapter(base, adapter).merge_and_unload()
@@ -74,12 +92,17 @@ def export(adapter: Path, out: Path, bits: int = 0) -> None:
     partial.rename(out)
 
 
-def _card(run: Path) -> str | None:
+def _card(adapter: Path) -> str | None:
     """Return the merged model's card; None for an adapter that no run of ours made."""
+    from fedllm.adapters.files import read_origin
     from fedllm.reporting.card import card
     from fedllm.runs.directory import CONFIG_FILE
     from fedllm.runs.record import read_run
 
+    run, own = adapter.parent, adapter / "README.md"
+    if read_origin(adapter).get("personal") and own.is_file():
+        # Its warning stays with it.
+        return own.read_text("utf-8")
     return card(read_run(run), merged=True) if (run / CONFIG_FILE).is_file() else None
 
 
@@ -115,6 +138,11 @@ def parser() -> argparse.ArgumentParser:
         choices=(4, 8),
         default=0,
         help="bits, by bitsandbytes; default: float32",
+    )
+    parser.add_argument(
+        "--allow-personal",
+        action="store_true",
+        help="also merge a personal adapter, which is not private",
     )
     parser.add_argument(
         "--push-to-hub",

@@ -11,6 +11,7 @@
     fedllm node budget
     fedllm node renew
     fedllm node end RUN
+    fedllm node personal RUN
 
 `list` shows each run that waits, with what differs from the one approved last. Over TLS, or
 with `fedllm supernode --approve each`, a run that is not approved gets no update. A reviewer
@@ -19,10 +20,14 @@ machine, of a request: a file of the node's folder `requests`.
 
 `budget` shows what client-level runs have promised to spend, in this period and the lifetime.
 `renew` begins a new period, and `end` ends a run: what it did not ask for is given back.
+
+`personal` trains on from the adapter that a run delivered, on this node's own rows, and keeps
+the result here; without RUN the newest run's. No server learns of it.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -32,6 +37,7 @@ from typing import Any
 from fedllm.commands.options import (
     add_home,
     add_json,
+    log_to_stderr,
     new_parser,
     positive_int,
     run_command,
@@ -184,6 +190,32 @@ def _end(args: argparse.Namespace) -> list[str]:
     return end_lines(args.of)
 
 
+def _personal(args: argparse.Namespace) -> list[str]:
+    """Train the personal adapters of a run, and return what chose among them."""
+    from fedllm.client.personal import make_personal, wanted_deliveries
+    from fedllm.errors import DataError
+
+    log_to_stderr()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    lines, found = [], wanted_deliveries(args.of)
+    for delivery in found:
+        try:
+            choice = make_personal(delivery)
+        except DataError as error:
+            if len(found) == 1:
+                raise
+            # A simulation has many clients here, and some may have few rows.
+            lines.append(str(error))
+            continue
+        client = delivery.node.partition_id
+        lines.append(f"run {delivery.run_id}, client {client}: {choice}")
+    return [
+        *lines,
+        "a personal adapter is not private: it stays on this machine. Ask it: "
+        "fedllm evaluate --personal --question ...",
+    ]
+
+
 _WHAT = {
     "list": _list,
     "approve": _approve,
@@ -195,6 +227,7 @@ _WHAT = {
     "budget": _budget,
     "renew": _renew,
     "end": _end,
+    "personal": _personal,
 }
 
 
@@ -207,7 +240,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         default="",
         metavar="OF",
-        help="first digits of a run's digest, or the file or name that the above names",
+        help="first digits of a run's digest, or the file, name or run that the above names",
     )
     parser.add_argument(
         "--signature", metavar="FILE", help="approve what a trusted reviewer signed"

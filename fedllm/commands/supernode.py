@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         _require_private_files(arguments)
         _prepare_guard(args, arguments)
         _prepare_forks(arguments)
+        _prepare_personal(args.personal)
     become("flower-supernode", arguments)
 
 
@@ -188,6 +189,19 @@ def _prepare_forks(arguments: list[str]) -> None:
         os.environ[FORK_SERVER] = str(path)
 
 
+def _prepare_personal(when: str) -> None:
+    """Start the process that trains what runs deliver, if the owner wants it."""
+    if when != "after-run":
+        return
+    from fedllm.deployment.personal_watch import PERSONAL_WATCH_COMMAND
+    from fedllm.deployment.supernode import start_helper
+
+    try:
+        start_helper(PERSONAL_WATCH_COMMAND)
+    except OSError as error:
+        print(f"no personal adapter is trained here: {error}", file=sys.stderr)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = new_parser("supernode", __doc__, hands_on=True)
@@ -208,6 +222,13 @@ def parser() -> argparse.ArgumentParser:
         choices=tuple(_ANSWERED),
         help="which runs are answered: all; after `fedllm node approve` all with the same "
         "settings; or each only then (default: each; with --insecure all)",
+    )
+    parser.add_argument(
+        "--personal",
+        choices=("by-hand", "after-run"),
+        default="by-hand",
+        help="when this node trains on from an adapter that a run delivered: by `fedllm node "
+        "personal`, or by itself after the run (default: by-hand)",
     )
     parser.add_argument(
         "--log-head",

@@ -2,7 +2,7 @@
 
 Enters: `data.*` settings and a client's file. Leaves: labelled examples, the only form that
 training and evaluation take. `readers` knows file formats, `embedded` the data sets that come
-with the package, `rows` which rows a client trains on, `partitions` how virtual clients share
+with the package, `held_out` which rows a client trains on, `partitions` how virtual clients share
 them, `prompts` the wording, `tokens` the tokens and labels. Must not import Flower, but for
 flwr-datasets' partitioners; `datasets` and transformers only inside functions.
 """

@@ -1,4 +1,4 @@
-"""Rows: load them, and choose those that a client may train on.
+"""Rows: load those that clients train on, and those declared public.
 
 Everything stays in memory: no cache of a client's rows is left on its disk. `datasets`
 takes a second to import and `flwr_datasets` another (it imports matplotlib), so both are
@@ -6,14 +6,12 @@ imported in the functions that use them.
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from fedllm.config import DataConfig, fedllm_home
 from fedllm.data.embedded import BUILT_IN_DATA, EMBEDDED
@@ -66,56 +64,6 @@ def load_public(
     if path:
         return _load_local(config, path)
     return _load_embedded(config, split) if config.name in EMBEDDED else None
-
-
-def own_rows(
-    config: DataConfig, rows: "Dataset", seed: int, held_out: bool
-) -> "Dataset":
-    """Return the rows that a client trains on, or those that it holds out.
-
-    The choice follows from a row's content and the seed alone: all copies of a row, also
-    another client's, are on one side, and stay there when a file changes between rounds.
-    The share is therefore an expected one; of a few rows possibly none is held out.
-
-    Args:
-        config: Gives the share that is held out.
-        rows: One client's rows.
-        seed: The run's seed.
-        held_out: Which of the two.
-    """
-    if not config.held_out_fraction:
-        return rows.select([]) if held_out else rows
-    limit = config.held_out_fraction * 2**64
-    key = str(seed).encode()
-    chosen = []
-    for index, row in enumerate(rows):
-        digest = hashlib.sha256(key + _row_digest(row)).digest()
-        if (int.from_bytes(digest[:8], "big") < limit) == held_out:
-            chosen.append(index)
-    return rows.select(chosen)
-
-
-def _row_digest(row: Mapping[str, Any]) -> bytes:
-    """Return the digest of a row: a hash of all its columns, in any order.
-
-    A missing value equals None, and 1 equals 1.0: reading a table fills and converts, so
-    one row would change the digests of all others.
-    """
-    normalized = _without_the_table(row)
-    text = json.dumps(normalized, sort_keys=True, ensure_ascii=True, default=str)
-    return hashlib.sha256(text.encode("ascii")).digest()
-
-
-def _without_the_table(value: Any) -> Any:
-    """Return a value without what it has only because of other rows."""
-    if isinstance(value, Mapping):
-        items = {key: _without_the_table(item) for key, item in value.items()}
-        return {key: item for key, item in items.items() if item is not None}
-    if isinstance(value, list | tuple):
-        return [_without_the_table(item) for item in value]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value
 
 
 def _load_embedded(config: DataConfig, split: str) -> "Dataset":

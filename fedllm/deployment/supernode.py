@@ -1,4 +1,4 @@
-"""The fork server of a SuperNode: whether it is of use, and how it is started."""
+"""What stands beside a SuperNode: the fork server, if it is of use, and other helpers."""
 
 import os
 import shutil
@@ -72,6 +72,25 @@ def start_fork_server(
         finally:
             os.close(ended)
     return path, process, alive
+
+
+def start_helper(command: tuple[str, ...]) -> "subprocess.Popen[bytes]":
+    """Start a process that ends with this one, or with the program that this becomes.
+
+    Args:
+        command: Gets the number of a pipe as its last argument, which closes then.
+    """
+    ended, alive = os.pipe()
+    os.set_inheritable(alive, True)
+    try:
+        return subprocess.Popen(
+            [*command, str(ended)], pass_fds=[ended], stdin=subprocess.DEVNULL
+        )
+    except OSError:
+        os.close(alive)
+        raise
+    finally:
+        os.close(ended)
 
 
 def _make_socket() -> tuple[Path, socket.socket]:

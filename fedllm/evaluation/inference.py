@@ -5,15 +5,22 @@ import os
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedllm.config import RunConfig, fedllm_home, parse_run_config
 from fedllm.errors import AdapterError, FedllmError
 from fedllm.foreign_text import printable
 from fedllm.runs.directory import CONFIG_FILE, RESULT_FILE, read_json
 
+if TYPE_CHECKING:
+    from fedllm.adapters.adapted_model import AdaptedModel
+    from fedllm.adapters.spec import Arrays
+
 Turn = tuple[str, str]
 """A question and its answer."""
+
+BASE = "base"
+"""Name of the untuned model among `ChatModel.variants`."""
 
 
 @dataclass
@@ -87,7 +94,7 @@ class ChatModel:
     def answer(
         self,
         question: str,
-        tuned: bool,
+        variant: str,
         history: Sequence[Turn] = (),
         max_new_tokens: int = 96,
         temperature: float = 0.0,
@@ -95,7 +102,7 @@ class ChatModel:
         """Yield the answer piece by piece; closing the generator ends the generation."""
         from fedllm.evaluation.generation import generate
 
-        with self.adapter(tuned):
+        with self.adapter(variant):
             yield from generate(
                 self.model,
                 self.tokenizer,
@@ -104,16 +111,46 @@ class ChatModel:
                 temperature,
             )
 
-    def adapter(self, tuned: bool) -> Any:
-        """Return a context in which the adapter is on or off."""
-        if tuned or self.choice.folder is None:
+    def adapter(self, variant: str) -> Any:
+        """Return a context in which one of `variants` answers."""
+        if variant != BASE or self.choice.folder is None:
             return contextlib.nullcontext()
         return self.model.disable_adapter()
 
-    def variants(self) -> list[tuple[str, bool]]:
-        """Return (name, with the adapter) of the base, and of the tuned model if any."""
-        tuned = [] if self.choice.folder is None else [("tuned", True)]
-        return [("base", False), *tuned]
+    def variants(self) -> list[str]:
+        """Return the names of the base, and of the tuned model if any."""
+        return [BASE] if self.choice.folder is None else [BASE, "tuned"]
+
+
+class CandidatesChat(ChatModel):
+    """A resident model whose adapter takes the values of whoever is asked.
+
+    Args:
+        choice: What answers, in words, and the run's config.
+        adapted: The model.
+        candidates: Name -> trained values.
+    """
+
+    def __init__(
+        self,
+        choice: ModelChoice,
+        adapted: "AdaptedModel",
+        candidates: "Mapping[str, Arrays]",
+    ) -> None:
+        self.choice = choice
+        self.tokenizer = adapted.tokenizer
+        self.model = adapted.model.eval()
+        self._adapted = adapted
+        self._candidates = candidates
+
+    def adapter(self, variant: str) -> Any:
+        """Return a context in which one of `variants` answers."""
+        self._adapted.set(self._candidates[variant])
+        return contextlib.nullcontext()
+
+    def variants(self) -> list[str]:
+        """Return the names of the candidates."""
+        return list(self._candidates)
 
 
 def find_model(peft_path: str | None, home: Path) -> ModelChoice:

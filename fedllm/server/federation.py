@@ -23,6 +23,7 @@ from fedllm.runs.directory import RESULT_FILE, RunDirectory
 from fedllm.runs.record import ANSWERS_FILE
 from fedllm.server.account import PrivacyAccount
 from fedllm.server.announcement import announce
+from fedllm.server.delivery import deliver
 from fedllm.server.noise_probe import require_harmless_noise
 from fedllm.server.population import replace_departed
 from fedllm.server.reply_stream import ReplyStream
@@ -102,7 +103,10 @@ class Federation:
                     self._prepare()
                 self._train()
                 require_training(self.progress.trained, self.progress.failures)
-                return self._finish()
+                result = self._finish()
+            if self.config.is_personal:
+                self._deliver()
+            return result
         finally:
             self.directory.unlock()
 
@@ -289,12 +293,26 @@ class Federation:
         log_outcome(result, self.account, self.directory.path)
         return result
 
+    def _deliver(self) -> None:
+        """Bring every client the best tuned adapter, for its personal training."""
+        tuned, _ = self._best_tuned()
+        deliver(
+            self.strategy.averaging,
+            self.grid,
+            array_record(tuned),
+            self._instructions(),
+        )
+
+    def _best_tuned(self) -> tuple[Arrays, int]:
+        """Return the adapter of the best round but the untuned one, and its round."""
+        progress, best = self.progress, self.progress.best
+        if best is not None and best.server_round:
+            return best.arrays, best.server_round
+        return progress.arrays, progress.last_round
+
     def _write_answers(self, base: Arrays) -> None:
         """Write sample answers of the base and of the best tuned round."""
-        progress, best = self.progress, self.progress.best
-        tuned, server_round = progress.arrays, progress.last_round
-        if best is not None and best.server_round:
-            tuned, server_round = best.arrays, best.server_round
+        tuned, server_round = self._best_tuned()
         answers = sample_answers(self.public, base, tuned, server_round)
         if answers is not None:
             self.directory.write_json(ANSWERS_FILE, answers)

@@ -35,6 +35,7 @@ from fedllm.strategy.server_optimizer import ServerOptimizer, cosine
 from fedllm.wire.messages import (
     ARRAYS,
     CONFIG,
+    DELIVER,
     Reply,
     array_record,
     encoded_record,
@@ -164,6 +165,19 @@ class AdapterFedAvg(FedAvg):
         sent = self._encoded(arrays, server_round)
         content = RecordDict({ARRAYS: sent, CONFIG: record})
         return self._messages(content, chosen, MessageType.EVALUATE, server_round)
+
+    def configure_delivery(
+        self, arrays: ArrayRecord, config: ConfigRecord
+    ) -> list[Message]:
+        """Make messages that bring every client the released adapter.
+
+        Args:
+            arrays: The adapter, which is released already.
+            config: What every message of the run holds.
+        """
+        after = self.config.num_server_rounds + 1
+        content = RecordDict({ARRAYS: self._encoded(arrays, after), CONFIG: config})
+        return self._messages(content, self.population, DELIVER, after)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]

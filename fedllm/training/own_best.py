@@ -33,12 +33,27 @@ class OwnBestConfig:
     Attributes:
         learning_rates: Each is tried; Adam's, which falls by half a cosine.
         passes: Over the client's rows, at most.
-        seed: Of the held-out rows and the order of the others.
+        seed: Of the order of the rows, and of those that `split_tenth` holds out.
+        proximal_mu: Weight of the pull towards the start.
     """
 
     learning_rates: Sequence[float]
     passes: float
     seed: int
+    proximal_mu: float = 0.0
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """A client's rows, each with `input_ids` and `labels`.
+
+    Attributes:
+        training: Those to train on.
+        judging: Those that end each training and choose among them.
+    """
+
+    training: Sequence[Mapping[str, Any]]
+    judging: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -60,27 +75,30 @@ class OwnBest:
 
 def train_to_own_best(
     adapted: AdaptedModel,
-    examples: Sequence[Mapping[str, Any]],
+    rows: OwnRows,
     start: Arrays,
     train: TrainConfig,
     config: OwnBestConfig,
     score: Callable[[Sequence[Mapping[str, Any]]], float],
 ) -> OwnBest:
-    """Train from given values on nine tenths of a client's rows, judged by the last tenth.
+    """Train from given values on a client's rows, judged by rows that it held out.
 
     Args:
         adapted: The resident model; its trained values are overwritten.
-        examples: The client's rows, with `input_ids` and `labels`.
+        rows: The client's rows, with at least one of each sort.
         start: Where each training starts. It is the result if none is better.
-        train: Batch size and what else is no matter of length or optimiser.
+        train: Batch size and what else is no matter of length, optimiser or pull.
         config: What to try.
         score: Returns the loss of the resident model on rows, in nats per answer token.
-
-    Raises:
-        DataError: There are fewer than two rows.
     """
-    own, judged = _split(examples, config.seed)
-    train = replace(train, local_steps=0, local_epochs=config.passes, optimizer="adamw")
+    own, judged = rows.training, rows.judging
+    train = replace(
+        train,
+        local_steps=0,
+        local_epochs=config.passes,
+        optimizer="adamw",
+        proximal_mu=config.proximal_mu,
+    )
     adapted.set(start)
     before = score(judged)
     best = OwnBest(start, [before], None, 0)
@@ -94,10 +112,8 @@ def train_to_own_best(
     return best
 
 
-def _split(
-    examples: Sequence[Mapping[str, Any]], seed: int
-) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Return the rows to train on and a tenth, at least one, that judges.
+def split_tenth(examples: Sequence[Mapping[str, Any]], seed: int) -> OwnRows:
+    """Return rows of which a tenth, at least one, judges.
 
     Raises:
         DataError: There are fewer than two.
@@ -109,7 +125,7 @@ def _split(
     order = np.random.default_rng(seed).permutation(len(examples))
     count = max(1, round(len(examples) / 10))
     ordered = [examples[int(i)] for i in order]
-    return ordered[count:], ordered[:count]
+    return OwnRows(ordered[count:], ordered[:count])
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc] # transformers has no types

@@ -22,6 +22,9 @@ CONFIG = "config"
 METRICS = "metrics"
 ERROR = "error"
 
+DELIVER = "query.deliver"
+"""Message type of what brings every node the released adapter after the last round."""
+
 ADAPTER_KIND = "adapter-kind"
 """Entry of a message's config: the adapter kind that the server chose for `auto`."""
 

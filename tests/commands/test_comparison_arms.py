@@ -95,3 +95,11 @@ def test_the_server_of_an_arm_differs_in_nothing_that_changes_a_loss():
         "privacy.noise-probe": False,
         "output.save-every": config.num_server_rounds,
     }
+
+
+def test_a_federation_s_clients_hold_rows_out_and_its_server_delivers_nothing():
+    config = parse_run_config({"personal.epochs": 2.0})
+
+    for name in FEDERATIONS:
+        arm = make_arm(name, config, 2)
+        assert arm.config.is_personal and not arm.server_config.is_personal

@@ -17,9 +17,11 @@ from fedllm.evaluation.held_out_loss import HeldOut, held_out
 from fedllm.evaluation.public_rows import PublicRows
 from fedllm.server.startup import set_up
 from fedllm.training.own_best import OwnBestConfig
+from fedllm.training.personal import train_personal
 from tests.helpers.comparisons import config_file
 from tests.helpers.federations import partitions
 from tests.helpers.in_process_grid import InProcessGrid
+from tests.helpers.rows import write_rows
 
 __all__ = ["config_file"]
 
@@ -81,6 +83,34 @@ def test_a_personal_arm_trains_on_from_the_federation_and_alone_from_the_base(
     score = held_out(adapted.model, [judged[order[0]]], adapted.pad_token_id)
     assert personal["validation_losses"][0] == pytest.approx(score.loss)
     assert federated["examples"] == federated["best_round"] * 2
+
+
+def test_with_personal_settings_an_arm_does_what_a_node_does(
+    config_file, tmp_path, monkeypatch
+):
+    rows = write_rows(tmp_path / "many.jsonl", 80)
+    text = config_file.read_text().replace(str(tmp_path / "0.jsonl"), rows)
+    text += "[personal]\nepochs = 2.0\nlearning-rate = 0.02\n"
+    config_file.write_text(text)
+    bench = Bench(read_run_config([str(config_file)]), 2, None, OWN_BEST)
+    bench.measure("federated", tmp_path)
+    shared = load((tmp_path / "federated.safetensors").read_bytes())
+
+    row = bench.measure("personal-federated-1", tmp_path)
+    alone = bench.measure("alone-1", tmp_path)
+
+    held = bench._personal_rows("personal-federated-1")
+    made = train_personal(bench._adapted, held, shared, bench.config, bench._loss)
+    assert row["choice"] == made.choice
+    assert row["validation_losses"] == made.search.losses
+    assert row["test_loss"] == pytest.approx(bench._test_score(made.arrays).loss)
+    # The rows that stop a client alone are the same, and none is among the rounds' rows.
+    bench._adapted.set(bench._base)
+    assert alone["validation_losses"][0] == pytest.approx(bench._loss(held.stopping))
+    own = [row["input_ids"] for row in bench._rows("alone-1")]
+    assert own == [row["input_ids"] for row in held.training]
+    assert not any(row["input_ids"] in own for row in (*held.stopping, *held.choosing))
+    assert not (tmp_path / "home/personal").exists()
 
 
 def test_a_personal_arm_without_its_federation_is_an_error(config_file, tmp_path):

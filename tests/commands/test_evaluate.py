@@ -9,12 +9,15 @@ from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from fedllm.adapters.resolve import adapter_spec
+from fedllm.client.personal import make_personal
 from fedllm.commands.evaluate import main
 from fedllm.config import flat, parse_run_config
 from fedllm.evaluation.inference import ChatModel, find_model
 from fedllm.models.location import load_config
 from fedllm.reporting.sentences import NOT_ADVICE
 from fedllm.runs.directory import CONFIG_FILE, RESULT_FILE, RunDirectory
+from tests.helpers.deliveries import deliver_to
+from tests.helpers.rows import write_rows
 from tests.helpers.tiny_models import SENTENCES
 
 QUESTION = ["--question", "What is asthma?", "--max-new-tokens", "6"]
@@ -362,3 +365,51 @@ def test_a_wrong_command_line_says_how_to_use_it(arguments, capsys):
 def test_a_number_out_of_range_is_refused(run, arguments, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
+
+
+@pytest.fixture
+def made(home, tmp_path, tiny_chat_llama):
+    """A node with a personal adapter."""
+    node = {"data-path": write_rows(tmp_path / "own.jsonl", 60)}
+    return make_personal(deliver_to(tiny_chat_llama, node))
+
+
+def test_base_shared_and_personal_answer_side_by_side_and_the_choice_is_named(
+    made, capsys
+):
+    got = ask_json(capsys, *QUESTION, "--personal")
+
+    assert list(got["answers"]) == ["base", "shared", "personal"]
+    # What was delivered is untuned.
+    assert got["answers"]["base"] == got["answers"]["shared"]
+    assert got["answers"]["personal"] != got["answers"]["base"]
+    assert got["chosen"] == made.choice == "personal"
+    assert got["losses"] == made.losses and got["rows"] == made.rows
+    out = ask(capsys, *QUESTION, "--personal", "1").splitlines()
+    rows = made.rows["choosing"]
+    assert f"chosen by {rows} held-out rows: personal (loss: base " in out[0]
+    assert [line.partition(": ")[0] for line in out if ": " in line][1:4] == [
+        "base",
+        "shared",
+        "personal",
+    ]
+
+
+def test_personal_adapters_are_measured_side_by_side_too(made, capsys):
+    got = ask_json(capsys, "--personal", "--held-out")["held_out"]
+
+    assert list(got) == ["base", "shared", "personal"]
+    assert got["base"]["loss"] == got["shared"]["loss"] != got["personal"]["loss"]
+
+
+def test_without_a_personal_adapter_the_next_step_is_named(home, tmp_path):
+    assert "no run has delivered an adapter here" in failure(*QUESTION, "--personal")
+
+
+@pytest.mark.parametrize("other", [["--peft-path", "x"], ["--quantization", "0"]])
+def test_personal_is_of_its_own_run_and_base(other, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*QUESTION, "--personal", "1", *other])
+
+    assert caught.value.code == 2
+    assert "--personal is of a run and its base" in capsys.readouterr().err

@@ -9,10 +9,13 @@ from transformers import AutoModelForCausalLM
 
 from fedllm.adapters.files import load_adapter, save_adapter
 from fedllm.adapters.resolve import adapter_spec
+from fedllm.client.personal import make_personal
 from fedllm.commands.export import main
 from fedllm.config import parse_run_config
 from fedllm.models.loading import load_base
 from fedllm.models.location import load_config
+from tests.helpers.deliveries import deliver_to
+from tests.helpers.rows import write_rows
 from tests.helpers.sample_runs import write_run
 
 
@@ -119,3 +122,33 @@ def test_the_hub_gets_a_private_new_repository_and_only_where_asked(
     with pytest.raises(SystemExit, match="me/there: 409 already there; the model is"):
         main([*command, str(tmp_path / "c"), "--push-to-hub", "me/there"])
     assert len(hub.calls) == 3
+
+
+def test_a_personal_adapter_is_merged_only_by_an_explicit_flag_and_keeps_its_warning(
+    tiny_chat_llama, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
+    node = {"data-path": write_rows(tmp_path / "own.jsonl", 60)}
+    folder = make_personal(deliver_to(tiny_chat_llama, node)).folder
+    out = tmp_path / "merged"
+    command = ["--peft-path", str(folder), "--out", str(out)]
+
+    with pytest.raises(SystemExit, match="--allow-personal exports it all the same"):
+        main(command)
+    assert not out.exists()
+    main([*command, "--allow-personal"])
+
+    assert "Not private" in (out / "README.md").read_text()
+    assert (out / "model.safetensors").is_file()
+
+
+def test_the_shared_adapter_of_a_node_needs_no_flag(
+    tiny_chat_llama, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
+    node = {"data-path": write_rows(tmp_path / "own.jsonl", 60)}
+    delivery = deliver_to(tiny_chat_llama, node)
+
+    main(["--peft-path", str(delivery.folder / "shared"), "--out", str(tmp_path / "m")])
+
+    assert (tmp_path / "m/model.safetensors").is_file()

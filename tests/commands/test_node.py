@@ -9,6 +9,8 @@ from fedllm.deployment.keys import add_reviewer_key
 from fedllm.errors import NodeError
 from fedllm.node.approvals import Request, pending, take
 from fedllm.node.log import append, log_path
+from tests.helpers.deliveries import deliver_to
+from tests.helpers.rows import write_rows
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +85,49 @@ def test_a_reviewer_signs_a_request_and_the_owner_brings_it(
     assert "signed by nobody who is trusted" in capsys.readouterr().out
     with pytest.raises(NodeError):
         take(asked, "train")
+
+
+def own_rows(tmp_path, count):
+    return {"data-path": write_rows(tmp_path / f"{count}.jsonl", count)}
+
+
+def test_personal_trains_what_the_newest_run_delivered_and_names_the_choice(
+    tiny_llama, tmp_path, capsys
+):
+    delivery = deliver_to(tiny_llama, own_rows(tmp_path, 60))
+
+    node.main(["personal"])
+
+    out = capsys.readouterr().out
+    assert f"run 1, client {delivery.node.partition_id}: chosen by " in out
+    assert "personal" in out and str(delivery.folder / "personal") in out
+    assert "is not private" in out
+    made = (delivery.folder / "personal/trained.safetensors").read_bytes()
+    node.main(["personal", "1"])
+    assert (delivery.folder / "personal/trained.safetensors").read_bytes() == made
+
+
+def test_personal_of_a_node_with_too_few_rows_is_one_line(tiny_llama, tmp_path):
+    deliver_to(tiny_llama, own_rows(tmp_path, 2))
+
+    with pytest.raises(SystemExit, match="too few rows for a personal") as caught:
+        node.main(["personal"])
+    assert "\n" not in str(caught.value.code)
+
+
+def test_a_simulated_client_with_too_few_rows_does_not_stop_the_others(
+    tiny_llama, tmp_path, capsys
+):
+    few, enough = own_rows(tmp_path, 2), own_rows(tmp_path, 60)
+    deliver_to(tiny_llama, {**few, "partition-id": 0})
+    deliver_to(tiny_llama, {**enough, "partition-id": 1})
+
+    node.main(["personal"])
+
+    out = capsys.readouterr().out
+    assert "client 0: has too few rows" in out and "run 1, client 1: chosen by" in out
+
+
+def test_personal_without_a_delivery_is_one_line():
+    with pytest.raises(SystemExit, match="no run has delivered an adapter here"):
+        node.main(["personal"])

@@ -9,6 +9,7 @@ import pytest
 
 from fedllm.commands import supernode as command
 from fedllm.deployment import flower_programs, supernode
+from fedllm.deployment.personal_watch import PERSONAL_WATCH_COMMAND
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
 
@@ -210,3 +211,19 @@ def test_a_node_config_that_was_not_wholly_understood_starts_no_node(
         command.main(["--insecure", "--node-config", text])
 
     assert not becomes
+
+
+@pytest.mark.parametrize(
+    ("words", "started"),
+    [([], 0), (["--personal", "by-hand"], 0), (["--personal", "after-run"], 1)],
+)
+def test_personal_training_beside_the_node_is_the_owners_choice(
+    words, started, becomes, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr(supernode, "can_fork", lambda arguments: False)
+    monkeypatch.setattr(supernode, "start_helper", calls.append)
+    command.main(["--insecure", *words])
+
+    assert calls == [PERSONAL_WATCH_COMMAND] * started
+    assert becomes[0][1:] == ["--insecure"]

@@ -8,7 +8,7 @@ import pytest
 
 from fedllm.config import DataConfig
 from fedllm.data.readers import read_rows
-from fedllm.data.rows import load_public, load_rows, own_rows
+from fedllm.data.rows import load_public, load_rows
 from fedllm.errors import DataError
 from fedllm.evaluation.multiple_choice import load_questions
 from tests.helpers.rows import EMBEDDED, ROWS, write_jsonl
@@ -152,33 +152,3 @@ def test_each_question_of_the_choice_file_asks_for_a_test_row() -> None:
             rows[row["question"]]["response"].startswith(o) for o in row["options"]
         ]
         assert right.index(True) == row["answer"] and sum(right) == 1
-
-
-def test_held_out_rows_are_a_fixed_share_and_copies_of_a_row_are_on_one_side():
-    from datasets import Dataset
-
-    config = DataConfig(held_out_fraction=0.25)
-    rows = [{"instruction": f"q{i}", "response": "a"} for i in range(1000)]
-    twice = Dataset.from_list([*rows, *rows[::-1]])
-
-    def texts(data: Any, seed: int, held_out: bool) -> list[str]:
-        return list(own_rows(config, data, seed, held_out)["instruction"])
-
-    train, held = texts(twice, 1, False), texts(twice, 1, True)
-    assert not set(train) & set(held)
-    assert len(train) + len(held) == 2000
-    # 250 of 1,000 coins: 5 standard deviations are 69.
-    assert 181 < len(set(held)) < 319
-    assert set(texts(Dataset.from_list(rows[:500]), 1, True)) == set(held) & {
-        f"q{i}" for i in range(500)
-    }
-    assert set(texts(twice, 2, True)) != set(held)
-
-
-def test_without_a_share_every_row_is_trained_on():
-    from datasets import Dataset
-
-    rows = Dataset.from_list(ROWS)
-
-    assert own_rows(DataConfig(), rows, 1, held_out=False)["n"][:] == [1, 2, 3]
-    assert len(own_rows(DataConfig(), rows, 1, held_out=True)) == 0

@@ -7,6 +7,7 @@ import pytest
 from fedllm.errors import NodeError
 from fedllm.node import approvals
 from fedllm.node.approvals import (
+    DELIVERY,
     EACH,
     SAME_SETTINGS,
     Request,
@@ -44,6 +45,15 @@ def test_a_run_waits_until_it_is_approved_and_then_has_its_rounds_once():
     with pytest.raises(NodeError, match="2 rounds are used"):
         take(ASKED, "train")
     assert pending() == [ASKED]
+
+
+def test_the_released_adapter_is_counted_apart_from_what_announced_the_run():
+    approved()
+    for kind in ("query", "query.other", DELIVERY, DELIVERY):
+        take(ASKED, kind)
+    for kind in ("query", DELIVERY):
+        with pytest.raises(NodeError, match="2 rounds are used"):
+            take(ASKED, kind)
 
 
 def test_the_same_settings_again_need_no_second_approval_until_it_expires(monkeypatch):

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load
 
 from fedllm.node.log import check_log, read_lines
+from fedllm.wire.messages import DELIVER
 from tests.helpers.flower_processes import (
     BIN,
     ROOT,
@@ -24,18 +26,25 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 FEDLLM = [sys.executable, "-m", "fedllm.commands.main"]
 SETTINGS = {"num-server-rounds": 1, "privacy.unit": "none", "strategy.num-clients": 3}
 APPROVES = 2
+BY_ITSELF = 0
+PERSONAL = {"personal.epochs": 1.0, "personal.learning-rate": 0.02}
 
 
 class GuardedNodes(Deployment):
-    """Three nodes with homes of their own, of which the last approves each run."""
+    """Three nodes with homes of their own.
+
+    The first trains on by itself after a run, and the last approves each run.
+    """
 
     def node(self, index: int) -> contextlib.AbstractContextManager[None]:
-        rows = write_rows(self.tmp / f"hospital-{index}.jsonl", 12, 12 * index)
+        # Enough of them for a personal adapter.
+        rows = write_rows(self.tmp / f"hospital-{index}.jsonl", 60, 60 * index)
         command = [*FEDLLM, "supernode", "--insecure", "--home", str(self.home(index))]
         command += ["--superlink", f"127.0.0.1:{self.port}"]
         command += ["--port", str(free_port()), "--log-head", str(self.head(index))]
         command += ["--node-config", f'data-path="{rows}"']
         command += ["--approve", "each"] if index == APPROVES else []
+        command += ["--personal", "after-run"] if index == BY_ITSELF else []
         env = self.env | {"PYTHONPATH": str(ROOT)}
         return running(command, env, self.tmp / f"node-{index}.log")
 
@@ -100,6 +109,33 @@ def test_a_node_that_approves_each_run_answers_that_run_and_no_other(nodes):
         first, second, *_ = nodes.log(index)
         assert first["refused"] is None and second["num_bytes"] > 0
         assert "clients are forked by process" in nodes.said(index)
+
+
+def test_each_node_trains_on_from_what_the_run_brought_it_and_tells_nobody(nodes):
+    assert nodes.answered(**PERSONAL) == [2]
+    waits, *_ = nodes.own("list")
+    nodes.own("approve", waits.split()[1])
+    # Its one round, and the delivery besides.
+    assert nodes.answered(**PERSONAL) == [3]
+    delivered = [x for x in nodes.log(APPROVES) if x.get("message_type") == DELIVER]
+    assert [x["refused"] is None for x in delivered] == [False, True]
+    asked = [x for x in nodes.log(1) if x["event"] == "asked"]
+    assert asked[-1]["message_type"] == DELIVER
+    assert nodes.log(1)[-1]["num_bytes"] == 0
+
+    line, warning = nodes.own("personal")
+
+    assert "chosen by" in line and "is not private" in warning
+    (made,) = nodes.home(APPROVES).glob("personal/*/client-*/personal")
+    wait_until(
+        lambda: len(list(nodes.home(BY_ITSELF).glob("personal/*/*/personal"))) == 2, 180
+    )
+    assert not list(nodes.home(1).glob("personal/*/*/personal"))
+    values = load((made / "trained.safetensors").read_bytes())
+    weights = values[min(values)].tobytes()
+    for path in nodes.tmp.rglob("*"):
+        if path.is_file() and made not in path.parents:
+            assert weights not in path.read_bytes(), path
 
 
 def test_a_node_refuses_an_app_that_is_not_its_own_and_imports_none_of_it(

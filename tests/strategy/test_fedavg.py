@@ -9,7 +9,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedllm.strategy.build import make_strategy
 from fedllm.wire.encoding import PACKED
-from fedllm.wire.messages import ARRAYS, METRICS, array_record, read_global
+from fedllm.wire.messages import ARRAYS, DELIVER, METRICS, array_record, read_global
 from tests.helpers.strategies import (
     SHAPES,
     START,
@@ -146,3 +146,26 @@ def test_no_two_messages_of_a_round_share_their_config(kind):
     assert len(configs) == 6
     arrays = {m.content.array_records["arrays"].object_id for m in messages}
     assert len(arrays) == 1
+
+
+@pytest.mark.parametrize("encoding", ["float32", "int8"])
+def test_the_released_adapter_goes_to_each_client_once_and_as_rounds_do(encoding):
+    keys = {"wire.encoding": encoding, "strategy.round-timeout": 42.0}
+    strategy = make_strategy(public(**keys), START, [1, 2, 3], None)
+
+    messages = strategy.configure_delivery(
+        array_record(START), ConfigRecord({"base-model": "digest"})
+    )
+
+    assert [m.metadata.dst_node_id for m in messages] == [1, 2, 3]
+    assert {m.metadata.message_type for m in messages} == {DELIVER}
+    assert {m.metadata.ttl for m in messages} == {42.0}
+    configs = [m.content.config_records["config"] for m in messages]
+    assert len({config.object_id for config in configs}) == 3
+    assert {config["base-model"] for config in configs} == {"digest"}
+    for message in messages:
+        record = message.content.array_records["arrays"]
+        shapes = {name: value.shape for name, value in START.items()}
+        sent = read_global(record, shapes, encoding)
+        for name, value in START.items():
+            np.testing.assert_allclose(sent[name], value, atol=0.02)

@@ -6,7 +6,7 @@ import pytest
 from fedllm.config import TrainConfig
 from fedllm.errors import DataError
 from fedllm.evaluation.held_out_loss import held_out
-from fedllm.training.own_best import OwnBestConfig, train_to_own_best
+from fedllm.training.own_best import OwnBestConfig, split_tenth, train_to_own_best
 from tests.helpers.clients import Client, Make, assert_same
 
 TRAIN = TrainConfig(batch_size=3, local_steps=1)
@@ -17,16 +17,16 @@ def client(make_client: Make) -> Client:
     return make_client()
 
 
-def search(client, rates, passes=3.0, score=None, examples=None):
+def search(client, rates, passes=3.0, score=None, examples=None, proximal_mu=0.0):
     def loss(rows):
         return held_out(client.model, rows, client.pad_token_id).loss
 
     return train_to_own_best(
         client,
-        client.examples if examples is None else examples,
+        split_tenth(client.examples if examples is None else examples, seed=1),
         client.start(),
         TRAIN,
-        OwnBestConfig(rates, passes, seed=1),
+        OwnBestConfig(rates, passes, seed=1, proximal_mu=proximal_mu),
         score or loss,
     )
 
@@ -90,3 +90,19 @@ def test_the_rows_that_judge_do_not_train(client):
 def test_a_client_of_one_row_is_an_error(client):
     with pytest.raises(DataError, match="1 usable rows"):
         search(client, [0.01], examples=client.examples[:1])
+
+
+def test_the_pull_towards_the_start_keeps_the_values_near_it(client):
+    def distance(proximal_mu: float) -> float:
+        # Each check is better than the one before: the last values are the result.
+        falling = iter(range(100, 0, -1))
+        found = search(
+            client,
+            [0.02],
+            score=lambda rows: float(next(falling)),
+            proximal_mu=proximal_mu,
+        )
+        start = client.start()
+        return sum(float(np.sum((found.arrays[k] - start[k]) ** 2)) for k in start)
+
+    assert distance(100.0) < distance(0.0) / 2
