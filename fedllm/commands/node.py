@@ -27,6 +27,7 @@ the result here; without RUN the newest run's. No server learns of it.
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -196,6 +197,8 @@ def _personal(args: argparse.Namespace) -> list[str]:
     from fedllm.errors import DataError
 
     log_to_stderr()
+    # A training takes minutes, and its lines show how far it is.
+    logging.getLogger("fedllm").setLevel(logging.INFO)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     lines, found = [], wanted_deliveries(args.of)
     for delivery in found:

@@ -1,6 +1,7 @@
 """The owner's own command."""
 
 import json
+import logging
 
 import pytest
 
@@ -14,7 +15,10 @@ from tests.helpers.rows import write_rows
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
+def home(tmp_path, monkeypatch, caplog):
+    # What the command sets is put back.
+    caplog.set_level(logging.WARNING, logger="fedllm")
+    caplog.handler.setLevel(logging.NOTSET)
     monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
 
 
@@ -92,7 +96,7 @@ def own_rows(tmp_path, count):
 
 
 def test_personal_trains_what_the_newest_run_delivered_and_names_the_choice(
-    tiny_llama, tmp_path, capsys
+    tiny_llama, tmp_path, capsys, caplog
 ):
     delivery = deliver_to(tiny_llama, own_rows(tmp_path, 60))
 
@@ -102,6 +106,7 @@ def test_personal_trains_what_the_newest_run_delivered_and_names_the_choice(
     assert f"run 1, client {delivery.node.partition_id}: chosen by " in out
     assert "personal" in out and str(delivery.folder / "personal") in out
     assert "is not private" in out
+    assert "held-out loss" in caplog.text and "held-out loss" not in out
     made = (delivery.folder / "personal/trained.safetensors").read_bytes()
     node.main(["personal", "1"])
     assert (delivery.folder / "personal/trained.safetensors").read_bytes() == made
