@@ -20,6 +20,7 @@ UNMIRRORED = {
     "logs.py": "the log's form, read from real runs in tests/slow/",
     "privacy/release_ledger.py": "both ledgers: tests/privacy/test_ledger.py, test_joint_ledger.py",
     "privacy/record_claims.py": "claims of whole runs: tests/server/test_privacy_account.py",
+    "privacy/protected_record.py": "statements: tests/privacy/test_joint_ledger.py",
     "reporting/sentences.py": "wording, read in tests/reporting/test_page.py",
     "reporting/style.py": "a style sheet: tests/reporting/test_browser.py looks at it",
     "runs/listing.py": "listed by tests/commands/test_runs.py and test_demo.py",

@@ -95,7 +95,9 @@ Each SuperNode has a config of its own, `fedllm supernode --node-config '...'`. 
 | `delta` | Limit: the run must set `privacy.delta`, to at most this. |
 | `model-name` | Limit: the run's `model.name` must be this. With another limit and `privacy.unit='record'` it is the built-in model if it is not set: a chat template is a program that runs on every row. |
 | `privacy-noise` | `joint`, beside `privacy-unit='record'`: a run may leave the noise to the server (`privacy.noise='joint'`), which is then trusted. If it is not set, or `local`, a node with a limit rejects such a run. |
-| `declared-rows` | How many rows this node has, declared by its owner as a public number. `privacy.noise='joint'` needs it; nothing compares it with the file. |
+| `declared-rows` | How many rows this node has, declared by its owner as a public number. `privacy.noise='joint'` needs it, unless the run counts persons; nothing compares it with the file. |
+| `person-column` | Limit, beside `privacy-unit='record'`, `data-path` and `declared-persons`: the run's `data.person-column` must be this, the column of the file that names whose row it is. Without it a run must have none. |
+| `declared-persons` | How many persons the file has, declared by its owner as a public number: under `person-column` it takes the place of the number of rows, for both noises. Nothing compares it with the file. |
 
 A run outside a limit gets no update from that node: code `bad-config`, or `budget-spent` if it is one run too many;
 that counts as a zero update. Any other key has the same effect, and the node's log names it, so that no limit is lost by a

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedllm.config import DataConfig
 from fedllm.data.persons import by_person
@@ -13,9 +13,6 @@ from fedllm.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from datasets import Dataset
     from flwr_datasets.partitioner import Partitioner
-
-# A name that no file has.
-_PLACE = "\0place"
 
 
 def partition(
@@ -81,6 +78,8 @@ def _whole_persons(
         ConfigError: As `partition`.
         DataError: As `partition`.
     """
+    from datasets import Dataset
+
     column = config.person_column
     if column not in rows.column_names:
         raise DataError(
@@ -89,12 +88,17 @@ def _whole_persons(
         )
     persons = by_person(rows[column][:])
     places = [*persons.places, *([place] for place in persons.without_id)]
-    first = rows.select([place for place, *_ in places])
-    shares = first.add_column(_PLACE, list(range(len(places))))
-    chosen = partition(
-        replace(config, person_column=""), shares, partition_id, num_partitions, seed
-    )
-    return rows.select([place for unit in chosen[_PLACE][:] for place in places[unit]])
+    label = config.partition_column
+    number = f"{label}: number"
+    columns: dict[str, list[Any]] = {number: list(range(len(places)))}
+    if config.partition in ("dirichlet", "natural"):
+        _check_groups(config, rows, num_partitions)
+        labels = rows[label][:]
+        columns[label] = [labels[first] for first, *_ in places]
+    shares = Dataset.from_dict(columns)
+    by_row = replace(config, person_column="")
+    chosen = partition(by_row, shares, partition_id, num_partitions, seed)
+    return rows.select([place for unit in chosen[number][:] for place in places[unit]])
 
 
 def _make_partitioner(

@@ -138,3 +138,25 @@ def test_one_noise_for_all_passes_and_without_it_the_run_is_convicted(
 
     assert found.fall_planted > found.fall_others
     assert not found.passed and found.certified.epsilon > found.accounted
+
+
+def persons_audited(client: tuple[AdaptedModel, Any], plan: RecordPlan) -> Any:
+    adapted, examples = client
+    promised = client_plan(CONFIG, len(examples) + CANARIES // 2, 1.0)
+
+    def train(records: Any, arrays: Any) -> Any:
+        task = RoundTask(arrays, 0.02)
+        return train_privately(adapted, records, CONFIG, plan, task).arrays
+
+    return audit_records(adapted, examples, CONFIG, promised, CANARIES, train, 2)
+
+
+def test_canaries_that_are_persons_pass_and_without_noise_they_convict(client):
+    promised = client_plan(CONFIG, len(client[1]) + CANARIES // 2, 1.0)
+
+    assert persons_audited(client, promised).passed
+
+    found = persons_audited(client, replace(promised, noise_multiplier=1e-6, steps=30))
+
+    assert found.fall_planted > found.fall_others + 0.2
+    assert not found.passed and found.certified.epsilon > found.accounted

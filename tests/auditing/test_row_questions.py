@@ -58,11 +58,32 @@ def test_a_client_that_counts_usable_rows_is_convicted(monkeypatch, count):
 
     findings = {f.question: f for f in ask_about_rows(reply_to)}
 
-    # A joint sum is of no count of rows, so there a client can only refuse.
-    counts = [f for name, f in findings.items() if "joint" not in name]
-    assert not any(f.passed for f in counts)
+    # A joint sum is of no count of rows, and the number of persons is declared, so there a
+    # client can only refuse.
+    asked = {name: changes for name, (_, changes) in QUESTIONS.items()}
+    counts = [
+        f
+        for name, f in findings.items()
+        if "joint" not in name and "data.person-column" not in asked[name]
+    ]
+    assert len(counts) == 6 and not any(f.passed for f in counts)
     told = findings["a word, by failure"].by_reply.values()
     assert ["with the word", "no answer", "no JSON"] in told
+
+
+def test_a_client_that_counts_the_persons_of_its_file_is_convicted(monkeypatch):
+    few = ("ordinary", "of another person", "of no person")
+    monkeypatch.setattr(row_questions, "ROWS", {row: ROWS[row] for row in few})
+    asked = {"how many persons": QUESTIONS["how many persons"]}
+    monkeypatch.setattr(row_questions, "QUESTIONS", asked)
+    monkeypatch.setattr(
+        "fedllm.client.record_steps.public_number", lambda client, records: len(records)
+    )
+
+    (finding,) = ask_about_rows(reply_to)
+
+    assert not finding.passed
+    assert ["ordinary", "of no person"] in finding.by_reply.values()
 
 
 def test_a_client_that_refuses_everything_does_not_pass():

@@ -1,6 +1,8 @@
 """A run with one noise for all records, from the question before round 1 to its account."""
 
+import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from tests.helpers.federations import (
     resumed,
     start,
 )
+from tests.helpers.rows import write_jsonl
 
 
 def summer(message, context):
@@ -143,3 +146,21 @@ def test_the_log_says_what_is_spent_and_by_what_numbers(settings, caplog):
     assert "one noise for all 24 declared rows" in caplog.text
     assert "3 clients declared 24 together" in caplog.text
     assert "for each record, add-or-remove one record" in caplog.text
+
+
+def test_a_run_by_person_counts_and_names_persons(settings, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    lines = Path(settings["data.name"]).read_text().splitlines()
+    rows = [{**json.loads(line), "who": n // 2} for n, line in enumerate(lines)]
+    path = write_jsonl(tmp_path / "persons.jsonl", rows)
+    by_person = {"data.name": str(path), "data.person-column": "who"}
+    run, _ = start({**settings, **JOINT, **by_person}, message_handler.reply_to)
+    run.run()
+
+    content = read(run, "privacy.json")
+    assert content["declared_rows"] == [4, 4, 4]
+    assert content["sampling_probability"] == 6 / 12
+    assert content["epsilon"] < content["epsilon_two_clients"]
+    assert "one noise for all 12 declared persons" in caplog.text
+    assert "3 clients declared 12 together" in caplog.text
+    assert "rows at two clients" in caplog.text

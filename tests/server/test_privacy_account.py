@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,10 @@ import pytest
 from flwr.app import Message, MetricRecord, RecordDict
 
 from fedllm.client import message_handler
+from fedllm.config import parse_run_config
+from fedllm.errors import PrivacyError
+from fedllm.planning.record_noise import record_settings
+from fedllm.privacy.record_claims import RecordClaims
 from fedllm.wire.masking import masked
 from fedllm.wire.messages import ARRAYS, METRICS, array_record
 from tests.helpers.federations import (
@@ -254,3 +259,34 @@ def test_the_claims_of_records_name_public_rows_and_no_second_epsilon(settings):
     privacy = json.loads((federation.directory.path / "privacy.json").read_text())
     assert "epsilon_add_or_remove" not in privacy
     assert any("rows declared public" in line for line in privacy["not_covered"])
+
+
+def test_claims_by_person_name_the_person_and_what_two_clients_cost(tmp_path):
+    config = parse_run_config({"privacy.unit": "record", "data.person-column": "who"})
+    settings = record_settings(config, 4, 1000)
+    claims = RecordClaims.create(tmp_path / "privacy.json", settings)
+    assert claims.as_dict()["epsilon_two_clients"] is None
+    claims.note_round(1, {7: 2.0, 8: 3.0})
+
+    content = json.loads((tmp_path / "privacy.json").read_text())
+    assert content["epsilon_two_clients"] == 6.0
+    assert "(by 'who')" in content["statement"]
+    assert "epsilon 6.00 at delta 2e-05 for a person with rows" in content["statement"]
+    assert content["neighbouring_relation"].endswith("one person in one client")
+    assert not any("bound is for one row" in line for line in content["not_covered"])
+    with pytest.raises(PrivacyError, match="person_column was 'who' and is now ''"):
+        RecordClaims.load(
+            tmp_path / "privacy.json", replace(settings, person_column="")
+        )
+
+
+def test_claims_of_rows_of_before_are_read(tmp_path):
+    settings = record_settings(parse_run_config({"privacy.unit": "record"}), 4, 1000)
+    path = tmp_path / "privacy.json"
+    RecordClaims.create(path, settings).note_round(1, {7: 2.0})
+    content = json.loads(path.read_text())
+    assert any("bound is for one row" in line for line in content["not_covered"])
+    del content["person_column"], content["epsilon_two_clients"]
+    path.write_text(json.dumps(content))
+
+    assert RecordClaims.load(path, settings).worst == 2.0
