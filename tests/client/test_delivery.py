@@ -146,7 +146,7 @@ def test_of_one_run_the_first_delivery_is_kept(deliver, arrays, answer):
     assert all(np.array_equal(kept[name], arrays[name]) for name in arrays)
 
 
-def test_a_crash_while_it_is_written_leaves_no_half_of_it(deliver, home, monkeypatch):
+def test_a_failure_while_it_is_written_leaves_no_half_of_it(deliver, home, monkeypatch):
     monkeypatch.setattr(delivery, "_ABOUT", "no/such/folder/delivered.json")
     assert code_of(deliver()) == "failed"
     run = home / "personal" / "1"

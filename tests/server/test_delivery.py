@@ -9,6 +9,7 @@ import pytest
 
 from fedllm.client.delivery import deliveries, read_trained
 from fedllm.client.message_handler import reply_to
+from fedllm.evaluation.public_rows import PublicRows
 from fedllm.wire.messages import DELIVER
 from tests.helpers.federations import (
     JOINT,
@@ -30,9 +31,7 @@ def kinds(grid: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("changes", [{}, NO_PRIVACY, SECRET_COHORTS, JOINT])
-def test_each_client_gets_the_best_tuned_adapter_after_the_last_round(
-    changes, settings
-):
+def test_each_client_gets_the_adapter_after_the_last_round(changes, settings):
     settings |= {"num-server-rounds": 1, **PERSONAL, **changes}
     run, grid = start(settings)
     result = run.run()
@@ -40,8 +39,7 @@ def test_each_client_gets_the_best_tuned_adapter_after_the_last_round(
     assert kinds(grid)[-3:] == [DELIVER] * 3 and DELIVER not in kinds(grid)[:-3]
     kept = deliveries()
     assert [one.node.partition_id for one in kept] == [0, 1, 2]
-    best = run.progress.best
-    tuned = best.arrays if best.server_round else run.progress.arrays
+    tuned = run.progress.arrays
     for one in kept:
         shared = read_trained(one.folder / "shared")
         assert all(np.array_equal(shared[name], tuned[name]) for name in tuned)
@@ -49,6 +47,31 @@ def test_each_client_gets_the_best_tuned_adapter_after_the_last_round(
         grid.sent
     )
     assert result == json.loads((run.directory.path / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"), [([3.0, 1.0, 2.0], 1), ([1.0, 2.0, 3.0], 0)]
+)
+def test_the_best_round_is_delivered_and_without_one_the_last(
+    losses, best, quick, monkeypatch
+):
+    rest = iter(losses)
+    monkeypatch.setattr(PublicRows, "validation_loss", lambda *_: next(rest))
+
+    def answer(message: Any, context: Any) -> Any:
+        is_last = message.metadata.message_type == DELIVER
+        return reply_to(message, context) if is_last else learner(message, context)
+
+    changes = {"num-server-rounds": 2, "privacy.noise-probe": False, **PERSONAL}
+    run, _ = start({**quick, **changes}, answer)
+    run.run()
+
+    progress = run.progress
+    assert progress.best.server_round == best
+    wanted = progress.best.arrays if best else progress.arrays
+    assert any(np.any(wanted[name] != progress.arrays[name]) for name in wanted) == best
+    shared = read_trained(deliveries()[0].folder / "shared")
+    assert all(np.array_equal(shared[name], wanted[name]) for name in wanted)
 
 
 def test_without_personal_training_nothing_is_delivered(quick):
