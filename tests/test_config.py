@@ -136,7 +136,11 @@ def test_a_bad_setting_is_named_with_what_is_allowed(key, value, said):
     assert said in str(caught.value)
 
 
-RECORD_JOINT = {"privacy.unit": "record", "privacy.noise": "joint"}
+RECORD_JOINT = {
+    "privacy.unit": "record",
+    "privacy.noise": "joint",
+    "train.local-steps": 1,
+}
 
 
 @pytest.mark.parametrize(

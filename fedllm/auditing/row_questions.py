@@ -197,6 +197,7 @@ def _ask(
         "adapter.target-modules": _ADAPTER.target_modules,
         "num-server-rounds": 1,
         "train.batch-size": 2,
+        "train.local-steps": 1,
         **changes,
     }
     arrays = array_record(

@@ -106,6 +106,7 @@ JOINT = parse_run_config(
         "adapter.kind": "lora",
         "adapter.target-modules": "all-linear",
         "num-server-rounds": 30,
+        "train.local-steps": 1,
         "train.batch-size": 8,
         "train.gradient-accumulation": 4,
         "strategy.server-optimizer": "adam",

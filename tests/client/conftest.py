@@ -39,6 +39,7 @@ def run_config(tiny_llama: Path, data_file: Path) -> dict[str, Any]:
         "adapter.rank": 2,
         "data.name": str(data_file),
         "train.batch-size": 2,
+        "train.local-steps": 1,
     }
 
 

@@ -30,7 +30,12 @@ def values(reply: Message, arrays: dict[str, Any]) -> dict[str, Any]:
 
 RECORD = {"privacy.unit": "record", "privacy.delta": 1e-5}
 # Two records of ten in a step, which the server noises.
-JOINT = {**RECORD, "privacy.noise": "joint", "num-server-rounds": 4}
+JOINT = {
+    **RECORD,
+    "privacy.noise": "joint",
+    "num-server-rounds": 4,
+    "train.local-steps": 1,
+}
 NUMBERS = {"noise_multiplier": 2.0, "total_rows": 10}
 """What the server names in every message of such a run."""
 LIMITS = {"privacy-unit": "record", "max-epsilon": 4.0, "delta": 1e-5}

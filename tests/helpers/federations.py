@@ -42,6 +42,7 @@ def settings(tiny_llama, tmp_path, monkeypatch, request):
         "adapter.rank": 4,
         "num-server-rounds": 2,
         "train.batch-size": 4,
+        "train.local-steps": 1,
         "strategy.server-learning-rate": 1.0,
         "strategy.server-learning-rate-min": 1.0,
         "strategy.wait-for-clients": 0.1,
@@ -68,7 +69,8 @@ JOINT = {
     "privacy.delta": 1e-5,
     "train.batch-size": 1,
     "train.gradient-accumulation": 6,
-    "train.learning-rate-min": 1.0,
+    "train.local-steps": 1,
+    "train.learning-rate-min": 0.3,
 }
 
 NO_PRIVACY = {"privacy.unit": "none", "privacy.target-epsilon": 0.0}
@@ -145,7 +147,7 @@ def quick(settings, monkeypatch):
         "strategy.server-optimizer": "adam",
         "strategy.server-learning-rate": 0.05,
         "strategy.server-learning-rate-min": 0.01,
-        "train.learning-rate-min": 0.5,
+        "train.learning-rate-min": 0.15,
     }
 
 

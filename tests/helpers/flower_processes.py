@@ -198,6 +198,7 @@ class Deployment:
             "strategy.num-clients": 2,
             "strategy.evaluate-examples": 0,
             "train.batch-size": 4,
+            "train.local-steps": 1,
             **more,
         }
         return " ".join(f"{k}={json.dumps(v)}" for k, v in values.items())

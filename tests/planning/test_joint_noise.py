@@ -13,6 +13,7 @@ from fedllm.privacy.accounting import record_epsilon
 JOINT = {
     "privacy.unit": "record",
     "privacy.noise": "joint",
+    "train.local-steps": 1,
     "train.batch-size": 4,
     "train.gradient-accumulation": 8,
     "num-server-rounds": 6,

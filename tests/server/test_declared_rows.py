@@ -12,7 +12,12 @@ from fedllm.wire.messages import DECLARED_ROWS, METRICS, error_content
 from tests.helpers.in_process_grid import InProcessGrid
 
 CONFIG = parse_run_config(
-    {"privacy.unit": "record", "privacy.noise": "joint", "strategy.round-timeout": 0.2}
+    {
+        "privacy.unit": "record",
+        "privacy.noise": "joint",
+        "train.local-steps": 1,
+        "strategy.round-timeout": 0.2,
+    }
 )
 
 

@@ -155,8 +155,7 @@ def test_without_a_ledger_no_total_is_claimed_unless_the_adapter_is_public(quick
 
 def test_record_level_names_the_run_before_and_keeps_its_name(quick):
     first = run_of({**quick, **TARGET})
-    given = {key: value for key, value in quick.items() if "rate-min" not in key}
-    given |= {**JOINT, "strategy.server-learning-rate-min": 0.05}
+    given = {**quick, **JOINT}
     path = federation(started(given, first), declarer).directory.path / "privacy.json"
     content = json.loads(path.read_text())
 

@@ -59,7 +59,7 @@ def test_the_learning_rates_and_moments_of_a_resumed_run_are_those_of_its_round(
     # Two steps of Adam were made; a fresh one would start from zero.
     assert float(np.abs(run.strategy.averaging.optimizer.second).max()) > 0
     run.run()
-    assert lines_of(cut)[3]["learning_rate"] == pytest.approx(0.5)
+    assert lines_of(cut)[3]["learning_rate"] == pytest.approx(0.15)
 
 
 def test_noise_after_a_crash_is_fresh(quick, tmp_path):
@@ -90,7 +90,7 @@ def test_noise_after_a_crash_is_fresh(quick, tmp_path):
         ({"run": "of-another-run"}, "is of the run 'of-another-run'"),
         (
             {"clipping_norm": 9.0},
-            "privacy settings have changed: clipping_norm was 9.0 and is now 0.6",
+            "privacy settings have changed: clipping_norm was 9.0 and is now 1.6",
         ),
     ],
 )

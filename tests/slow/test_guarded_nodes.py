@@ -1,12 +1,15 @@
 """Real nodes that run what their owners chose, and answer what they approved."""
 
 import contextlib
+import json
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import dp_accounting
 import pytest
+from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
 from safetensors.numpy import load
 
 from fedllm.node.log import check_log, read_lines
@@ -27,6 +30,17 @@ FEDLLM = [sys.executable, "-m", "fedllm.commands.main"]
 SETTINGS = {"num-server-rounds": 1, "privacy.unit": "none", "strategy.num-clients": 3}
 APPROVES = 2
 BY_ITSELF = 0
+JOINT = {
+    "num-server-rounds": 3,
+    "privacy.unit": "record",
+    "privacy.noise": "joint",
+    "privacy.target-epsilon": 4.0,
+    "privacy.delta": 1e-5,
+    "train.batch-size": 1,
+    "train.gradient-accumulation": 6,
+    "strategy.server-learning-rate": 0.01,
+    "strategy.server-learning-rate-min": 0.01,
+}
 PERSONAL = {"personal.epochs": 1.0, "personal.learning-rate": 0.02}
 
 
@@ -42,7 +56,7 @@ class GuardedNodes(Deployment):
         command = [*FEDLLM, "supernode", "--insecure", "--home", str(self.home(index))]
         command += ["--superlink", f"127.0.0.1:{self.port}"]
         command += ["--port", str(free_port()), "--log-head", str(self.head(index))]
-        command += ["--node-config", f'data-path="{rows}"']
+        command += ["--node-config", f'data-path="{rows}" declared-rows=60']
         command += ["--approve", "each"] if index == APPROVES else []
         command += ["--personal", "after-run"] if index == BY_ITSELF else []
         env = self.env | {"PYTHONPATH": str(ROOT)}
@@ -72,7 +86,7 @@ class GuardedNodes(Deployment):
     def answered(self, **more: object) -> list[int]:
         """Run the app, and return how many clients counted in each round."""
         command = [str(BIN / "flwr"), "run", str(ROOT), "remote", "--stream"]
-        command += ["--run-config", self.config(**SETTINGS, **more)]
+        command += ["--run-config", self.config(**{**SETTINGS, **more})]
         done = typed(command, self.env, 300)
         assert self.finished(), done.stdout + done.stderr
         return self.usable()
@@ -136,6 +150,26 @@ def test_each_node_trains_on_from_what_the_run_brought_it_and_tells_nobody(nodes
     for path in nodes.tmp.rglob("*"):
         if path.is_file() and made not in path.parents:
             assert weights not in path.read_bytes(), path
+
+
+def test_nodes_share_one_noise_and_each_counts_every_step(nodes):
+    assert nodes.answered(**JOINT) == [2, 2, 2]
+
+    privacy = nodes.privacy()
+    assert privacy["declared_rows"] == [60, 60] and privacy["num_rounds"] == 3
+    event = dp_accounting.PoissonSampledDpEvent(
+        6 / 120, dp_accounting.GaussianDpEvent(privacy["noise_multiplier"])
+    )
+    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant = PLDAccountant(relation).compose(event, 3)
+    theirs = accountant.get_epsilon(privacy["delta"])
+    assert privacy["epsilon"] == pytest.approx(theirs, rel=1e-3)
+    assert theirs <= privacy["target_epsilon"] == 4.0
+    for index in (0, 1):
+        (path,) = nodes.home(index).glob("ledgers/own/**/ledger.json")
+        releases = json.loads(path.read_text())["content"]["releases"]
+        z = privacy["noise_multiplier"]
+        assert releases == [[pytest.approx(z), 6 / 120, 3]]
 
 
 def test_a_node_refuses_an_app_that_is_not_its_own_and_imports_none_of_it(

@@ -39,6 +39,7 @@ def run_config(tiny_llama: Path, folder: Path, **more: object) -> str:
         "data.public-test": write_rows(folder / "test.jsonl", 6, 200),
         "num-server-rounds": 2,
         "train.batch-size": 4,
+        "train.local-steps": 1,
         # A random model's loss under the noise of a few clients moves either way.
         "privacy.on-destructive-noise": "warn",
         **more,

@@ -27,6 +27,7 @@ U = record_units(D, Z, B)
 JOINT = {
     "privacy.unit": "record",
     "privacy.noise": "joint",
+    "train.local-steps": 1,
     "privacy.max-grad-norm": NORM,
     "train.batch-size": B,
 }
