@@ -13,13 +13,15 @@ from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.adapters.peft_model import attach
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.auditing.canary_records import (
+    ROWS_OF_A_PERSON,
+    audit_first_client,
     audit_records,
     joint_plan,
     joint_step,
     most_certifiable,
 )
 from fedllm.auditing.harness import ZeroNoise
-from fedllm.config import DataConfig, parse_run_config
+from fedllm.config import DataConfig, flat, parse_run_config
 from fedllm.data.tokens import tokenize
 from fedllm.models.loading import load_tokenizer
 from fedllm.models.location import load_config
@@ -27,8 +29,10 @@ from fedllm.planning.joint_noise import joint_settings
 from fedllm.planning.record_noise import client_plan
 from fedllm.privacy.record_ledger import RecordPlan
 from fedllm.strategy import server_noise
+from fedllm.training import dp_sgd
 from fedllm.training.dp_sgd import train_privately
 from fedllm.training.task import RoundTask
+from tests.helpers.rows import write_jsonl
 from tests.helpers.tiny_models import SENTENCES
 
 CONFIG = parse_run_config(
@@ -161,3 +165,38 @@ def test_canaries_that_are_persons_pass_and_without_noise_they_convict(client):
 
     assert found.fall_planted > found.fall_others + 0.2
     assert not found.passed and found.certified.epsilon > found.accounted
+
+
+def test_the_first_client_of_a_run_by_person_has_a_record_for_each(
+    tiny_chat_llama, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
+    rows = [
+        {"instruction": t[:20], "response": t[20:], "who": f"p{n // 2}"}
+        for n, t in enumerate([*SENTENCES, *SENTENCES])
+    ]
+    config = parse_run_config(
+        {
+            **flat(CONFIG),
+            "model.name": str(tiny_chat_llama),
+            "model.quantization": 0,
+            "data.name": str(write_jsonl(tmp_path / "rows.jsonl", rows)),
+            "data.person-column": "who",
+            "num-server-rounds": 1,
+            "train.local-steps": 1,
+            "train.batch-size": 2,
+        }
+    )
+    sizes = []
+
+    def watched(adapted: Any, records: Any, *rest: Any) -> Any:
+        sizes.extend(len(record) for record in records)
+        return train_privately(adapted, records, *rest)
+
+    monkeypatch.setattr(dp_sgd, "train_privately", watched)
+
+    found = audit_first_client(config, 1, 8)
+
+    assert found.num_records == (len(rows) + 1) // 2
+    assert sizes[: found.num_records] == [2] * found.num_records
+    assert set(sizes[found.num_records :]) <= {ROWS_OF_A_PERSON}

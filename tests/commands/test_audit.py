@@ -164,3 +164,28 @@ def test_a_run_of_record_level_is_audited_by_canary_examples(
     assert "FAIL  rows, a word: x for one; y for two" in told
     assert told.endswith("FAIL\n")
     assert json.loads((tmp_path / "audit.json").read_text())["passed"] is False
+
+
+def test_a_run_by_person_is_audited_by_a_person_too(monkeypatch, capsys, tmp_path):
+    from fedllm.auditing import canary_records, person_checks, row_questions
+    from fedllm.privacy.lower_bounds import CertifiedBound
+
+    found = canary_records.RecordFindings(
+        7.9, CertifiedBound(1.5, 50, 20, 17), 3.1, 50, 486, 5, 0.21, 0.04
+    )
+    moved = [{1: 1.0, 20: 1.0}, {1: 1.0, 20: 20.0}]
+    monkeypatch.setattr(canary_records, "audit_first_client", lambda *_: found)
+    monkeypatch.setattr(row_questions, "ask_about_rows", lambda _: [])
+    monkeypatch.setattr(
+        person_checks,
+        "check_persons",
+        lambda: person_checks.PersonFindings(moved.pop(0)),
+    )
+    settings = {"privacy.unit": "record", "data.person-column": "patient"}
+    (tmp_path / "config.json").write_text(json.dumps({"run_config": settings}))
+
+    main(["--run", str(tmp_path)])
+    assert "PASS  persons: clips that a person" in capsys.readouterr().out
+
+    assert exit_status(main, ["--run", str(tmp_path)]) == 1
+    assert "FAIL  persons: " in capsys.readouterr().out

@@ -63,6 +63,19 @@ def test_a_record_level_run_has_a_page(tmp_path):
     assert "one record of a client was there" in text
     assert "add-or-remove one record 3.00" in text
 
+    by_person = parse_run_config(
+        {"privacy.unit": "record", "data.person-column": "who"}
+    )
+    claims = RecordClaims.create(
+        folder / "privacy.json", record_settings(by_person, 4, 1000)
+    )
+    claims.note_round(1, {7: 2.0, 8: 3.0})
+    _, text = check(folder)
+
+    assert "one person of a client was there" in text
+    assert "all rows of one person in one client 3.00" in text
+    assert "epsilon 6.00 at delta 2e-05 for a person with rows at two clients" in text
+
 
 def test_an_audit_is_shown(tmp_path):
     folder = write_run(tmp_path / "run")
