@@ -79,7 +79,8 @@ class GuardedNodes(Deployment):
     def own(self, *words: str) -> list[str]:
         """Type `fedllm node` at the node that approves."""
         command = [*FEDLLM, "node", *words, "--home", str(self.home(APPROVES))]
-        done = typed(command, self.env | {"PYTHONPATH": str(ROOT)}, 120)
+        # To train a personal adapter takes a while on a busy machine.
+        done = typed(command, self.env | {"PYTHONPATH": str(ROOT)}, 600)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.splitlines()
 

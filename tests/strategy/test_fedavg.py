@@ -10,6 +10,7 @@ from flwr.serverapp.strategy import FedAvg
 from fedllm.strategy.build import make_strategy
 from fedllm.wire.encoding import PACKED
 from fedllm.wire.messages import ARRAYS, DELIVER, METRICS, array_record, read_global
+from fedllm.wire.task_identity import set_task_identity
 from tests.helpers.strategies import (
     SHAPES,
     START,
@@ -152,6 +153,7 @@ def test_no_two_messages_of_a_round_share_their_config(kind):
 def test_the_released_adapter_goes_to_each_client_once_and_as_rounds_do(encoding):
     keys = {"wire.encoding": encoding, "strategy.round-timeout": 42.0}
     strategy = make_strategy(public(**keys), START, [1, 2, 3], None)
+    set_task_identity()
 
     messages = strategy.configure_delivery(
         array_record(START), ConfigRecord({"base-model": "digest"})
