@@ -19,6 +19,7 @@ from fedllm.auditing.hostile_replies import Content, hostile_replies, packed_rep
 from fedllm.config import Encoding, WireConfig
 from fedllm.privacy.ledger import PrivacySettings
 from fedllm.privacy.mechanism import Vector
+from fedllm.privacy.wording import rounds_text
 
 _MOST_COUNTED = 100
 # Sums of a few C in float64, and the division by n.
@@ -123,7 +124,7 @@ def ledger(setup: Setup) -> Finding:
     theirs = recomputed_epsilon(setup.settings, content)
     agree = abs(content["epsilon"] - theirs) <= 1e-3 * theirs + 1e-6
     return counted and before and agree, (
-        f"{len(done)} rounds released, {content['num_rounds']} in the ledger, each "
+        f"{rounds_text(len(done))} released, {content['num_rounds']} in the ledger, each "
         f"on disk before the adapter moved{'' if before else ': NO'}; epsilon "
         f"{content['epsilon']:.4f}, by dp-accounting alone {theirs:.4f}"
     )

@@ -8,7 +8,7 @@ from fedllm.config import RunConfig, parse_run_config
 from fedllm.errors import PrivacyError
 from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.ledger import Ledger, PrivacySettings
-from fedllm.privacy.wording import plain
+from fedllm.privacy.wording import plain, rounds_text
 from fedllm.runs.directory import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -43,7 +43,7 @@ def load_audited_run(folder: Path) -> tuple[RunConfig, PrivacySettings, Check]:
     check = Check(
         "ledger of the run",
         not missing,
-        f"{len(ledger.releases)} rounds in the ledger, {len(rounds)} in {METRICS_FILE}"
+        f"{rounds_text(len(ledger.releases))} in the ledger, {len(rounds)} in {METRICS_FILE}"
         + (f": it forgets {missing}" if missing else "")
         + f"; epsilon {plain(ledger.epsilons().zero_out)} zero-out",
     )

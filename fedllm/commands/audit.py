@@ -30,7 +30,7 @@ from fedllm.config import RunConfig, fedllm_home, parse_run_config
 from fedllm.errors import PrivacyError
 from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.ledger import PrivacySettings
-from fedllm.privacy.wording import plain
+from fedllm.privacy.wording import plain, rounds_text
 from fedllm.reporting.report import write_report
 from fedllm.runs.directory import CONFIG_FILE, RunDirectory, read_json
 from fedllm.runs.record import AUDIT_FILE
@@ -80,7 +80,7 @@ def _audit_clients(
     num_canaries = 1000 if args.canaries is None else args.canaries
     auditor = Auditor(config, settings, num_clients, num_canaries, args.dimension)
     show(
-        f"audit of {folder or 'the settings'}: {settings.planned_rounds} rounds, "
+        f"audit of {folder or 'the settings'}: {rounds_text(settings.planned_rounds)}, "
         f"sampling {settings.sampling!r}, clipping norm {settings.clipping_norm:g}, "
         f"noise multiplier {settings.noise_multiplier:.4g}, delta {settings.delta:g}; "
         f"{num_clients} honest clients, {num_canaries} canaries, {args.dimension:,} "
@@ -127,7 +127,7 @@ def _audit_records(
     show(
         f"audit of {folder or 'the settings'}: record level, {num_canaries} canary "
         f"examples, each planted in the first of {num_clients} clients by a fair coin; "
-        f"{config.num_server_rounds} rounds of training on {config.model.name}"
+        f"{rounds_text(config.num_server_rounds)} of training on {config.model.name}"
     )
     answers = list(ask_about_rows(reply_to))
     for answer in answers:

@@ -44,6 +44,7 @@ from fedllm.commands.options import (
     run_command,
     write_json,
 )
+from fedllm.privacy.wording import rounds_text
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,7 +96,7 @@ def _list(args: argparse.Namespace) -> list[str]:
         by = f", signed by {reviewer}" if approval.signature else ""
         lines.append(
             f"approved: {approval.request.digest[:16]} until {until}, "
-            f"{used} of {approval.rounds} rounds used{by}"
+            f"{used} of {rounds_text(approval.rounds)} used{by}"
         )
     for name, key in reviewers().items():
         lines.append(f"trusted: {name} {fingerprint(key)}")
@@ -110,7 +111,9 @@ def _approve(args: argparse.Namespace) -> list[str]:
         by = f", signed by {approval.reviewer}"
     else:
         approval, by = approve(args.of, args.rounds, args.days), ""
-    return [f"approved: {approval.request.digest} for {approval.rounds} rounds{by}"]
+    return [
+        f"approved: {approval.request.digest} for {rounds_text(approval.rounds)}{by}"
+    ]
 
 
 def _revoke(args: argparse.Namespace) -> list[str]:
@@ -150,7 +153,7 @@ def _sign(args: argparse.Namespace) -> list[str]:
         raise NodeError(f"{path}: cannot be written: {error.strerror}") from None
     until = time.strftime("%Y-%m-%d", time.gmtime(approval.expires))
     return [
-        f"signed: {path} for {approval.rounds} rounds until {until}",
+        f"signed: {path} for {rounds_text(approval.rounds)} until {until}",
         *differences(approval.request, Request("", {})),
     ]
 

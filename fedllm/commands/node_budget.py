@@ -9,7 +9,7 @@ from fedllm.config import fedllm_home
 from fedllm.errors import NodeError
 from fedllm.privacy.composition import composed_epsilon, room_left
 from fedllm.privacy.node_ledger import Account, ChargedRun, Limits, NodeLedger
-from fedllm.privacy.wording import plain
+from fedllm.privacy.wording import plain, rounds_text
 
 _NOT_COUNTED = (
     "counted is what each client-level run promised: whether the server adds that noise no "
@@ -129,7 +129,7 @@ def _run_line(run: ChargedRun, account: Account, delta: float) -> str:
     promise = run.promise
     words = [
         f"run {run.run} ({run.run_id}): period {run.period}, {_day(run.charged)}",
-        f"{promise.rounds} rounds of noise multiplier {promise.noise_multiplier:.4g}",
+        f"{rounds_text(promise.rounds)} of noise multiplier {promise.noise_multiplier:.4g}",
         f"sampling {promise.sampling}",
     ]
     if promise.sampling == "poisson":

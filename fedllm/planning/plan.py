@@ -16,7 +16,7 @@ from fedllm.planning.frontier import (
 from fedllm.planning.prediction import Prediction, predict
 from fedllm.privacy.accounting import Epsilons, epsilons, noise_to_signal
 from fedllm.privacy.ledger import PrivacySettings
-from fedllm.privacy.wording import delta_caution, strength
+from fedllm.privacy.wording import delta_caution, rounds_text, strength
 
 # Test losses that differ by less are not worth a change.
 _WORTH_A_CHANGE = 0.02
@@ -140,10 +140,9 @@ def _settings_of(row: Measured) -> str:
     rate = f"{row.server_learning_rate:g}"
     if row.server_learning_rate_min != row.server_learning_rate:
         rate += f" to {row.server_learning_rate_min:g}"
-    rounds = "1 round" if row.rounds == 1 else f"{row.rounds} rounds"
     steps = "one step" if row.local_steps == 1 else f"{row.local_steps} local steps"
     return (
-        f"{rounds} of {steps} of rate {row.learning_rate:g}, {row.kind} r={row.rank}, "
+        f"{rounds_text(row.rounds)} of {steps} of rate {row.learning_rate:g}, {row.kind} r={row.rank}, "
         f"batch size {row.batch_size}, "
         f"server learning rate {rate} at clipping norm {row.clipping_norm:g}"
     )

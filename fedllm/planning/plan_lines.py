@@ -6,7 +6,7 @@ from fedllm.config import RunConfig
 from fedllm.planning.frontier import load_frontier
 from fedllm.privacy.accounting import calibrate, noise_to_signal
 from fedllm.privacy.ledger import PrivacySettings
-from fedllm.privacy.wording import delta_caution, plain, strength
+from fedllm.privacy.wording import delta_caution, plain, rounds_text, strength
 
 _EPSILONS = (1.0, 2.0, 4.0, 8.0)
 
@@ -30,7 +30,7 @@ def plan_lines(
     }[settings.sampling]
     lines = [
         f"{settings.population_size} clients, {cohort} in each of "
-        f"{settings.planned_rounds} rounds; {adapter.kind} r={adapter.rank} on "
+        f"{rounds_text(settings.planned_rounds)}; {adapter.kind} r={adapter.rank} on "
         f"{config.model.name}: {settings.num_trainable:,} trained values",
         f"noise multiplier {z:.4g} <-> epsilon {plain(plan['epsilon'])} zero-out, "
         f"{plain(plan['epsilon_replace_one'])} replace-one, at delta "
@@ -47,7 +47,7 @@ def plan_lines(
         lines.append(
             "step by rule: strategy.server-learning-rate "
             f"{plan['server_learning_rate_by_rule']:.2g} on average over the rounds, at "
-            f"clipping norm {settings.clipping_norm:g} (a rule for one local SGD step)"
+            f"clipping norm {settings.clipping_norm:g} (a rule for {_rule_is_for(config)})"
         )
         by_rule = plan["expected_by_rule"]
         if by_rule["inside_what_was_measured"]:
@@ -61,6 +61,13 @@ def plan_lines(
     if "plot" in plan:
         lines.append(f"plot: {plan['plot']}")
     return lines + _table(settings)
+
+
+def _rule_is_for(config: RunConfig) -> str:
+    """Return the local steps that the rule of the step is for."""
+    if config.train.local_steps == 1:
+        return "one local SGD step"
+    return "about ten local SGD steps"
 
 
 def _expected_lines(plan: dict[str, Any]) -> list[str]:
@@ -126,7 +133,7 @@ def record_plan_lines(config: RunConfig, plan: dict[str, Any]) -> list[str]:
     lines = [
         f"{who} {plan['num_records']:,} records: batches of about {batch} by "
         f"secret coins, {plan['steps_per_round']} steps in each of "
-        f"{plan['num_rounds']} rounds",
+        f"{rounds_text(plan['num_rounds'])}",
         f"noise multiplier {z:.4g} <-> epsilon {plain(plan['epsilon'])} for adding or "
         f"removing one record, at delta {plan['delta']:.3g} ({plan['accountant']}): "
         "protection is "

@@ -11,7 +11,7 @@ from fedllm.privacy.accounting import (
     noise_to_signal,
 )
 from fedllm.privacy.release_ledger import ReleaseLedger, bounded
-from fedllm.privacy.wording import delta_caution, plain, strength
+from fedllm.privacy.wording import delta_caution, plain, rounds_text, strength
 
 _NOT_COVERED = [
     "the server, which sees each client's update before it is clipped",
@@ -189,7 +189,7 @@ class Ledger(ReleaseLedger[PrivacySettings]):
             "Client-level differential privacy with epsilon "
             f"{zero_out} at delta {settings.delta:g} (protection: "
             f"{self.strength(spent.zero_out)}{because}): for whoever sees only the adapters "
-            f"that this run{earlier} released in {len(self._releases)} rounds, {words}, whether one client "
+            f"that this run{earlier} released in {rounds_text(len(self._releases))}, {words}, whether one client "
             "took part or sent nothing changes the probability of any conclusion by at "
             f"most a factor of e^{zero_out}, plus {settings.delta:g} (replace-one: "
             f"e^{replace_one}, where that client had other data instead); the server, which "

@@ -12,7 +12,7 @@ from fedllm.errors import PrivacyError
 from fedllm.privacy.accounting import Sampling
 from fedllm.privacy.protected_record import persons_not_covered, protected, relation
 from fedllm.privacy.release_ledger import write_privacy_file
-from fedllm.privacy.wording import delta_caution, plain, strength
+from fedllm.privacy.wording import delta_caution, plain, rounds_text, strength
 
 _NOT_COVERED = [
     "each client's word: epsilon is what the clients report, and the server cannot check",
@@ -261,7 +261,7 @@ class RecordClaims:
             f"Record-level differential privacy with epsilon {plain(worst)} for the worst "
             f"client and {plain(self.median)} for the median one at delta "
             f"{settings.delta:g} (protection: {self.strength(worst)}{because}), as the {len(self._every)} "
-            f"clients that took part in {len(self._releases)} rounds report it: for "
+            f"clients that took part in {rounds_text(len(self._releases))} report it: for "
             "whoever sees all that they sent, the server included, whether "
             f"{protected(settings.person_column)} was there or not changes the probability "
             f"of any conclusion by at most a factor of e^{plain(worst)}, plus "

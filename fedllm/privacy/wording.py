@@ -120,6 +120,11 @@ def gaussian_guesses_right(noise_multiplier: float, num_releases: int) -> float:
     return NormalDist().cdf(math.sqrt(num_releases) / noise_multiplier / 2)
 
 
+def rounds_text(number: int) -> str:
+    """Return a number of rounds with its word, which has an s unless there is one."""
+    return "1 round" if number == 1 else f"{number} rounds"
+
+
 def percent(share: float) -> str:
     """Format a share of right guesses in percent, rounded up."""
     return f"{min(100.0, math.ceil(share * 10_000 - 1e-6) / 100):.2f} %"

@@ -16,7 +16,7 @@ from fedllm.privacy.accounting import noise_to_signal
 from fedllm.privacy.ledger import Ledger, no_privacy
 from fedllm.privacy.protected_record import relation
 from fedllm.privacy.record_claims import RecordClaims
-from fedllm.privacy.wording import plain
+from fedllm.privacy.wording import plain, rounds_text
 from fedllm.runs.checkpoint import require_unchanged
 from fedllm.runs.directory import PRIVACY_FILE, read_json
 from fedllm.server.account import (
@@ -82,7 +82,7 @@ class ClientAccount(LedgerAccount[Ledger]):
         lines = [
             (
                 logging.INFO,
-                f"privacy: {settings.planned_rounds} rounds{before} will spend epsilon "
+                f"privacy: {rounds_text(settings.planned_rounds)}{before} will spend epsilon "
                 f"{plain(planned.zero_out)} zero-out ({plain(planned.replace_one)} "
                 f"replace-one) at delta {settings.delta:g}; noise multiplier "
                 f"{settings.noise_multiplier:.4g}, clipping norm "
@@ -179,7 +179,7 @@ class RecordAccount(PrivacyAccount):
         if settings.target_epsilon > 0:
             text = (
                 "privacy: each client calibrates its own noise, so that "
-                f"{settings.planned_rounds} rounds spend at most epsilon "
+                f"{rounds_text(settings.planned_rounds)} spend at most epsilon "
                 f"{plain(settings.target_epsilon)} on any of its records "
                 f"({relation(settings.person_column)}) at delta {settings.delta:g}; largest "
                 f"gradient norm {settings.max_grad_norm:g}"

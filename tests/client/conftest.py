@@ -40,6 +40,7 @@ def run_config(tiny_llama: Path, data_file: Path) -> dict[str, Any]:
         "data.name": str(data_file),
         "train.batch-size": 2,
         "train.local-steps": 1,
+        "num-server-rounds": 5,
     }
 
 

@@ -19,7 +19,7 @@ def test_the_defaults_pass_with_a_line_a_check_and_a_verdict(capsys):
     assert audit() == 0
 
     lines = capsys.readouterr().out.splitlines()
-    assert "5 rounds" in lines[0] and "noise multiplier 1.342" in lines[0]
+    assert "1 round" in lines[0] and "noise multiplier 0.6002" in lines[0]
     checks = [line.split(":")[0] for line in lines if line.startswith("PASS  ")]
     assert checks == [
         "PASS  sensitivity",

@@ -149,9 +149,3 @@ def test_pairs_of_the_run_config_win_over_a_file(config_file, tmp_path):
     assert setting["run_config"]["adapter.rank"] == 2
     assert setting["run_config"]["train.batch-size"] == 2
     assert setting["num_clients"] == 2
-
-
-def test_the_unit_that_has_no_arm_is_refused(config_file):
-    record = ["--run-config", 'privacy.unit="record"']
-    with pytest.raises(SystemExit, match="privacy.unit: compare knows"):
-        compare.main(["--run-config", str(config_file), *record])

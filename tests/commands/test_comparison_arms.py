@@ -85,7 +85,9 @@ def test_all_rows_in_one_place_are_one_partition_of_any_data():
 
 
 def test_the_server_of_an_arm_differs_in_nothing_that_changes_a_loss():
-    config = parse_run_config({**EVALUATED, "strategy.round-timeout": 7.0})
+    config = parse_run_config(
+        {**EVALUATED, "strategy.round-timeout": 7.0, "num-server-rounds": 3}
+    )
     arm = make_arm("federated", config, 4)
     own, clients = flat(arm.server_config), flat(arm.config)
 

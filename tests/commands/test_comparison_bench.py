@@ -157,3 +157,22 @@ def test_the_base_is_scored_once_and_an_adapter_once_in_a_row(config_file, monke
     assert isinstance(rows, SharedRows)
     assert losses == [1.0, 2.0, 2.0, 3.0, 1.0, 4.0]
     assert comparison_bench.SharedRows.questions(rows, 3) == []
+
+
+def test_a_federation_at_record_level_is_an_arm_with_ledgers_of_its_own(
+    config_file, tmp_path
+):
+    joint = 'privacy.unit="record" privacy.noise="joint" train.batch-size=1'
+    more = 'train.gradient-accumulation=4 privacy.delta=1e-5 adapter.kind="ffa-lora"'
+    config = read_run_config([str(config_file), f"{joint} {more}"])
+    bench = Bench(config, 2, None, OWN_BEST)
+
+    one = bench.measure("federated-dp", tmp_path)
+    # A client that remembered the first would have spent its budget.
+    two = bench.measure("federated-dp", tmp_path)
+
+    for row in (one, two):
+        assert 7 < row["epsilon"] <= 8 and row["failed_replies"] == 0
+        assert row["examples"] == row["best_round"] * 4 / 2
+    folders = list((tmp_path / "home" / "ledgers" / "simulated").iterdir())
+    assert len(folders) == 2

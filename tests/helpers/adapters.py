@@ -15,12 +15,14 @@ from fedllm.models.location import load_config
 
 
 def make_config(**more: object) -> RunConfig:
-    return parse_run_config({
+    return parse_run_config(
+        {
             "adapter.kind": "auto",
             "num-server-rounds": 4,
             "train.local-steps": 1,
             **more,
-        })
+        }
+    )
 
 
 KINDS = ["ffa-lora", "lora-core", "lora", "ia3", "vera"]

@@ -4,7 +4,7 @@ import pytest
 from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 
-from tests.helpers.plans import plan_json
+from tests.helpers.plans import ONE_STEP, plan_json
 
 
 def test_epsilon_and_noise_are_dp_accountings(capsys):
@@ -38,7 +38,7 @@ def test_trained_values_are_counted_without_the_model(capsys, kind, d):
 
 
 def test_what_is_better_was_measured_and_changes_one_thing(capsys):
-    plan = plan_json(capsys, "--epsilon", "4")
+    plan = plan_json(capsys, *ONE_STEP, "--epsilon", "4")
 
     losses = {row["change"]: row["test_loss"] for row in plan["better"]}
     assert losses == {"300 clients": 2.726, "100 clients": 2.774, "epsilon 8": 2.963}
@@ -54,7 +54,7 @@ def test_another_kind_of_adapter_is_better_only_if_it_was_measured_to_be(capsys)
     core = "adapter.rank=16 privacy.clipping-norm=0.1 "
     core += "strategy.server-learning-rate=30.0 strategy.server-learning-rate-min=30.0"
 
-    plan = plan_json(capsys, "--kind", "lora-core", "--run-config", core)
+    plan = plan_json(capsys, *ONE_STEP, "--kind", "lora-core", "--run-config", core)
 
     # ffa-lora is better by 0.04, IA3 is not, and neither was measured with more clients.
     changes = [row["change"] for row in plan["better"]]
@@ -73,7 +73,7 @@ def test_a_tiny_step_by_rule_is_not_rounded_to_zero(capsys):
 def test_no_kind_is_advised_for_what_it_did_with_less_noise(capsys):
     step = "strategy.server-learning-rate=0.09 strategy.server-learning-rate-min=0.09"
 
-    plan = plan_json(capsys, "--epsilon", "1", "--run-config", step)
+    plan = plan_json(capsys, *ONE_STEP, "--epsilon", "1", "--run-config", step)
 
     changes = [row["change"] for row in plan["better"]]
     assert "100 clients" in changes
@@ -81,7 +81,7 @@ def test_no_kind_is_advised_for_what_it_did_with_less_noise(capsys):
 
 
 def test_a_run_that_was_not_measured_has_no_expected_loss_and_nothing_better(capsys):
-    plan = plan_json(capsys, "--rounds", "3")
+    plan = plan_json(capsys, *ONE_STEP, "--rounds", "3")
 
     expected = plan["expected"]
     assert expected["inside_what_was_measured"] is False
@@ -95,7 +95,7 @@ def test_a_run_that_was_not_measured_has_no_expected_loss_and_nothing_better(cap
 
 
 def test_a_step_that_is_too_long_is_not_predicted_and_the_rules_step_is(capsys):
-    plan = plan_json(capsys, "--epsilon", "2")
+    plan = plan_json(capsys, *ONE_STEP, "--epsilon", "2")
 
     # With 0.5 in place of 0.2 the whole gain was lost; nobody measured 0.6.
     assert plan["expected"]["test_loss"] is None
@@ -105,9 +105,19 @@ def test_a_step_that_is_too_long_is_not_predicted_and_the_rules_step_is(capsys):
 
 
 def test_the_step_by_rule_is_in_units_of_the_clipping_norm(capsys):
-    plain = plan_json(capsys)
-    smaller = plan_json(capsys, "--run-config", "privacy.clipping-norm=0.3")
+    plain = plan_json(capsys, *ONE_STEP)
+    halved = "privacy.clipping-norm=0.3"
+    smaller = plan_json(capsys, *ONE_STEP, "--run-config", halved)
 
     assert plain["server_learning_rate_by_rule"] == pytest.approx(0.60, abs=0.01)
     assert smaller["server_learning_rate_by_rule"] == pytest.approx(1.20, abs=0.02)
     assert plan_json(capsys, "--kind", "ia3")["server_learning_rate_by_rule"] is None
+
+
+def test_many_local_steps_allow_a_longer_step_of_the_server(capsys):
+    # z = 0.6002 for one round of 20 clients, at clipping norm 1.6.
+    assert plan_json(capsys)["server_learning_rate_by_rule"] == 1.12
+    quiet = plan_json(capsys, "--clients", "1000")["server_learning_rate_by_rule"]
+    assert quiet == pytest.approx(10 / 3 * 0.6 / 1.6, abs=0.01)
+    one = plan_json(capsys, *ONE_STEP, "--clients", "1000")
+    assert one["server_learning_rate_by_rule"] == 1.0

@@ -1,13 +1,13 @@
 """The plan as text: what is expected, and what was not measured."""
 
-from tests.helpers.plans import plan_text
+from tests.helpers.plans import ONE_STEP, plan_text
 
 
 def test_noise_beyond_what_was_measured_is_not_measured(capsys):
-    loud = plan_text(capsys, "--clients", "3", "--epsilon", "1")
+    loud = plan_text(capsys, *ONE_STEP, "--clients", "3", "--epsilon", "1")
 
     assert "not measured" in loud and "clients 3 (20)" in loud
-    assert "not measured" not in plan_text(capsys, "--clients", "20")
+    assert "not measured" not in plan_text(capsys, *ONE_STEP, "--clients", "20")
 
 
 def test_noise_that_protects_nobody_is_called_no_protection(capsys):
@@ -19,14 +19,14 @@ def test_noise_that_protects_nobody_is_called_no_protection(capsys):
 
 
 def test_a_measured_run_has_its_interval_and_better_runs_with_their_losses(capsys):
-    text = plan_text(capsys, "--epsilon", "4")
+    text = plan_text(capsys, *ONE_STEP, "--epsilon", "4")
 
     assert "test loss 3.15 (3.07 to 3.24) from 3.76, 55% of the best gain" in text
     assert "300 clients (2.73); 100 clients (2.77); epsilon 8 (2.96)" in text
 
 
 def test_a_run_that_was_not_measured_has_its_differences_and_no_loss(capsys):
-    text = plan_text(capsys, "--rounds", "3")
+    text = plan_text(capsys, *ONE_STEP, "--rounds", "3")
 
     assert "expected test loss: not measured" in text
     assert "rounds 3 (5), noise multiplier 1.04 (1.34)" in text
@@ -39,8 +39,8 @@ def test_a_run_that_was_not_measured_has_its_differences_and_no_loss(capsys):
 def test_the_step_by_rule_comes_with_its_expected_loss_if_it_is_measured(capsys):
     rule = "on average over the rounds, at clipping norm 0.6 (a rule for one local SGD step)"
 
-    measured = plan_text(capsys, "--epsilon", "2")
-    not_measured = plan_text(capsys, "--rounds", "3")
+    measured = plan_text(capsys, *ONE_STEP, "--epsilon", "2")
+    not_measured = plan_text(capsys, *ONE_STEP, "--rounds", "3")
 
     assert (
         f"strategy.server-learning-rate 0.18 {rule}: expected test loss 3.36 ("

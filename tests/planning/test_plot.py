@@ -1,12 +1,12 @@
 """The plan's plot."""
 
-from tests.helpers.plans import plan_text
+from tests.helpers.plans import ONE_STEP, plan_text
 
 
 def test_a_plot_is_written_and_its_path_printed(capsys, tmp_path):
     file = tmp_path / "plan.svg"
 
-    text = plan_text(capsys, "--plot", str(file))
+    text = plan_text(capsys, *ONE_STEP, "--plot", str(file))
 
     assert f"plot: {file}" in text
     drawn = file.read_text()

@@ -82,7 +82,7 @@ def test_a_row_is_predicted_by_itself(row):
 
 
 def test_three_rounds_for_twenty_clients_are_not_measured():
-    config = parse_run_config({"num-server-rounds": 3})
+    config = config_of(ROWS[0], **{"num-server-rounds": 3})
 
     prediction = predicted(config, 20)
 

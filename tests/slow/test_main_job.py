@@ -96,7 +96,7 @@ def test_the_main_job_learns_under_the_epsilon_it_states(job):
 
     before = number(r"test loss: ([\d.]+) before", output)
     after = number(r"before, ([\d.]+) after", output)
-    assert before - after >= 0.5
+    assert before - after >= 0.85
     assert result["test_loss_after"] == pytest.approx(after, abs=6e-4)
     assert privacy["epsilon"] <= 8.0
     assert privacy["delta"] == 1e-5
@@ -126,7 +126,7 @@ def test_two_clients_of_the_defaults_stop_before_round_1_and_read_what_to_change
         in line
     )
     assert "more clients: fedllm simulate --num-supernodes 20" in line
-    assert "round 1/5" not in done.stdout
+    assert "round 1/" not in done.stdout
     assert "Traceback" not in done.stdout
     spent = json.loads((latest_run(tmp_path) / "privacy.json").read_text())
     assert spent["releases"] == []
