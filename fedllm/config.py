@@ -156,7 +156,7 @@ class TrainConfig:
 
     batch_size: Positive = 8
     """Examples in one micro-batch."""
-    local_steps: Count = 15
+    local_steps: Count = 10
     """Optimiser steps a round; 0: `train.local-epochs` counts instead."""
     local_epochs: Amount = 1.0
     """Passes over the client's examples a round, if local-steps is 0."""
@@ -212,9 +212,9 @@ class StrategyConfig:
     """Share of hostile clients that `trimmed-mean` and `krum` allow for."""
     server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"
     """What the server does with the mean update, after the noise."""
-    server_learning_rate: PositiveAmount = 1.25
+    server_learning_rate: PositiveAmount = 1.33
     """Factor on the (noised) mean update in round 1."""
-    server_learning_rate_min: Amount = 1.25
+    server_learning_rate_min: Amount = 1.33
     """The same in the last round; between them a half cosine."""
     server_momentum: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment for `momentum`, `adam` and `yogi`."""
@@ -247,7 +247,7 @@ class PrivacyConfig:
     server, which is trusted, noises the sum of all clients once, and every step is a round
     (train.batch-size times train.gradient-accumulation: the expected batch of all clients
     together)."""
-    clipping_norm: Norm = 1.6
+    clipping_norm: Norm = 1.5
     """Largest L2 norm C of one client's update, under `client`."""
     max_grad_norm: Norm = 1.0
     """Largest L2 norm of one example's gradient, under `record`."""

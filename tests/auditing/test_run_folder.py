@@ -99,7 +99,7 @@ def test_a_missing_run_is_named(tmp_path):
         ({"releases": [1, 1, 2]}, "was edited: releases"),
         ({"delta": 1.0}, "was edited: delta"),
         ({"noise_multiplier": 5.0}, "was edited: epsilon"),
-        ({"clipping_norm": 0.1}, "clipping_norm was 0.1 and is now 1.6"),
+        ({"clipping_norm": 0.1}, "clipping_norm was 0.1 and is now 1.5"),
         ({"sampling": "fixed"}, "sampling was 'fixed' and is now 'all'"),
     ],
 )

@@ -90,7 +90,7 @@ def test_noise_after_a_crash_is_fresh(quick, tmp_path):
         ({"run": "of-another-run"}, "is of the run 'of-another-run'"),
         (
             {"clipping_norm": 9.0},
-            "privacy settings have changed: clipping_norm was 9.0 and is now 1.6",
+            "privacy settings have changed: clipping_norm was 9.0 and is now 1.5",
         ),
     ],
 )
