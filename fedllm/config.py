@@ -170,9 +170,9 @@ class TrainConfig:
     """Longest example in tokens; the client's log has how many it cuts."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Optimiser on the client; its state lasts one round."""
-    learning_rate: PositiveAmount = 0.3
+    learning_rate: PositiveAmount = 0.45
     """Learning rate in round 1."""
-    learning_rate_min: Amount = 0.3
+    learning_rate_min: Amount = 0.45
     """Learning rate in the last round; between them a half cosine."""
     warmup_steps: Count = 0
     """Steps of linear warm-up in each round."""

@@ -169,6 +169,7 @@ def _distance(run: FederationSettings, row: Measured) -> tuple[bool, float]:
         (run.batch_size, row.batch_size),
         # 0 is a whole epoch of steps.
         (run.local_steps or 1, row.local_steps),
+        (run.learning_rate, row.learning_rate),
     ]
     if kind_of(run.kind).has_rank:
         ratios.append((run.rank, row.rank))

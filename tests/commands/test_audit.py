@@ -70,7 +70,7 @@ def test_json_is_one_object_with_the_checks_and_nothing_else(capsys):
 
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] is True and report["run"] is None
-    assert len(report["checks"]) == 11 and report["settings"]["planned_rounds"] == 5
+    assert len(report["checks"]) == 11 and report["settings"]["planned_rounds"] == 1
 
 
 def test_a_broken_strategy_ends_with_status_1(monkeypatch, capsys):

@@ -145,7 +145,7 @@ def test_one_model_is_in_memory_and_stays_there(home, monkeypatch):
             alive.clear()
 
         def variants(self):
-            return [("base", False), ("tuned", True)]
+            return ["base", "tuned"]
 
         def answer(self, *asked):
             yield "yes"

@@ -70,7 +70,7 @@ JOINT = {
     "train.batch-size": 1,
     "train.gradient-accumulation": 6,
     "train.local-steps": 1,
-    "train.learning-rate-min": 0.3,
+    "train.learning-rate-min": 0.45,
 }
 
 NO_PRIVACY = {"privacy.unit": "none", "privacy.target-epsilon": 0.0}

@@ -22,7 +22,7 @@ def test_a_measured_run_has_its_interval_and_better_runs_with_their_losses(capsy
     text = plan_text(capsys, *ONE_STEP, "--epsilon", "4")
 
     assert "test loss 3.15 (3.07 to 3.24) from 3.76, 55% of the best gain" in text
-    assert "300 clients (2.73); 100 clients (2.77); epsilon 8 (2.96)" in text
+    assert "300 clients (2.73); epsilon 8 (2.77); 100 clients (2.77)" in text
 
 
 def test_a_run_that_was_not_measured_has_its_differences_and_no_loss(capsys):
