@@ -22,6 +22,8 @@ from fedllm.training.task import RoundTask
 logger = logging.getLogger(__name__)
 
 _CHECKS_PER_PASS = 2
+_LEAST_BATCH = 4
+"""Examples of a step, if `train.batch-size` is smaller."""
 _PATIENCE = 3
 """Checks without a new best after which a training ends."""
 
@@ -87,13 +89,15 @@ def train_to_own_best(
         adapted: The resident model; its trained values are overwritten.
         rows: The client's rows, with at least one of each sort.
         start: Where each training starts. It is the result if none is better.
-        train: Batch size and what else is no matter of length, optimiser or pull.
+        train: Examples of a pass, and what else is no matter of length, optimiser or pull.
         config: What to try.
         score: Returns the loss of the resident model on rows, in nats per answer token.
     """
     own, judged = rows.training, rows.judging
     train = replace(
         train,
+        # Large accumulated batches serve the noise of a round: here they leave few steps.
+        gradient_accumulation=max(1, _LEAST_BATCH // train.batch_size),
         local_steps=0,
         local_epochs=config.passes,
         optimizer="adamw",

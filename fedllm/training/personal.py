@@ -6,7 +6,7 @@ noise, so the personal adapter is not private, and is for the client's own machi
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fedllm.adapters.adapted_model import AdaptedModel
@@ -78,8 +78,7 @@ def train_personal(
         adapted,
         OwnRows(rows.training, rows.stopping),
         shared,
-        # Accumulated batches serve the noise of a round. Here they would leave few steps.
-        replace(config.train, gradient_accumulation=1),
+        config.train,
         OwnBestConfig(
             (personal.learning_rate,),
             personal.epochs,

@@ -1,5 +1,7 @@
 """A client's own best: the passes and the rate that its held-out rows like."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -106,3 +108,26 @@ def test_the_pull_towards_the_start_keeps_the_values_near_it(client):
         return sum(float(np.sum((found.arrays[k] - start[k]) ** 2)) for k in start)
 
     assert distance(100.0) < distance(0.0) / 2
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulated", "steps"),
+    [(1, 128, 3), (3, 128, 3), (2, 1, 3), (9, 1, 1)],
+)
+def test_a_step_has_a_few_rows_whatever_a_round_accumulates(
+    client, batch_size, accumulated, steps
+):
+    # Nine rows: three steps of four, of three, of four again, or one of nine.
+    train = replace(TRAIN, batch_size=batch_size, gradient_accumulation=accumulated)
+    losses = []
+
+    def score(rows):
+        losses.append(len(losses))
+        return float(-len(losses))
+
+    config = OwnBestConfig([0.01], 1.0, seed=1)
+    rows = split_tenth(client.examples, seed=1)
+    train_to_own_best(client, rows, client.start(), train, config, score)
+
+    # Before the training, and after each step: there are two checks a pass at least.
+    assert len(losses) == 1 + steps
