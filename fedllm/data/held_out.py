@@ -113,7 +113,7 @@ def _keyed_digest(key: bytes, row: Row | None, column: str) -> bytes | None:
         if person is not None:
             return hashlib.sha256(key + b"person " + person.encode()).digest()
         return hashlib.sha256(key + _row_digest(row)).digest()
-    except Exception:  # noqa: BLE001 - see above
+    except Exception:  # noqa: BLE001 - a row may hold anything
         return None
 
 

@@ -123,7 +123,7 @@ class ChatModel:
 
 
 class CandidatesChat(ChatModel):
-    """A resident model whose adapter takes the values of whoever is asked.
+    """A resident model with several adapters, of which the named one answers.
 
     Args:
         choice: What answers, in words, and the run's config.

@@ -54,6 +54,6 @@ on so few rows may be chance.
 
 
 def _caution(settings: Mapping[str, Any]) -> str:
-    """Return what is to be said of the data besides, if anything."""
+    """Return the caution of the data, if it has one of its own."""
     text = caution(dict(settings))
     return "" if text == SMALL_MODEL else text

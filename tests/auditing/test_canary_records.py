@@ -64,8 +64,13 @@ def client(tiny_chat_llama: Path) -> tuple[AdaptedModel, Any]:
     return AdaptedModel(attach(base, spec).eval(), tokenizer, spec), examples
 
 
-def audited(client: tuple[AdaptedModel, Any], trained_with: RecordPlan) -> Any:
-    """Audit what is promised, where the client trains by another plan."""
+def audited(
+    client: tuple[AdaptedModel, Any], trained_with: RecordPlan, num_rows: int = 1
+) -> Any:
+    """Audit what is promised, if the client trains by another plan.
+
+    A canary is a person with so many rows.
+    """
     adapted, examples = client
     promised = client_plan(CONFIG, len(examples) + CANARIES // 2, 1.0)
 
@@ -73,7 +78,7 @@ def audited(client: tuple[AdaptedModel, Any], trained_with: RecordPlan) -> Any:
         task = RoundTask(arrays, 0.02)
         return train_privately(adapted, records, CONFIG, trained_with, task).arrays
 
-    return audit_records(adapted, examples, CONFIG, promised, CANARIES, train)
+    return audit_records(adapted, examples, CONFIG, promised, CANARIES, train, num_rows)
 
 
 def test_what_keeps_its_promise_passes(client):
@@ -145,23 +150,14 @@ def test_one_noise_for_all_passes_and_without_it_the_run_is_convicted(
     assert not found.passed and found.certified.epsilon > found.accounted
 
 
-def persons_audited(client: tuple[AdaptedModel, Any], plan: RecordPlan) -> Any:
-    adapted, examples = client
-    promised = client_plan(CONFIG, len(examples) + CANARIES // 2, 1.0)
-
-    def train(records: Any, arrays: Any) -> Any:
-        task = RoundTask(arrays, 0.02)
-        return train_privately(adapted, records, CONFIG, plan, task).arrays
-
-    return audit_records(adapted, examples, CONFIG, promised, CANARIES, train, 2)
-
-
 def test_canaries_that_are_persons_pass_and_without_noise_they_convict(client):
     promised = client_plan(CONFIG, len(client[1]) + CANARIES // 2, 1.0)
 
-    assert persons_audited(client, promised).passed
+    assert audited(client, promised, num_rows=2).passed
 
-    found = persons_audited(client, replace(promised, noise_multiplier=1e-6, steps=30))
+    found = audited(
+        client, replace(promised, noise_multiplier=1e-6, steps=30, num_rows=2)
+    )
 
     assert found.fall_planted > found.fall_others + 0.2
     assert not found.passed and found.certified.epsilon > found.accounted

@@ -42,7 +42,7 @@ def test_held_out_rows_are_a_fixed_share_and_copies_of_a_row_are_on_one_side():
 
 
 def test_without_a_share_every_row_is_trained_on_and_none_is_looked_at():
-    class Unread(list):  # type: ignore[type-arg]
+    class Unread(list[dict[str, Any]]):
         def __iter__(self) -> Any:
             raise AssertionError("a row was looked at")
 

@@ -15,8 +15,6 @@ from fedllm.deployment.personal_watch import watch
 from fedllm.deployment.supernode import start_helper
 from fedllm.errors import NodeError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="as the SuperNode's")
-
 
 def delivery(folder: Path, run: int, client: int, *, trained: bool = False):
     where = folder / f"{run}-{client}"

@@ -1,28 +1,13 @@
 """A person's rows are one record: one sum, one clip, one coin."""
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from fedllm.adapters.adapted_model import AdaptedModel
-from fedllm.adapters.peft_model import attach, initial_arrays
-from fedllm.adapters.resolve import adapter_spec
-from fedllm.config import (
-    AdapterConfig,
-    DataConfig,
-    PrivacyConfig,
-    RunConfig,
-    TrainConfig,
-)
-from fedllm.data.records import tokenize_records
-from fedllm.models.loading import load_tokenizer
-from fedllm.models.location import load_config
+from fedllm.adapters.peft_model import initial_arrays
 from fedllm.privacy.joint_sum import record_units
 from fedllm.privacy.mechanism import SecureGenerator
 from fedllm.privacy.record_ledger import RecordPlan
@@ -31,48 +16,20 @@ from fedllm.training.joint_step import batch_sum
 from fedllm.training.per_example_gradients import PerExample
 from fedllm.training.person_gradients import person_gradient
 from fedllm.training.task import RoundTask
-from tests.helpers.tiny_models import SENTENCES
-
-Z, B, NORM = 1.1, 16, 0.05
-# Every coin falls for its record, so that two sums differ by records alone.
-EVERY = RecordPlan(Z, 1.0, 1, B, 1e-5)
-CONFIG = RunConfig(
-    train=TrainConfig(batch_size=2), privacy=PrivacyConfig(max_grad_norm=NORM)
+from tests.helpers.batch_sums import (
+    CONFIG,
+    EVERY,
+    B,
+    Z,
+    client,
+    examples,
+    length,
+    sum_of,
 )
+
+__all__ = ["client", "examples", "sum_of"]
+
 UNKNOWN = {"input_ids": [10**9, 1], "labels": [-100, 1]}
-
-
-@pytest.fixture(scope="module")
-def client(tiny_chat_llama: Path) -> AdaptedModel:
-    base = AutoModelForCausalLM.from_pretrained(tiny_chat_llama, dtype=torch.float32)
-    base.requires_grad_(False)
-    folder = str(tiny_chat_llama)
-    spec = adapter_spec(AdapterConfig(rank=4), load_config(folder), 5)
-    return AdaptedModel(attach(base, spec).eval(), load_tokenizer(folder), spec)
-
-
-@pytest.fixture(scope="module")
-def examples(client: AdaptedModel) -> list[Any]:
-    rows = [{"instruction": t[:20], "response": t[20:]} for t in SENTENCES]
-    found = tokenize_records(rows, client.tokenizer, DataConfig(), 512).examples
-    assert None not in found
-    return found
-
-
-@pytest.fixture(scope="module")
-def sum_of(client: AdaptedModel) -> Callable[..., Any]:
-    task = RoundTask(initial_arrays(client.spec), 1.0)
-
-    def summed(records: Any) -> Any:
-        named = batch_sum(client, records, CONFIG, EVERY, task).integers
-        return np.concatenate([named[name].ravel() for name in named])
-
-    return summed
-
-
-def length(integers: Any) -> int:
-    """Return the exact norm of integers, rounded up."""
-    return math.isqrt(sum(int(v) ** 2 for v in integers)) + 1
 
 
 @pytest.fixture
@@ -153,7 +110,9 @@ def test_a_row_that_cannot_be_used_is_zero_and_the_person_is_not(
         np.testing.assert_allclose(got, kept.sum(0), rtol=1e-6, atol=1e-12)
 
 
-def test_no_more_than_one_row_of_a_person_is_held_at_a_time(per_example, examples):
+def test_no_more_than_one_row_of_a_person_is_held_at_a_time(
+    per_example, examples, monkeypatch
+):
     held = []
     honest = per_example.gradients
 
@@ -162,7 +121,7 @@ def test_no_more_than_one_row_of_a_person_is_held_at_a_time(per_example, example
             held.append(len(part))
             yield part
 
-    per_example.gradients = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(per_example, "gradients", watched)
     person_gradient(per_example, examples * 3)
 
     assert held == [1] * (3 * len(examples))
