@@ -9,6 +9,7 @@ from fedllm.adapters.start import start_arrays
 from fedllm.config import RunConfig
 from fedllm.errors import FedllmError
 from fedllm.privacy.ledger import Ledger
+from fedllm.privacy.released_rounds import ReleasedRounds
 from fedllm.privacy.wording import plain
 from fedllm.runs.directory import PRIVACY_FILE, read_json
 
@@ -55,7 +56,7 @@ def start_of_run(
     if config.adapter.start_is_public:
         logger.info("start: %s, public by its owner's word", folder)
         return arrays, NOTHING
-    earlier = _earlier(folder.parent / PRIVACY_FILE, config, population_size)
+    earlier = _earlier(folder.parent / PRIVACY_FILE, config, population_size, home)
     if config.privacy.unit == "none":
         earlier = NOTHING
     logger.info("start: %s", folder)
@@ -64,13 +65,16 @@ def start_of_run(
     return arrays, earlier
 
 
-def _earlier(path: Path, config: RunConfig, population_size: int) -> Earlier:
-    """Return what the ledger beside an adapter says."""
+def _earlier(
+    path: Path, config: RunConfig, population_size: int, home: Path
+) -> Earlier:
+    """Return what the ledger beside an adapter says, and what its copies released."""
     unknown = Earlier(
         note=f"what the start adapter tells of anybody's rows: {path} is no ledger that "
         "could be checked (adapter.start-is-public=true is its owner's word that there "
         "is nothing to tell)"
     )
+    rounds: set[int] = set()
     try:
         content = read_json(path)
         unit, run = str(content["unit"]), str(content["run"])
@@ -79,6 +83,7 @@ def _earlier(path: Path, config: RunConfig, population_size: int) -> Earlier:
             ledger = None
         else:
             ledger = Ledger.load(path)
+            rounds = {*ledger.releases, *_released_elsewhere(home, ledger.run)}
             epsilon, delta = ledger.spent, ledger.settings.delta
     except (FedllmError, OSError, ValueError, KeyError, TypeError):
         return unknown
@@ -100,5 +105,15 @@ def _earlier(path: Path, config: RunConfig, population_size: int) -> Earlier:
             "stands beside this one"
         )
     settings = ledger.settings
-    spent = len(ledger.releases) / settings.noise_multiplier**2
+    spent = len(rounds) / settings.noise_multiplier**2
     return Earlier(mu_squared=settings.earlier_mu_squared + spent)
+
+
+def _released_elsewhere(home: Path, run: str) -> list[int]:
+    """Return the rounds that any copy of a run's folder has released from this machine.
+
+    Raises:
+        PrivacyError: They cannot be read.
+    """
+    released = ReleasedRounds(home, run)
+    return released.read() if released.path.exists() else []

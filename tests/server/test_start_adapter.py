@@ -184,6 +184,22 @@ def test_an_edited_ledger_is_no_ledger(quick):
     assert "is no ledger that could be checked" in content["not_covered"][-1]
 
 
+def test_what_a_copy_of_the_run_before_released_counts_too(quick):
+    first = run_of(
+        {**quick, "privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 2.0}
+    )
+    name = privacy_of(first)["run"]
+    released = first.directory.path.parents[1] / "released" / f"{name}.json"
+    released.write_text('{"rounds": [1, 2, 3, 4]}')
+
+    second = federation(started({**quick, "privacy.target-epsilon": 50.0}, first))
+
+    assert privacy_of(second)["earlier_mu_squared"] == 4 / 2**2
+    released.write_text("damaged")
+    third = federation(started(quick, first))
+    assert "is no ledger that could be checked" in privacy_of(third)["not_covered"][-1]
+
+
 def test_a_resumed_run_still_counts_the_runs_before(quick):
     first = run_of({**quick, **TARGET})
     given = started({**quick, "privacy.target-epsilon": 8.0}, first)
