@@ -24,12 +24,10 @@ sys.path.insert(0, str(ROOT))
 
 from tests.helpers.flower_processes import (  # noqa: E402 - from the checkout above
     BIN,
-    environment,
+    Deployment,
     free_port,
-    latest_run,
     running,
     typed,
-    wait_for_port,
 )
 
 _SUM = re.compile(r"step (\d+): sum of a batch after ([\d.]+) s")
@@ -64,35 +62,27 @@ def _run(
     folder: Path, args: argparse.Namespace
 ) -> tuple[list[float], dict[int, float]]:
     """Return each step's seconds, and by step those of all nodes' trainings together."""
-    env = environment(folder / "flwr", folder / "server")
-    env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
-    env["OMP_NUM_THREADS"] = "1"
-    env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"
+    here = Deployment(folder, folder)
+    here.env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     models = Path(os.environ.get("FEDLLM_HOME", Path.home() / ".fedllm")) / "models"
-    homes = [folder / "server", *(folder / f"node-{i}" for i in range(args.nodes))]
-    for home in homes:
+    homes = [folder / f"node-{i}" for i in range(args.nodes)]
+    for home in (folder / "fedllm", *homes):
         home.mkdir(mode=0o700)
         (home / "models").symlink_to(models)
-    port = free_port()
-    (folder / "flwr").mkdir()
-    (folder / "flwr" / "config.toml").write_text(
-        f'[superlink.remote]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
     lines = (ROOT / _ROWS).read_text("utf-8").splitlines(keepends=True)
-    with contextlib.ExitStack() as stack:
-        link = [str(BIN / "flower-superlink"), "--insecure", "--port", str(port)]
-        link += ["--control-api-address", f"127.0.0.1:{free_port()}"]
-        stack.enter_context(running(link, env, folder / "superlink.log"))
-        wait_for_port(port)
-        for index, home in enumerate(homes[1:]):
+    with here.superlink(), contextlib.ExitStack() as stack:
+        for index, home in enumerate(homes):
             rows = folder / f"site-{index}.jsonl"
             own = lines[index * args.rows : (index + 1) * args.rows]
             rows.write_text("".join(own), "utf-8")
             node = [sys.executable, "-m", "fedllm.commands.supernode", "--insecure"]
-            node += ["--superlink", f"127.0.0.1:{port}", "--port", str(free_port())]
+            node += ["--superlink", f"127.0.0.1:{here.port}"]
+            node += ["--port", str(free_port())]
             node += ["--node-config", f'data-path="{rows}" declared-rows={args.rows}']
             log = folder / f"node-{index}.log"
-            stack.enter_context(running(node, {**env, "FEDLLM_HOME": str(home)}, log))
+            stack.enter_context(
+                running(node, {**here.env, "FEDLLM_HOME": str(home)}, log)
+            )
         config = {
             "num-server-rounds": args.rounds,
             "privacy.unit": "record",
@@ -100,8 +90,6 @@ def _run(
             "train.batch-size": 1,
             "train.gradient-accumulation": args.batch,
             "train.local-steps": 1,
-            "train.learning-rate": 1.0,
-            "train.learning-rate-min": 1.0,
             "strategy.num-clients": args.nodes,
             "strategy.server-learning-rate": 0.01,
             "strategy.server-learning-rate-min": 0.01,
@@ -112,16 +100,15 @@ def _run(
         }
         values = " ".join(f"{k}={json.dumps(v)}" for k, v in config.items())
         command = [str(BIN / "flwr"), "run", str(ROOT), "remote", "--stream"]
-        done = typed([*command, "--run-config", values], env, 1800)
+        done = typed([*command, "--run-config", values], here.env, 1800)
     try:
-        text = (latest_run(folder / "server") / "metrics.jsonl").read_text("utf-8")
-        steps = [
-            sum(json.loads(line)["seconds"].values()) for line in text.splitlines()
-        ]
-    except (OSError, KeyError) as error:
-        sys.exit(f"{error}:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
+        steps = [sum(line["seconds"].values()) for line in here.lines()]
+    except OSError:
+        steps = []
+    if len(steps) <= args.rounds:
+        sys.exit(f"the run did not end:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
     training: dict[int, float] = {}
-    for home in homes[1:]:
+    for home in homes:
         for log in (home / "logs").glob("client-*.log"):
             for step, seconds in _SUM.findall(log.read_text("utf-8")):
                 training[int(step)] = training.get(int(step), 0.0) + float(seconds)
