@@ -156,7 +156,7 @@ def test_canaries_that_are_persons_pass_and_without_noise_they_convict(client):
     assert audited(client, promised, num_rows=2).passed
 
     found = audited(
-        client, replace(promised, noise_multiplier=1e-6, steps=30, num_rows=2)
+        client, replace(promised, noise_multiplier=1e-6, steps=30), num_rows=2
     )
 
     assert found.fall_planted > found.fall_others + 0.2
