@@ -18,6 +18,7 @@ from typing import Any
 
 from fedllm.commands.options import (
     add_answers,
+    add_fetch_base,
     add_json,
     log_to_stderr,
     new_parser,
@@ -65,8 +66,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> ChatModel:
-    """Return the model of an adapter folder or of the latest run."""
+    """Return the model of an adapter folder or of the latest run.
+
+    Raises:
+        ModelError: The adapter's base is not on this machine, and may not be fetched.
+    """
+    from fedllm.models.location import require_at_hand
+
     choice = find_model(args.peft_path, fedllm_home())
+    if args.peft_path and not args.fetch_base:
+        require_at_hand(choice.base_name, str(choice.folder))
     if args.quantization is not None:
         choice.quantization = args.quantization
     if args.float32:
@@ -334,6 +343,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--interactive", action="store_true", help="ask again and again"
     )
+    add_fetch_base(parser)
     add_json(parser)
     add_answers(parser, default_bits="as in training, 4 for plain PEFT")
     parser.add_argument(

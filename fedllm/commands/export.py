@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from fedllm.commands.options import (
+    add_fetch_base,
     add_json,
     add_out,
     new_parser,
@@ -27,9 +28,14 @@ def run(args: argparse.Namespace) -> int:
     """Write the merged model and print its folder."""
     # A user cannot act on what transformers logs while it loads.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from fedllm.adapters.files import read_base_name
+    from fedllm.models.location import require_at_hand
+
     out = Path(args.out).expanduser()
     adapter = Path(args.peft_path).expanduser()
     _require_leave(adapter, args.allow_personal)
+    if not args.fetch_base:
+        require_at_hand(read_base_name(adapter), str(adapter))
     export(adapter, out, args.quantize)
     if args.push_to_hub:
         _push(out, args.push_to_hub)
@@ -149,6 +155,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="OWNER/NAME",
         help="also upload it, to a new private repository",
     )
+    add_fetch_base(parser)
     add_json(parser)
     return parser
 

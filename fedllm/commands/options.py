@@ -119,6 +119,15 @@ def add_out(
     parser.add_argument("--out", required=required, metavar="DIR", help=meaning)
 
 
+def add_fetch_base(parser: argparse.ArgumentParser) -> None:
+    """Add the option that lets a hub be asked for what an adapter names as its base."""
+    parser.add_argument(
+        "--fetch-base",
+        action="store_true",
+        help="fetch the base that the adapter names, if this machine lacks it",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add `--json`: one JSON object instead of text."""
     parser.add_argument(

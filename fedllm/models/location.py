@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedllm.errors import ModelError
+from fedllm.foreign_text import printable
 from fedllm.models import builtin
 from fedllm.models.known import BUILT_IN_MODEL
 from fedllm.models.load_errors import loading_errors
@@ -100,6 +101,34 @@ def load_options(location: str) -> dict[str, Any]:
         "pretrained_model_name_or_path": name,
         **{key: value for key, value in source.items() if value is not None},
     }
+
+
+def require_at_hand(location: str, wanted_by: str) -> None:
+    """Check that a model is on this machine, before a hub is asked for it.
+
+    Args:
+        location: What `locate` returned, or what an adapter names.
+        wanted_by: Who named the model; begins the error.
+
+    Raises:
+        ModelError: It is a hub id, and not in the hub's cache.
+    """
+    if Path(location).is_dir():
+        return
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    name, commit = repository(location)
+    try:
+        found = try_to_load_from_cache(name, _CONFIG, revision=commit)
+    except HFValidationError:
+        # No hub has it: loading it names the remedy.
+        return
+    if not isinstance(found, str):
+        raise ModelError(
+            f"{wanted_by}: its base model {printable(name)} is not on this machine: "
+            "--fetch-base lets the hub be asked for it"
+        )
 
 
 def _adapter_in_base(location: str) -> str:

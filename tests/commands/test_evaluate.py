@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.client.personal import make_personal
 from fedllm.commands.evaluate import main
+from fedllm.commands.main import main as fedllm
 from fedllm.config import flat, parse_run_config
 from fedllm.evaluation.inference import ChatModel, find_model
 from fedllm.models.location import load_config
@@ -184,13 +185,18 @@ def test_float32_computes_in_float32_whatever_the_hardware_prefers(run, monkeypa
     assert types == {torch.float32}
 
 
-def test_the_base_that_is_loaded_is_named_and_not_another_one(tmp_path):
-    """fedllm.json is the maker's word, and adapter_config.json is what is fetched."""
-    folder = tmp_path / "adapter"
+def adapter_of(folder: Path, base_name: str) -> Path:
+    """Make an adapter without weights that names its base."""
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(b"")
-    config = {"peft_type": "LORA", "base_model_name_or_path": "a/evil\x1b[2J"}
+    config = {"peft_type": "LORA", "base_model_name_or_path": base_name}
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_base_that_is_loaded_is_named_and_not_another_one(tmp_path):
+    """fedllm.json is the maker's word, and adapter_config.json is what is fetched."""
+    folder = adapter_of(tmp_path / "adapter", "a/evil\x1b[2J")
     origin = {"model": "smollm2-135m-instruct", "server_round": 3}
     (folder / "fedllm.json").write_text(json.dumps(origin))
 
@@ -413,3 +419,31 @@ def test_personal_is_of_its_own_run_and_base(other, capsys):
 
     assert caught.value.code == 2
     assert "--personal is of a run and its base" in capsys.readouterr().err
+
+
+class Asked(Exception):
+    """A hub was asked for a base."""
+
+
+def never(*_: Any, **__: Any) -> None:
+    raise Asked
+
+
+@pytest.mark.parametrize(
+    "command", [["evaluate", "--question", "?"], ["export", "--out", "merged"]]
+)
+def test_no_hub_is_asked_for_what_a_strangers_adapter_names_as_its_base(
+    command, home, tmp_path, monkeypatch
+):
+    name = "attacker/evil-model"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fedllm.models.location.commit_of", never)
+    folder = adapter_of(tmp_path / "adapter", name)
+    full = [*command, "--peft-path", str(folder)]
+
+    with pytest.raises(
+        SystemExit, match=f"{name} is not on this machine: --fetch-base"
+    ):
+        fedllm(full)
+    with pytest.raises(Asked):
+        fedllm([*full, "--fetch-base"])
