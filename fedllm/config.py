@@ -148,6 +148,9 @@ class DataConfig:
     """File of rows declared public that choose the best round; empty: none."""
     public_test: Text = ""
     """File of rows declared public that only report; empty: none."""
+    public_train: Text = ""
+    """File of rows declared public that the server trains on before round 1, at no cost of
+    privacy; empty: none."""
 
 
 @dataclass(frozen=True, config=_SECTION)
@@ -180,6 +183,10 @@ class TrainConfig:
     """Decoupled weight decay of the trained values."""
     max_grad_norm: Amount = 0.0
     """Clip the gradient of a step to this norm; 0.0: do not. Not a privacy bound."""
+    public_epochs: PositiveAmount = 4.0
+    """Most passes of the server over data.public-train, of which a tenth stops it."""
+    public_learning_rate: PositiveAmount = 0.002
+    """Adam's learning rate there, which falls by half a cosine."""
     proximal_mu: Amount = 0.0
     """FedProx: weight of the pull towards the round's global adapter."""
 
@@ -345,6 +352,11 @@ class RunConfig:
         A round of Poisson sampling may have drawn no client.
         """
         return self.strategy.sampling == "poisson" and self.privacy.unit != "record"
+
+    @property
+    def starts_tuned(self) -> bool:
+        """Whether round 0 is an adapter that may differ from the base."""
+        return bool(self.adapter.start_from or self.data.public_train)
 
     @property
     def is_joint(self) -> bool:

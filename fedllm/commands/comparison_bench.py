@@ -40,6 +40,7 @@ from fedllm.privacy.ledger import Ledger
 from fedllm.runs.directory import METRICS_FILE, RunDirectory, read_metrics
 from fedllm.server.federation import Federation
 from fedllm.server.local_grid import LocalGrid
+from fedllm.server.public_training import train_on_public_rows
 from fedllm.server.startup import set_up
 from fedllm.training.own_best import (
     OwnBest,
@@ -85,7 +86,10 @@ class Bench:
         self._own_best = own_best
         self._questions = load_questions(Path(benchmark)) if benchmark else None
         self._adapted = resident_model(config).adapted
-        self._base = initial_arrays(self._adapted.spec)
+        self._base = self._beginning = initial_arrays(self._adapted.spec)
+        if config.data.public_train:
+            # Federations do it for themselves: nobody else has fewer public rows.
+            self._beginning = train_on_public_rows(self._adapted, config, self._base)
         self._public = SharedRows(config, fedllm_home(), self._adapted)
         self._test_score(self._base)
 
@@ -168,13 +172,13 @@ class Bench:
         return held_out(self._adapted.model, rows, self._adapted.pad_token_id).loss
 
     def _start(self, arm: str, folder: Path) -> Arrays:
-        """Return the adapter of an arm that was trained, or the base's.
+        """Return the adapter of an arm that was trained, or what all begin with.
 
         Raises:
             ConfigError: The arm was not trained.
         """
         if arm == "base":
-            return self._base
+            return self._beginning
         path = _adapter(folder, arm)
         if not path.exists():
             raise ConfigError(

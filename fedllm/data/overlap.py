@@ -1,7 +1,8 @@
 """Rows that train and rows that are declared public: no row may be both.
 
-The loss on a public row is printed, and chooses a round, without noise. That of a row which
-trains would be a release that nothing pays for. A row is known by the text of its
+The loss on a public row is printed, and chooses a round, without noise, and the server trains
+on public rows without noise. Of a row of a client's either would be a release that nothing
+pays for. A row is known by the text of its
 conversation: another column, or a blank at an end, makes no other row of it.
 """
 
@@ -20,8 +21,9 @@ from fedllm.data.records import load_records
 from fedllm.data.rows import load_public
 from fedllm.errors import ConfigError, DataError
 
-_Split = Literal["validation", "test"]
-_SPLITS: dict[_Split, str] = {
+_Split = Literal["train", "validation", "test"]
+_KEYS: dict[_Split, str] = {
+    "train": "data.public-train",
     "validation": "data.public-validation",
     "test": "data.public-test",
 }
@@ -39,18 +41,40 @@ def require_no_public_row_trains(config: RunConfig) -> None:
     """
     if config.privacy.unit == "none" or not _is_here(config.data):
         return
-    public = {split: load_public(config.data, split) for split in _SPLITS}
+    public = {split: load_public(config.data, split) for split in _KEYS}
     if not any(public.values()):
         return
     training = _digests(config.data, load_records(config.data))
-    for split, key in _SPLITS.items():
+    for split, key in _KEYS.items():
         rows = public[split]
         both = 0 if rows is None else len(_digests(config.data, rows) & training)
         if both:
             raise ConfigError(
                 f"{key}: {both} of its rows also train (data.name is "
-                f"{config.data.name}): their losses would leave without noise under "
+                f"{config.data.name}): what they say would leave without noise under "
                 f"privacy.unit={config.privacy.unit!r}; take them out of one of the two"
+            )
+
+
+def require_public_rows_apart(config: RunConfig) -> None:
+    """Check that the server trains on no row that chooses a round or reports.
+
+    Raises:
+        ConfigError: A row is in both.
+        DataError: Public rows cannot be read.
+    """
+    rows = load_public(config.data, "train")
+    if rows is None:
+        return
+    training = _digests(config.data, rows)
+    scoring: tuple[_Split, ...] = ("validation", "test")
+    for split in scoring:
+        scored = load_public(config.data, split) or ()
+        if both := len(_digests(config.data, scored) & training):
+            raise ConfigError(
+                f"data.public-train: {both} of its rows are {split} rows too "
+                f"({_KEYS[split]}), whose losses would then mean nothing; take them out "
+                "of one of the two"
             )
 
 
@@ -66,10 +90,13 @@ def public_rows_among(config: DataConfig, rows: Iterable[Row | None]) -> set[int
     """
     if config.name not in EMBEDDED:
         return set()
-    named = {"validation": config.public_validation, "test": config.public_test}
+    named: dict[_Split, str] = {
+        "validation": config.public_validation,
+        "test": config.public_test,
+    }
     public: set[bytes] = set()
-    for split in _SPLITS:
-        if not named[split]:
+    for split, path in named.items():
+        if not path:
             public |= _digests(config, load_public(config, split) or ())
     return {
         i for i, row in enumerate(rows) if conversation_digest(config, row) in public

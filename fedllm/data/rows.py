@@ -46,13 +46,13 @@ def load_rows(config: DataConfig, path: str | None = None) -> "Dataset":
 
 
 def load_public(
-    config: DataConfig, split: Literal["validation", "test"]
+    config: DataConfig, split: Literal["train", "validation", "test"]
 ) -> "Dataset | None":
-    """Load the rows declared public: validation chooses, test only reports.
+    """Load rows declared public: the server trains, validation chooses, test only reports.
 
     Args:
         config: A file that it names takes the place of the embedded rows.
-        split: Which of the two.
+        split: Which of the three; of `train` none are embedded.
 
     Returns:
         The rows, or None if the user declared none.
@@ -60,9 +60,15 @@ def load_public(
     Raises:
         DataError: As `load_rows`.
     """
-    path = config.public_validation if split == "validation" else config.public_test
-    if path:
+    named = {
+        "train": config.public_train,
+        "validation": config.public_validation,
+        "test": config.public_test,
+    }
+    if path := named[split]:
         return _load_local(config, path)
+    if split == "train":
+        return None
     return _load_embedded(config, split) if config.name in EMBEDDED else None
 
 

@@ -221,6 +221,7 @@ def _data(config: RunConfig) -> Check:
         "data.name": data.name if looks_local(data.name) else "",
         "data.public-validation": data.public_validation,
         "data.public-test": data.public_test,
+        "data.public-train": data.public_train,
     }
     lines = [] if named["data.name"] else [f"data.name is {data.name!r}"]
     for key, path in named.items():

@@ -80,7 +80,7 @@ class PublicRows:
         from fedllm.data.prompts import chat_prompt
         from fedllm.evaluation.generation import generate_together
 
-        adapted = self._load()
+        adapted = self.adapted()
         adapted.set(arrays)
         prompts = [chat_prompt(adapted.tokenizer, text) for text in questions]
         return generate_together(
@@ -93,7 +93,7 @@ class PublicRows:
         examples = self._load_examples(split)
         if not examples:
             return None
-        adapted = self._load()
+        adapted = self.adapted()
         adapted.set(arrays)
         return held_out(adapted.model, examples, adapted.pad_token_id)
 
@@ -109,13 +109,14 @@ class PublicRows:
                 if split == "validation":
                     count = min(len(rows), self._config.strategy.evaluate_examples)
                     rows = rows.shuffle(seed=self._config.seed).select(range(count))
-                tokenizer = self._load().tokenizer
+                tokenizer = self.adapted().tokenizer
                 length = self._config.train.max_length
                 examples = tokenize(rows, tokenizer, self._config.data, length).examples
             self._examples[split] = examples
         return self._examples[split]
 
-    def _load(self) -> "AdaptedModel":
+    def adapted(self) -> "AdaptedModel":
+        """Return the run's model, loaded at the first call; its values are overwritten."""
         if self._adapted is None:
             from fedllm.adapters.adapted_model import load_adapted_model
 

@@ -116,10 +116,10 @@ class Federation:
         loss = self.public.validation_loss(self.progress.arrays)
         if loss is not None:
             self.progress.best = BestRound(0, loss, self.progress.arrays)
-            is_base = not self.config.adapter.start_from
-            what = "the untuned model" if is_base else "the start adapter"
+            is_tuned = self.config.starts_tuned
+            what = "the start adapter" if is_tuned else "the untuned model"
             logger.info("round 0, %s: validation loss %.3f", what, loss)
-            if not is_base:
+            if is_tuned:
                 self.saver.save_start(self.progress, len(self.population))
         evaluated = time.monotonic() - began
         seconds = {"train": 0.0, "aggregate": 0.0, "save": 0.0, "evaluate": evaluated}
@@ -274,7 +274,7 @@ class Federation:
         recommended, arrays = str(final), progress.arrays
         if best is not None:
             folder = str(self.directory.path / "peft_best")
-            is_tuned = best.server_round > 0 or self.config.adapter.start_from
+            is_tuned = best.server_round > 0 or self.config.starts_tuned
             recommended = folder if is_tuned else "base"
             arrays = best.arrays
         before = self.public.test_loss(base)
@@ -306,7 +306,7 @@ class Federation:
     def _best_tuned(self) -> tuple[Arrays, int]:
         """Return the adapter of the best round but the untuned one, and its round."""
         progress, best = self.progress, self.progress.best
-        if best is not None and best.server_round:
+        if best is not None and (best.server_round or self.config.starts_tuned):
             return best.arrays, best.server_round
         return progress.arrays, progress.last_round
 

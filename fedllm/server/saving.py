@@ -148,7 +148,7 @@ class RunSaver:
         if progress.last_round:
             self._save_adapter(progress.last_round, progress.arrays, clients)
         best = progress.best
-        if best is not None and (best.server_round or self._config.adapter.start_from):
+        if best is not None and (best.server_round or self._config.starts_tuned):
             self._save_adapter(best.server_round, best.arrays, clients)
             self._directory.copy_adapter(best.server_round, "peft_best")
         self._directory.link_as_latest()

@@ -11,7 +11,10 @@ from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.adapters.spec import AdapterSpec
 from fedllm.config import RunConfig, fedllm_home, flat
-from fedllm.data.overlap import require_no_public_row_trains
+from fedllm.data.overlap import (
+    require_no_public_row_trains,
+    require_public_rows_apart,
+)
 from fedllm.evaluation.public_rows import PublicRows
 from fedllm.planning.adapter_choice import choose_adapter, with_choice
 from fedllm.reporting.monitor import RunMonitor
@@ -103,6 +106,7 @@ def _assemble(
         # An adapter that does not fit fails before anybody is waited for.
         adapter_spec(config.adapter, model_config, config.seed)
     require_no_public_row_trains(config)
+    require_public_rows_apart(config)
     known = resumed.checkpoint.state.population if resumed else []
     population = wait_for_clients(grid, config, known, least_clients)
     declared: dict[int, int] = {}
@@ -117,6 +121,11 @@ def _assemble(
     start, earlier = initial_arrays(spec), NOTHING
     if config.adapter.start_from and resumed is None:
         start, earlier = start_of_run(config, spec, base_name, len(population), home)
+    public = PublicRows(config, home)
+    if config.data.public_train and resumed is None:
+        from fedllm.server.public_training import train_on_public_rows
+
+        start = train_on_public_rows(public.adapted(), config, start)
     # A caller that names the folder of a new run, as a comparison does, never resumes it.
     is_kept = resumed is not None or directory.path.parent == home / "runs"
     terms = AccountTerms(
@@ -151,7 +160,7 @@ def _assemble(
         spec=spec,
         base_digest=digest,
         directory=directory,
-        public=PublicRows(config, home),
+        public=public,
         account=account,
         strategy=strategy,
         saver=saver,

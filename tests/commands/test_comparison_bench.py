@@ -176,3 +176,18 @@ def test_a_federation_at_record_level_is_an_arm_with_ledgers_of_its_own(
         assert row["examples"] == row["best_round"] * 4 / 2
     folders = list((tmp_path / "home" / "ledgers" / "simulated").iterdir())
     assert len(folders) == 2
+
+
+def test_every_arm_but_the_base_begins_with_the_public_rows(config_file, tmp_path):
+    public = write_rows(tmp_path / "public.jsonl", 12, 300)
+    more = [str(config_file), f'data.public-train="{public}"']
+    bench = Bench(read_run_config(more), 2, None, OWN_BEST)
+
+    alone = bench._start("base", tmp_path)
+    bench.measure("federated", tmp_path)
+
+    folder = tmp_path / "federated/run-1/peft_0"
+    federated = load((folder / "adapter_model.safetensors").read_bytes())
+    assert all(np.array_equal(federated[name], alone[name]) for name in alone)
+    untuned = bench.measure("base", tmp_path)["test_loss"]
+    assert bench._test_score(alone).loss < untuned - 0.02
