@@ -27,7 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.atomic_files import write_atomic
-from fedllm.commands.comparison_arms import ARMS, arm_names, kind_of
+from fedllm.commands.comparison_arms import (
+    ARMS,
+    FEDERATIONS,
+    arm_names,
+    kind_of,
+    start_of,
+)
 from fedllm.commands.options import (
     add_clients,
     add_json,
@@ -106,9 +112,21 @@ def _output_folder(args: argparse.Namespace) -> Path:
 def _missing(
     args: argparse.Namespace, config: RunConfig, out: Path
 ) -> Iterator[tuple[int, str]]:
-    """Yield the seed and the name of each arm that is asked for and not there yet."""
+    """Yield the seed and the name of each arm that is asked for and not there yet.
+
+    `personal` is of the federations that are asked for or there already; if none is, of all.
+    """
     for seed in args.seed or [config.seed]:
-        for arm in arm_names(config, args.clients, args.alone):
+        names = arm_names(config, args.clients, args.alone)
+        trained = [
+            name
+            for name in names
+            if name in FEDERATIONS
+            and (name in args.arms or _result(out, seed, name).exists())
+        ]
+        for arm in names:
+            if kind_of(arm) == "personal" and trained and start_of(arm) not in trained:
+                continue
             if kind_of(arm) in args.arms and not _result(out, seed, arm).exists():
                 yield seed, arm
 

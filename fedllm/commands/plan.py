@@ -1,10 +1,12 @@
 """Plan a private federation: epsilon, noise, the loss to expect, better settings.
 
     fedllm plan --clients 20
+    fedllm plan --clients 20 --rows 243 --epsilon 8
     fedllm plan --run-config configs/private-100.toml --epsilon 2
     fedllm plan --clients 20 --rounds 100 --noise-multiplier 0.02
     fedllm plan --run-config configs/record-level.toml --records 486
 
+With --rows it first lists what clients of so many rows reach alone and by each way together.
 No client is asked. A loss is expected only of a run like those that were measured; for any
 other the nearest measured run is named. Nothing is loaded, except with `--probe`: it puts the
 noise of all rounds into a fresh adapter of the real base model and scores that on the public
@@ -22,6 +24,7 @@ from fedllm.commands.options import (
     add_json,
     add_run_config,
     new_parser,
+    positive_int,
     read_settings,
     run_command,
     write_json,
@@ -34,6 +37,7 @@ from fedllm.planning.noise import privacy_settings
 from fedllm.planning.plan import count_trainable, plan_run
 from fedllm.planning.plan_lines import plan_lines, record_plan_lines
 from fedllm.planning.record_noise import record_plan
+from fedllm.planning.way_lines import way_lines, ways_plan
 from fedllm.privacy.ledger import Ledger, PrivacySettings
 
 _DEFAULT_CLIENTS = 20
@@ -47,6 +51,10 @@ def run(args: argparse.Namespace) -> int:
         lines = record_plan_lines(config, plan)
     else:
         plan, lines = _client_plan(config, args)
+    if args.rows is not None:
+        clients = config.strategy.num_clients or _DEFAULT_CLIENTS
+        plan["ways"] = ways_plan(clients, args.rows, plan["epsilon"])
+        lines = [*way_lines(plan["ways"]), "", *lines]
     if args.json:
         write_json(plan)
     else:
@@ -115,7 +123,8 @@ def _record_plan(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
         ConfigError: The number of its records is missing, or a flag is for client level
             only.
     """
-    if args.records is None:
+    records = args.records or args.rows
+    if records is None:
         raise ConfigError(
             "--records: is missing: under privacy.unit='record' give the number of rows "
             "of the client"
@@ -124,8 +133,8 @@ def _record_plan(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--probe, --plot: are for privacy.unit='client' only")
     if config.is_joint:
         clients = config.strategy.num_clients or _DEFAULT_CLIENTS
-        return joint_plan(config, args.records, clients)
-    return record_plan(config, args.records)
+        return joint_plan(config, records, clients)
+    return record_plan(config, records)
 
 
 def _write_plot(path: Path, kind: str, plan: dict[str, Any]) -> Path:
@@ -194,6 +203,11 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--records", type=int, help="records of each client, with privacy.unit='record'"
+    )
+    parser.add_argument(
+        "--rows",
+        type=positive_int,
+        help="rows of each client: what they reach alone, and by each way together",
     )
     parser.add_argument("--delta", type=float, help="delta of (epsilon, delta)")
     parser.add_argument("--sampling", help="all, fixed or poisson")

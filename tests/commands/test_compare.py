@@ -83,6 +83,17 @@ def test_only_the_arms_and_clients_that_are_asked_for_are_trained(
     assert "seed 42: 2 of 4" in (out / "compare.md").read_text()
 
 
+def test_personal_follows_the_federations_that_are_there(config_file, tmp_path):
+    command = ["--run-config", str(config_file), "--clients", "2", "--alone", "1"]
+    command += ["--out", str(tmp_path / "out"), "--arms"]
+
+    compare.main([*command, "federated-dp", "personal"])
+    compare.main([*command, "personal"])
+
+    made = {path.stem for path in (tmp_path / "out").glob("seed-42/*.json")}
+    assert made == {"federated-dp", "personal-federated-dp-0"}
+
+
 def test_a_folder_of_another_comparison_is_refused(config_file, tmp_path):
     (tmp_path / "setting.json").write_text("{}")
     with pytest.raises(SystemExit, match="another"):

@@ -84,3 +84,26 @@ def test_the_probe_scores_noise_on_the_real_base(
     assert max(abs(p["noise_alone"] - p["before"]) for p in loud) > 2e-4
     with pytest.raises(SystemExit, match="data.public-validation"):
         plan.main(["--run-config", typed, "--probe"])
+
+
+def test_with_rows_it_says_what_each_way_reaches(capsys):
+    found = plan_json(capsys, "--clients", "20", "--rows", "243", "--epsilon", "8")
+
+    assert found["ways"]["num_clients"] == 20 and found["ways"]["rows"] == 243
+    assert found["ways"]["epsilon"] == pytest.approx(8)
+    measured = [one for one in found["ways"]["ways"] if one["test_losses"]]
+    assert found["ways"]["best"] == measured[0]["way"]
+    plan.main(["--clients", "20", "--rows", "243"])
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first.startswith("20 clients of 243 rows, epsilon 8.00: test loss")
+    assert second.startswith(f"  {measured[0]['way']}: ")
+
+
+def test_rows_are_the_records_of_record_level(capsys):
+    unit = ("--run-config", "configs/record-level.toml")
+
+    by_rows = plan_json(capsys, *unit, "--rows", "486")
+    by_records = plan_json(capsys, *unit, "--records", "486")
+
+    assert by_rows.pop("ways")["rows"] == 486
+    assert by_rows == by_records

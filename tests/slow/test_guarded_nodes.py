@@ -68,6 +68,10 @@ class GuardedNodes(Deployment):
     def head(self, index: int) -> Path:
         return self.tmp / f"head-{index}"
 
+    def head_is_current(self, index: int) -> bool:
+        noted = self.head(index).read_text()
+        return str(check_log(self.home(index) / "node" / "node.log", noted)) in noted
+
     def said(self, index: int) -> str:
         return (self.tmp / f"node-{index}.log").read_text()
 
@@ -197,7 +201,7 @@ def test_a_node_refuses_an_app_that_is_not_its_own_and_imports_none_of_it(
         asked, answered = nodes.log(index)[-2:]
         assert "client_app.py" in asked["refused"]
         assert answered["code"] == "not-approved" and answered["num_bytes"] == 0
-        noted = nodes.head(index).read_text()
-        assert str(check_log(nodes.home(index) / "node" / "node.log", noted)) in noted
+        # A line is noted elsewhere after it is written.
+        wait_until(lambda index=index: nodes.head_is_current(index))
     # The ServerApp imports the changed package; no node does.
     assert not marker.exists()
