@@ -26,6 +26,8 @@ from flwr.proto.message_pb2 import (
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
     pull_and_inflate_object_from_tree,
 )
 from flwr.supercore.interceptors.http.runtime_version import (
@@ -87,13 +89,22 @@ class RawNode:
         run_id = message.metadata.run_id
         whole = pull_and_inflate_object_from_tree(
             tree,
-            lambda object_id: self.content_of(run_id, object_id) or b"",
+            lambda object_id: self._fetch(run_id, object_id),
             lambda object_id: self.confirm(run_id, object_id),
             return_type=Message,
-            max_tries_per_object=1,
+            # A server that is slow is sending its objects while we fetch them.
+            max_time=60,
         )
         whole.metadata.__dict__["_message_id"] = message.metadata.message_id
         return whole
+
+    def _fetch(self, run_id: int, object_id: str) -> bytes:
+        """Return the bytes of an object that is on its way, or raise as a SuperNode does."""
+        if (content := self.content_of(run_id, object_id)) is not None:
+            return content
+        if self.is_known(run_id, object_id):
+            raise ObjectUnavailableError(object_id)
+        raise ObjectPullError(object_id, "it is not there")
 
     def content_of(self, run_id: int, object_id: str) -> bytes | None:
         """Return the bytes of an object of any sender; None if there is no such object."""
