@@ -95,11 +95,13 @@ def _assemble(
     resumed: Resumed | None,
 ) -> Federation:
     """Find the model and the clients, and build what the rounds need."""
+    from fedllm.data.model_limits import require_positions
     from fedllm.models.location import base_digest, fingerprint, load_config, locate
 
     home = fedllm_home()
     base_name = locate(config.model.name, home)
     model_config = load_config(base_name)
+    require_positions(config.train.max_length, model_config)
     digest = base_digest(base_name, home)
     _log_unpinned(config, digest)
     if config.adapter.kind != "auto":
