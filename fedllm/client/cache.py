@@ -76,12 +76,13 @@ def resident_model(config: RunConfig) -> ResidentModel:
     """Return the resident base model with this run's adapter on it.
 
     Raises:
-        FedllmError: The model cannot be loaded.
+        FedllmError: The model cannot be loaded, or has too few positions.
     """
+    from fedllm.data.model_limits import require_positions
+
     key = (config.model, config.adapter, config.seed)
     if key not in _resident:
         from fedllm.adapters.adapted_model import load_adapted_model
-        from fedllm.data.model_limits import require_positions
 
         import_libraries(
             quantized=bool(
@@ -91,14 +92,14 @@ def resident_model(config: RunConfig) -> ResidentModel:
         )
         # Another adapter kind would wrap the same base twice: keep one at a time.
         _resident.clear()
-        adapted = load_adapted_model(config, fedllm_home())
-        require_positions(config.train.max_length, adapted.model.config)
-        _resident[key] = ResidentModel(adapted)
+        _resident[key] = ResidentModel(load_adapted_model(config, fedllm_home()))
         # Every trainer that is built collects garbage, which walks all that imports and
         # the model left: a good part of a short training. None of it is garbage.
         gc.collect()
         gc.freeze()
-    return _resident[key]
+    resident = _resident[key]
+    require_positions(config.train.max_length, resident.adapted.model.config)
+    return resident
 
 
 def client_rows(

@@ -123,14 +123,16 @@ def as_cell(value: Any) -> str:
 
 def restored(row: Row) -> Row:
     """Return a row with what `as_cell` made text as it was."""
-    return {
-        name: (
-            json.loads(cell.removeprefix(_NESTED))
-            if isinstance(cell, str) and cell.startswith(_NESTED)
-            else cell
-        )
-        for name, cell in row.items()
-    }
+    return {name: _restored(cell) for name, cell in row.items()}
+
+
+def _restored(cell: Any) -> Any:
+    if not isinstance(cell, str) or not cell.startswith(_NESTED):
+        return cell
+    try:
+        return json.loads(cell.removeprefix(_NESTED))
+    except (ValueError, RecursionError):
+        return cell
 
 
 def _plain(name: str) -> str:

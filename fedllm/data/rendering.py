@@ -98,6 +98,8 @@ def _rendered(template: ChatTemplate, content: Conversation) -> Rendered:
     try:
         text = template.render(content.turns, content.tools)
         _require_turns(content, text)
+        if content.tools and text == template.render(content.turns):
+            raise UnusableRowError("the chat template leaves out the tools")
         spans = tuple(
             _span(template, content, place, text) for place in content.learned
         )
@@ -121,11 +123,6 @@ def _require_turns(content: Conversation, text: str) -> None:
             hint = " (data.merge-turns)" if turn["role"] == SYSTEM else ""
             kind = f"a turn of {turn['role']!r}" if place else "the first turn"
             raise UnusableRowError(f"the chat template leaves out {kind}{hint}")
-    for tool in content.tools or ():
-        function = tool.get("function", tool) if isinstance(tool, dict) else {}
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or name not in text:
-            raise UnusableRowError("the chat template leaves out the tools")
 
 
 def _stands(content: str, text: str) -> bool:

@@ -242,7 +242,12 @@ def _storable(row: Row) -> Row:
     stored: Row = {}
     for name, cell in row.items():
         if isinstance(cell, list | dict):
-            cell = as_cell(cell)
+            try:
+                cell = as_cell(cell)
+            except (RecursionError, TypeError, ValueError):
+                cell = (
+                    b""  # No text: such as a number of more digits than Python writes.
+                )
         if isinstance(cell, str) and _HALF.search(cell):
             stored[UNREADABLE] = f"column {name!r} holds half a character"
         elif cell is None or isinstance(cell, (str, bool, *PLAIN)):

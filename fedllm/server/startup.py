@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import re
 from importlib.metadata import version
 from typing import Any
 
@@ -31,6 +32,8 @@ from fedllm.server.start_adapter import NOTHING, start_of_run
 from fedllm.strategy.build import make_strategy
 
 logger = logging.getLogger(__name__)
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
@@ -183,11 +186,12 @@ def _log_unpinned(config: RunConfig, digest: str) -> None:
             "model.name='%s@%s' is the same model on every node and day",
             *(name, digest.split()[-1], name, digest.split()[-1]),
         )
-    if is_hub_id(config.data.name) and "@" not in config.data.name:
+    name, _, revision = config.data.name.partition("@")
+    if is_hub_id(config.data.name) and not _COMMIT.fullmatch(revision):
         logger.warning(
             "data.name: %s is not pinned: each node takes the newest commit that it "
             "finds; write %s@ and the commit",
-            *(config.data.name, config.data.name),
+            *(config.data.name, name),
         )
 
 

@@ -93,11 +93,15 @@ def test_what_save_to_disk_wrote_is_read(tmp_path):
 
     save(tmp_path / "one", "p", "q")
     assert read(tmp_path / "one") == ["p", "q"]
-    rows = {s: Dataset.from_list([{"question": s, "answer": "a"}]) for s in ("train", "x")}
+    rows = {
+        s: Dataset.from_list([{"question": s, "answer": "a"}]) for s in ("train", "x")
+    }
     DatasetDict(rows).save_to_disk(tmp_path / "all")
     found = read_rows(tmp_path / "all", DataConfig(split="x"))
     assert [row["question"] for row in found] == ["x"]
-    with pytest.raises(DataError, match=r"data.split: has no folder 'y' \(there: train, x"):
+    with pytest.raises(
+        DataError, match=r"data.split: has no folder 'y' \(there: train, x"
+    ):
         read(tmp_path / "all", split="y")
 
 

@@ -136,7 +136,7 @@ def test_a_template_that_fails_in_any_way_makes_a_record_without_an_example(
     tokenizer = load_tokenizer(str(tiny_chat_llama))
     tokenizer.chat_template = (
         "{% if 'HIV' in messages[0]['content'] %}{{ 1 // 0 }}{% endif %}"
-        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
     )
     rows: list[Any] = [GOOD, {**GOOD, "instruction": "HIV?"}]
 
@@ -157,10 +157,10 @@ def test_a_tokenizer_that_panics_at_a_row_makes_a_record_without_an_example(
     tokenizer = load_tokenizer(str(tiny_chat_llama))
     wanted = tokenize([GOOD], tokenizer, DataConfig(), 64).records
 
-    def encode(used: Any, texts: Any) -> Any:
+    def encode(used: Any, texts: Any, adds_special: bool) -> Any:
         if any("HIV" in text for text in texts):
             raise kind("panicked")
-        return honest(used, texts)
+        return honest(used, texts, adds_special)
 
     honest = tokens.encode
     monkeypatch.setattr(tokens, "encode", encode)

@@ -93,7 +93,7 @@ def why(made: tuple[Tokenized, Any]) -> str:
     ("template", "both"),
     [
         (CHATML, "A disorder.</s>\nOf the lungs.</s>\n"),
-        (MARKED, "A disorder.</s>\nOf the lungs.</s>\n"),
+        (MARKED, "A disorder.</s>Of the lungs.</s>"),
         (PARTS_ONLY, "A disorder.</s>\nOf the lungs.</s>\n"),
         (THINKING, "A disorder.</s>\n<think>\n\n</think>\n\nOf the lungs.</s>\n"),
         (STRICT, "A disorder.</s>\nOf the lungs.</s>\n"),
@@ -193,15 +193,16 @@ def test_plain_text_is_learned_whole_and_packed_only_where_asked(made):
     assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
     assert example["labels"] == [-100, *ids[1:]]
 
-    rows = [{"text": "An allergy."}, QA, {"text": "A vaccine. " * 30}]
-    alone = tokenize(rows, tokenizer, DataConfig(), 16)
-    assert [len(e["input_ids"]) for e in alone.examples if e] == [len(ids), 16, 16]
-    assert alone.truncated == [1, 2]
+    rows = [{"text": "An allergy."}, QA, {"text": "A vaccine. " * 90}]
+    alone = tokenize(rows, tokenizer, DataConfig(), 80)
+    assert len(alone.examples) == 3
+    assert alone.examples[0] == example and len(alone.examples[2]["input_ids"]) == 80
+    assert alone.truncated == [2]
 
-    whole = tokenize(rows, tokenizer, DataConfig(), 16, whole_texts=True)
-    chat, *pieces = whole.packed(16)
+    whole = tokenize(rows, tokenizer, DataConfig(), 80, whole_texts=True)
+    chat, *pieces = whole.packed(80)
     assert chat == alone.records[1]
-    assert {len(piece["input_ids"]) for piece in pieces[:-1]} == {16}
+    assert {len(piece["input_ids"]) for piece in pieces[:-1]} == {80}
     joined = [token for piece in pieces for token in piece["input_ids"]]
     assert joined[: len(ids)] == ids and joined.count(tokenizer.eos_token_id) == 2
 

@@ -134,7 +134,7 @@ def test_tool_calls_are_learned_with_their_arguments_as_objects() -> None:
     assert isinstance(content, Conversation)
     assert content.learned == (1, 3)
     assert [t["role"] for t in content.turns] == [
-        *"user assistant tool".split(),
+        *["user", "assistant", "tool"],
         "assistant",
     ]
 

@@ -59,8 +59,6 @@ def test_the_line_of_an_error_counts_the_line_of_the_separator(tmp_path):
     path = tmp_path / "a.csv"
     with pytest.raises(DataError, match=r"a.csv:4: has 1 fields, the first line has 2"):
         loaded(path, "sep=;\ninstruction;response\nq;a\nq\n")
-    with pytest.raises(DataError, match=r"a.csv:1: '\"' separates no columns"):
-        loaded(path, 'sep="\ninstruction;response\nq;a\n')
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "gb18030", "utf-8-sig"])
@@ -138,7 +136,9 @@ def test_turns_and_tool_calls_of_a_table_keep_their_own_keys_alone(tmp_path):
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "", "tool_calls": calls},
     ]
-    parquet.write_table(pa.Table.from_pylist([{"messages": turns}]), tmp_path / "a.parquet")
+    parquet.write_table(
+        pa.Table.from_pylist([{"messages": turns}]), tmp_path / "a.parquet"
+    )
     (row,) = read_rows(tmp_path / "a.parquet")
     assert row["messages"][1] == turns[1]
     assert row["messages"][0] == turns[0]
