@@ -212,7 +212,7 @@ def _uncompressed(path: Path) -> bytes:
         if ending == ".xz":
             return lzma.decompress(data)
         if ending == ".zst":
-            import pyarrow
+            import pyarrow  # type: ignore[import-untyped]
 
             with pyarrow.CompressedInputStream(
                 pyarrow.BufferReader(data), "zstd"

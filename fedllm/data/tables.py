@@ -114,7 +114,7 @@ def read_parquet(data: bytes, is_used: Callable[[str], bool]) -> Iterator[Line]:
     Raises:
         MalformedError: It is no Parquet.
     """
-    import pyarrow
+    import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
     try:

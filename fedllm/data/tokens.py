@@ -146,14 +146,17 @@ class _Work:
     def render(self, place: int, row: Row | None) -> Rendered | None:
         """Return a row's text, or count why it has none."""
         if row is None:
-            return self._unusable(place, _UNREADABLE)
+            self._count_unusable(place, _UNREADABLE)
+            return None
         try:
             content = read_row(self._config, row)
             rendered = self._renderer.render(content)
         except UnusableRowError as error:
-            return self._unusable(place, str(error))
+            self._count_unusable(place, str(error))
+            return None
         except Exception as error:  # noqa: BLE001 - a row may hold anything
-            return self._unusable(place, f"{type(error).__name__}: {error}"[:200])
+            self._count_unusable(place, f"{type(error).__name__}: {error}"[:200])
+            return None
         columns = self._found.columns
         columns[content.columns] = columns.get(content.columns, 0) + 1
         return rendered
@@ -169,7 +172,7 @@ class _Work:
             self._found.records.append(example)
         return self._found
 
-    def _unusable(self, place: int, reason: str) -> None:
+    def _count_unusable(self, place: int, reason: str) -> None:
         self._found.unusable.setdefault(reason, []).append(place)
 
     def _encoded(self, known: Sequence[Rendered]) -> Iterator[list[list[int]] | str]:
@@ -222,7 +225,8 @@ class _Work:
                     return {"input_ids": ids, "labels": labels}
             return self._within(place, ids, labels)
         except UnusableRowError as error:
-            return self._unusable(place, str(error))
+            self._count_unusable(place, str(error))
+            return None
 
     def _text(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """Return a plain text's tokens with an end, of which all but the first are learned."""
@@ -332,6 +336,7 @@ def _each(rows: "Iterable[Row | None] | Dataset") -> Iterator[Row | None]:
     if not hasattr(rows, "column_names"):
         yield from rows
         return
-    for columns in rows.iter(batch_size=1000):
+    data: Any = rows
+    for columns in data.iter(batch_size=1000):
         for cells in zip(*columns.values(), strict=True):
             yield dict(zip(columns, cells, strict=True))

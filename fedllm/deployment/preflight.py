@@ -69,6 +69,7 @@ def checks(config: RunConfig) -> Iterator[Check]:
         ("disk", _disk),
         ("model", _model),
         ("data", _data),
+        ("adapter", _adapter),
         ("device", _device),
         ("quantisation", _quantization),
         ("memory", _memory),
@@ -267,6 +268,23 @@ def _why_unusable(data: DataConfig, row: Row) -> str:
     return ""
 
 
+def _adapter(config: RunConfig) -> Check:
+    """Look for the layers that the adapter names."""
+    base = _model_config(config)
+    if config.adapter.kind == "auto" or base is None:
+        text = "not looked at: " + (
+            f"{config.model.name} has not been fetched"
+            if base is None
+            else "adapter.kind is 'auto'"
+        )
+        return Check("adapter", "note", text)
+    from fedllm.adapters.resolve import adapter_spec
+
+    spec = adapter_spec(config.adapter, base, config.seed)
+    text = f"{config.adapter.kind} trains {spec.num_trainable} values of the base model"
+    return Check("adapter", "ok", text)
+
+
 def _kind() -> str:
     import torch
 
@@ -297,7 +315,7 @@ def _quantization(config: RunConfig) -> Check:
 
 def _memory(config: RunConfig) -> Check:
     """Compare the memory that a run needs with what is free."""
-    base = model_config(config)
+    base = _model_config(config)
     if base is None:
         text = f"not known: {config.model.name} has not been fetched"
         return Check("memory", "note", text)
@@ -330,7 +348,7 @@ def _memory(config: RunConfig) -> Check:
     return Check("memory", *(("ok", text) if free > most else ("warn", text, remedy)))
 
 
-def model_config(config: RunConfig) -> "PretrainedConfig | None":
+def _model_config(config: RunConfig) -> "PretrainedConfig | None":
     """Return the base model's configuration if it is on this machine, else None."""
     from transformers import LlamaConfig
 

@@ -17,13 +17,13 @@ from fedllm.data.readers import looks_local
 from fedllm.data.rows import load_rows
 from fedllm.data.shapes import Conversation, PlainText, read_row
 from fedllm.data.tokens import CUT_AWAY, Example, Tokenized, tokenize
-from fedllm.deployment.preflight import Check, cached_model, model_config
+from fedllm.deployment.preflight import Check, cached_model
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.foreign_text import printable
 from fedllm.models.known import BUILT_IN_MODEL
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 Rows = list[Row | None]
 _SHOWN = 5
@@ -45,21 +45,18 @@ def rendered_checks(config: RunConfig) -> Iterator[Check]:
         yield Check("template", "note", f"{text} (--node FILE looks at a node's own)")
         return
     try:
-        tokenizer = local_tokenizer(config.model.name)
+        tokenizer, base = local_base(config.model.name)
     except FedllmError as error:
         yield Check("template", "note", f"not looked at: {_one_line(error)}")
         return
     try:
-        base = model_config(config)
-        if base is not None:
-            require_positions(config.train.max_length, base)
+        require_positions(config.train.max_length, base)
         rows: Rows = list(islice(load_rows(config.data), _LOOKED_AT))
     except FedllmError as error:
         yield Check("template", "FAIL", _one_line(error))
         return
-    vocabulary = None if base is None else vocabulary_of(base)
     length = config.train.max_length
-    found = tokenize(rows, tokenizer, config.data, length, vocabulary)
+    found = tokenize(rows, tokenizer, config.data, length, vocabulary_of(base))
     yield template_check(found, rows, config)
     shown = [(i, one) for i, one in enumerate(found.records) if one is not None]
     for place, example in shown[:_RENDERED]:
@@ -124,14 +121,17 @@ def content(row: Row | None, config: RunConfig) -> Conversation | PlainText | No
         return None
 
 
-def local_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer that is on this machine.
+def local_base(
+    name: str,
+) -> "tuple[PreTrainedTokenizerBase, PretrainedConfig]":
+    """Load the tokenizer and the configuration of a base model that is on this machine.
 
     Raises:
         ConfigError: It is not.
         ModelError: It cannot be read.
     """
     from fedllm.models.loading import load_tokenizer
+    from fedllm.models.location import load_config
 
     folder: Path | None = Path(name).expanduser()
     if name == BUILT_IN_MODEL.name:
@@ -141,7 +141,7 @@ def local_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         folder = None if cached is None else Path(cached)
     if folder is None or not folder.is_dir():
         raise ConfigError(f"the tokenizer of {name} is not on this machine")
-    return load_tokenizer(str(folder))
+    return load_tokenizer(str(folder)), load_config(str(folder))
 
 
 def where(numbers: list[int]) -> str:

@@ -7,7 +7,6 @@ fetched: what needs the tokenizer is left out if that is not on this machine.
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fedllm.config import RunConfig
 from fedllm.data.columns import Row, column_of, used_part
@@ -19,19 +18,16 @@ from fedllm.data.readers import comma_list, read_records
 from fedllm.data.shapes import PlainText, read_row
 from fedllm.data.tokens import CUT_AWAY, Tokenized, tokenize
 from fedllm.data.turns import UnusableRowError
-from fedllm.deployment.preflight import Check, Level, model_config
+from fedllm.deployment.preflight import Check
 from fedllm.deployment.rendered_rows import (
     content,
-    local_tokenizer,
+    local_base,
     template_check,
     where,
 )
 from fedllm.errors import ConfigError, DataError, FedllmError
 from fedllm.foreign_text import printable
 from fedllm.planning.record_noise import record_plan
-
-if TYPE_CHECKING:
-    pass
 
 Rows = list[Row | None]
 
@@ -158,19 +154,17 @@ def _tokens(rows: Rows, config: RunConfig) -> Iterator[Check]:
     """Look at the rows as the model sees them: by its own tokenizer and chat template."""
     name, limit = config.model.name, config.train.max_length
     try:
-        tokenizer = local_tokenizer(name)
-        limits = model_config(config)
-        if limits is not None:
-            require_positions(limit, limits)
+        tokenizer, base = local_base(name)
     except FedllmError as error:
         text = " ".join(str(error).split())
-        level: Level = "FAIL" if text.startswith("train.") else "note"
-        yield Check(
-            "length", level, text if level == "FAIL" else f"not looked at: {text}"
-        )
+        yield Check("length", "note", f"not looked at: {text}")
         return
-    vocabulary = None if limits is None else vocabulary_of(limits)
-    found = tokenize(rows, tokenizer, config.data, limit, vocabulary)
+    try:
+        require_positions(limit, base)
+    except ConfigError as error:
+        yield Check("length", "FAIL", str(error))
+        return
+    found = tokenize(rows, tokenizer, config.data, limit, vocabulary_of(base))
     yield template_check(found, rows, config)
     yield _lengths(found, config)
 
