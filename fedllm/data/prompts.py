@@ -20,6 +20,7 @@ PREAMBLE = (
 )
 
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\b")
+_MARK = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)
 _PROBE = "fedllm looks for this text"
 
 
@@ -62,10 +63,14 @@ class ChatTemplate:
 
     Args:
         tokenizer: Has a chat template.
+
+    Attributes:
+        marks: Finds the tokens that may end an answer, in text.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
+        self.marks = re.compile("|".join(map(re.escape, end_marks(tokenizer).values())))
         self._in_parts = False
         if not self._writes_probe():
             self._in_parts = True
@@ -161,6 +166,23 @@ def encode(
         )
         for ids, text in zip(found, texts, strict=True)
     ]
+
+
+def end_marks(tokenizer: Any) -> dict[int, str]:
+    """Return the tokens that may end an answer, with their text: end of text, and of a turn.
+
+    Added tokens that are text, as runs of blanks in some tokenizers, end nothing.
+    """
+    marks = {
+        int(token): str(added.content)
+        for token, added in tokenizer.added_tokens_decoder.items()
+        if added.special or _MARK.fullmatch(added.content)
+    }
+    for token in (tokenizer.unk_token_id, tokenizer.bos_token_id):
+        marks.pop(token, None)
+    if tokenizer.eos_token_id is not None:
+        marks[int(tokenizer.eos_token_id)] = str(tokenizer.eos_token)
+    return marks
 
 
 def alpaca(prompt: Sequence[Message], end: str) -> str:

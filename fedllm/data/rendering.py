@@ -160,30 +160,42 @@ def _span(
     if place == len(turns) - 1:
         end = len(text)
     else:
-        end = _end(
-            template.render(turns[: place + 1], tools), turns[place], text, start
-        )
+        end = _end(template, content, place, text, start)
     _require_answer(turns[place], text[start:end])
     return start, end
 
 
-def _end(up_to: str, turn: Message, text: str, start: int) -> int:
+def _end(
+    template: ChatTemplate,
+    content: Conversation,
+    place: int,
+    text: str,
+    start: int,
+) -> int:
     """Return where an answer ends that is not the last.
 
     Args:
-        up_to: The conversation up to it, as text.
-        turn: The answer.
+        template: The chat template.
+        content: The conversation.
+        place: That of the answer's turn.
         text: All of the conversation.
         start: Where the answer begins.
     """
-    end = _num_shared(up_to, text)
-    core = _core(turn["content"])
-    if end == len(up_to) or not core or core in text[start:end]:
-        return end
-    # The template writes more into the last answer than into earlier ones, as thoughts.
-    after = up_to[up_to.rfind(core) + len(core) :]
+    turns, tools = content.turns, content.tools
+    up_to = template.render(turns[: place + 1], tools)
+    if text.startswith(up_to):
+        return len(up_to)
+    core = _core(turns[place]["content"])
+    # Some templates end the last answer in another way, but not if one more is asked for.
+    asked = template.render(turns[: place + 1], tools, opens_answer=True)
+    end = max(_num_shared(up_to, text), _num_shared(asked, text))
     found = text.find(core, start)
-    if found >= 0 and text.startswith(after, found + len(core)):
+    if found >= 0 and found + len(core) <= end:
+        mark = template.marks.search(text, found + len(core), end)
+        return mark.end() if mark else end
+    # Others write more into the last answer than into earlier ones, as thoughts.
+    after = up_to[up_to.rfind(core) + len(core) :]
+    if core and found >= 0 and text.startswith(after, found + len(core)):
         return found + len(core) + len(after)
     return end
 

@@ -1,13 +1,12 @@
 """Rows to token ids, with labels on the answers alone."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fedllm.config import DataConfig
 from fedllm.data.columns import Row
-from fedllm.data.prompts import common_prefix_length, encode
+from fedllm.data.prompts import common_prefix_length, encode, end_marks
 from fedllm.data.rendering import Rendered, Renderer
 from fedllm.data.shapes import read_row
 from fedllm.data.turns import UnusableRowError
@@ -25,7 +24,6 @@ _UNREADABLE = "cannot be read"
 _OTHER_MASK = "the chat template's own mask marks other text than the answers"
 # A chat template may write a line's end after the token that ends an answer.
 _LAST_TOKENS = 4
-_MARK = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class _Work:
         self._config = config
         self._limits = limits
         self._renderer = Renderer(tokenizer, config)
-        self._ends = _end_tokens(tokenizer)
+        self._ends = set(end_marks(tokenizer))
         self._found = Tokenized([])
 
     def render(self, place: int, row: Row | None) -> Rendered | None:
@@ -308,21 +306,6 @@ def _beginnings(one: Rendered) -> list[str]:
         if end < len(one.text):
             texts.append(one.text[:end])
     return texts
-
-
-def _end_tokens(tokenizer: Any) -> set[int]:
-    """Return the tokens that may end an answer: end of text, and of a turn.
-
-    Added tokens that are text, as runs of blanks in some tokenizers, end nothing.
-    """
-    ends = {
-        int(token)
-        for token, added in tokenizer.added_tokens_decoder.items()
-        if added.special or _MARK.fullmatch(added.content)
-    }
-    ends |= set(tokenizer.all_special_ids)
-    ends -= {tokenizer.unk_token_id, tokenizer.bos_token_id}
-    return ends | {tokenizer.eos_token_id}
 
 
 def _raise_if_of_process(error: BaseException) -> None:

@@ -103,6 +103,36 @@ def test_every_answer_is_learned_with_its_end_and_nothing_else(made, template, b
     assert learned(made(template, TWO_QUESTIONS)) == both
 
 
+# As that of GPT-OSS: the last answer ends in another token.
+TWO_ENDS = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}"
+    "{{ '</s>' if loop.last and not add_generation_prompt else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+# As that of Phi-3: the whole text has an end of its own.
+END_OF_ALL = (
+    CHATML.replace("</s>", "<|end|>")
+    + "{% if not add_generation_prompt %}</s>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "both"),
+    [
+        (TWO_ENDS, "A disorder.<|end|>Of the lungs.</s>"),
+        (END_OF_ALL, "A disorder.<|end|>Of the lungs.<|end|>\n</s>"),
+    ],
+)
+def test_an_answer_ends_as_it_does_where_the_conversation_goes_on(made, template, both):
+    _, tokenizer = made(CHATML, TWO_QUESTIONS)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|end|>", "<|start|>"]}
+    )
+    tokenizer.chat_template = template
+    found = tokenize([TWO_QUESTIONS], tokenizer, DataConfig(), 512)
+    assert learned((found, tokenizer)) == both
+
+
 def test_without_a_template_every_answer_ends_in_the_end_of_text(made):
     found = made(None, TWO_QUESTIONS)
     assert learned(found).replace(" ", "") == "Adisorder.</s>Ofthelungs.</s>"
