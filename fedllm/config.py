@@ -124,14 +124,33 @@ class DataConfig:
     """Training rows, how virtual clients share them, and rows declared public."""
 
     name: Name = "wordnet-medical"
-    """`wordnet-medical`, a hub id, pinned as `owner/name@commit`, or a local
-    .jsonl/.json/.csv/.parquet file."""
+    """`wordnet-medical`, a hub id, pinned as `owner/name@commit`, a local file or folder, or
+    `own`: each client's own rows (data-path) alone, judged by none of the package's."""
+    config: Text = ""
+    """Config of a hub data set, or of a folder that holds several; empty: its only one."""
     split: Name = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of a folder with files of several splits."""
+    encoding: Text = ""
+    """Encoding of text files, such as `cp1252`; empty: UTF-8, or UTF-16 after its mark."""
+    format: Literal["auto", "messages", "question-answer", "text"] = "auto"
+    """What rows are; `auto`: by the columns that each row has."""
     prompt_column: Name = "instruction"
-    """Column with the question; ignored if there is a `messages` column."""
+    """Column with the question. At its default other usual names are tried too."""
     response_column: Name = "response"
-    """Column with the answer, the only part that the loss sees."""
+    """Column with the answer, which the loss sees. At its default as the one before."""
+    input_column: Text = "auto"
+    """Column whose text stands after the question; `auto`: `input`, else `context`;
+    empty: none."""
+    system_column: Text = "auto"
+    """Column with the system turn; `auto`: `system`, else `system_prompt`; empty: none."""
+    text_column: Name = "text"
+    """Column with text of which every token is learned, if there is no question."""
+    merge_turns: Flag = False
+    """Whether turns of one role in a row, and then the system turn and the first question,
+    become one where the chat template refuses them."""
+    long_questions: Literal["leave-out", "cut-left"] = "leave-out"
+    """What becomes of a row whose question leaves no room for the answer within
+    train.max-length: `cut-left` drops the beginning of the question."""
     person_column: Text = ""
     """Column that names whose row it is; under privacy.unit='record' all rows of one person
     in one client are one record; empty: each row is one. Partitions keep persons whole."""
@@ -466,6 +485,7 @@ def _contradictions(config: RunConfig) -> list[str]:
         *_adapter_problems(config.adapter),
         *_train_problems(config.train),
         *_strategy_problems(config.strategy),
+        *_data_problems(config.data),
         *_evaluation_problems(config),
         *_personal_problems(config),
         *_resume_problems(config.resume),
@@ -542,6 +562,28 @@ def _strategy_problems(strategy: StrategyConfig) -> list[str]:
     if strategy.num_clients == 1:
         problems.append("strategy.num-clients: must be 0 or at least 2 (got 1)")
     return problems
+
+
+def _data_problems(data: DataConfig) -> list[str]:
+    """Return what is wrong with the encoding.
+
+    One that gives ASCII's bytes another meaning could move where a row of a client's file
+    ends, by what the row holds.
+    """
+    if not data.encoding:
+        return []
+    ascii_bytes = bytes(range(128))
+    try:
+        keeps_ascii = ascii_bytes.decode(data.encoding) == ascii_bytes.decode("ascii")
+    except (LookupError, UnicodeError, ValueError):
+        keeps_ascii = False
+    if keeps_ascii:
+        return []
+    return [
+        "data.encoding: must be an encoding that Python knows and that has ASCII in it, "
+        f"such as 'cp1252', 'latin-1' or 'gb18030' (got {data.encoding!r}); UTF-16 is known "
+        "by its mark"
+    ]
 
 
 def _evaluation_problems(config: RunConfig) -> list[str]:

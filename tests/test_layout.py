@@ -14,6 +14,8 @@ UNMIRRORED = {
     "client/run_client.py": "log lines and seconds: tests/client/test_log.py",
     "client_app.py": "a screen of wiring, run by tests/slow/",
     "commands/demo_page.py": "tests/commands/test_demo.py",
+    "data/columns.py": "names of columns: tests/data/test_shapes.py",
+    "data/turns.py": "turns of every form: tests/data/test_shapes.py",
     "deployment/flower_programs.py": "tests/commands/test_superlink.py and test_supernode.py",
     "errors.py": "names alone",
     "evaluation/inference.py": "asked by tests/commands/test_evaluate.py and test_demo.py",

@@ -130,14 +130,13 @@ def _records(
 ) -> tuple[list[Record], bool]:
     """Return the records of some rows, and whether each is a person."""
     from fedllm.data.persons import by_person
-    from fedllm.data.records import tokenize_records
     from fedllm.data.tokens import tokenize
 
     length, column = config.train.max_length, config.data.person_column
+    found = tokenize(rows, adapted.tokenizer, config.data, length)
     if not column:
-        return [*tokenize(rows, adapted.tokenizer, config.data, length).examples], False
-    found = tokenize_records(rows.to_list(), adapted.tokenizer, config.data, length)
-    persons = by_person(rows[column][:]).records(found.examples)
+        return [*found.examples], False
+    persons = by_person(rows[column][:]).records(found.records)
     return [person for person in persons if person is not None], True
 
 

@@ -53,6 +53,16 @@ ROWS: Mapping[str, bytes] = {
     "other columns": b'{"question": "q", "answer": "a"}',
     "no text": b'{"instruction": 1998, "response": ["yes"]}',
     "nested": b'{"messages": [{"role": 1}], "instruction": {"a": {"b": []}}}',
+    "several turns": b'{"messages": ['
+    + b", ".join(
+        [
+            b'{"role": "user", "content": "Is the patient well?"}',
+            b'{"role": "assistant", "content": "yes"}',
+        ]
+        * 3
+    )
+    + b"]}",
+    "a text": b'{"text": "' + b"The patient has HIV. " * 40 + b'"}',
     "not a number": b'{"instruction": NaN, "response": Infinity}',
     "half a character": b'{"instruction": "\\ud83d", "response": "\\udcff"}',
     "emoji": '{"instruction": "\U0001f9ec?", "response": "\U0001f44d"}'.encode(),
@@ -63,7 +73,7 @@ ROWS: Mapping[str, bytes] = {
 """The last row of a file, by what it holds."""
 
 _TURN = (
-    "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 _IF_WORD = "{% if '" + _WORD + "' in m['content'] %}"
@@ -103,6 +113,11 @@ QUESTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "as many persons as a batch": (
         "plain",
         {**_PERSONS, "train.batch-size": NUM_ROWS, **_QUIET},
+    ),
+    "which rows are texts": ("plain", {"data.format": "text"}),
+    "shorter than a limit, cut": (
+        "longer at a word",
+        {"train.max-length": 64, "data.long-questions": "cut-left"},
     ),
     "a column of the server's": ("plain", {"data.person-column": "response", **_QUIET}),
 }

@@ -16,14 +16,14 @@ from fedllm.config import RunConfig, fedllm_home
 from fedllm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from datasets import Dataset
 
     from fedllm.adapters.adapted_model import AdaptedModel
+    from fedllm.data.columns import Row
     from fedllm.data.held_out import Part, RowSplit
     from fedllm.data.persons import Persons
-    from fedllm.data.readers import Row
     from fedllm.data.tokens import Example
     from fedllm.training.person_gradients import Record
     from fedllm.training.personal import PersonalRows
@@ -76,8 +76,10 @@ def resident_model(config: RunConfig) -> ResidentModel:
     """Return the resident base model with this run's adapter on it.
 
     Raises:
-        FedllmError: The model cannot be loaded.
+        FedllmError: The model cannot be loaded, or has too few positions.
     """
+    from fedllm.data.model_limits import require_positions
+
     key = (config.model, config.adapter, config.seed)
     if key not in _resident:
         from fedllm.adapters.adapted_model import load_adapted_model
@@ -95,7 +97,9 @@ def resident_model(config: RunConfig) -> ResidentModel:
         # the model left: a good part of a short training. None of it is garbage.
         gc.collect()
         gc.freeze()
-    return _resident[key]
+    resident = _resident[key]
+    require_positions(config.train.max_length, resident.adapted.model.config)
+    return resident
 
 
 def client_rows(
@@ -111,7 +115,7 @@ def client_rows(
         resident: Its tokenizer makes the tokens, and it keeps them.
         node: Names the file or the partition.
         config: The run config.
-        log: Gets a line if `train.max-length` cuts rows.
+        log: Gets a line of what rows are read as, and of each reason why some are not used.
         part: Those to train on, or those held out for one purpose.
 
     Raises:
@@ -120,8 +124,7 @@ def client_rows(
     key = (*_rows_key(node, config), part)
     if key not in resident.rows:
         loaded = _load_rows(node, config, log, part)
-        tokenizer = resident.adapted.tokenizer
-        resident.rows[key] = _tokenize(loaded, tokenizer, config, log)
+        resident.rows[key] = _tokenize(loaded, resident.adapted, config, log)
     examples = resident.rows[key]
     if not examples:
         raise DataError(f"client {node.partition_id}: {_WITHOUT[part]}")
@@ -204,23 +207,29 @@ def _own_records(
 ) -> OwnRecords:
     """Return all records of this client, tokenised once, and what each is for."""
     from fedllm.data.held_out import split_rows
-    from fedllm.data.records import tokenize_records
+    from fedllm.data.model_limits import vocabulary_of
+    from fedllm.data.row_report import row_lines
+    from fedllm.data.tokens import tokenize
 
     key = _rows_key(node, config)
     if key not in resident.records:
-        rows = _load_records(node, config)
+        rows = _load_records(node, config, log)
         public: set[int] = set()
         if node.data_path is not None:
             public = _public_places(config, rows, log)
-        records = tokenize_records(
-            rows, resident.adapted.tokenizer, config.data, config.train.max_length
+        found = tokenize(
+            rows,
+            resident.adapted.tokenizer,
+            config.data,
+            config.train.max_length,
+            vocabulary_of(resident.adapted.model.config),
         )
-        if records.causes:
-            causes = records.causes.most_common(5)
+        for line in row_lines(found, rows, config.train.max_length):
+            log.write(f"client {log.number}: {line}")
+        if found.unusable:
             log.write(
-                f"client {log.number}: nothing is learned from {records.causes.total()} "
-                f"of {len(rows)} rows, which count as records all the same: "
-                + "; ".join(f"{count}: {cause}" for cause, count in causes)
+                f"client {log.number}: rows of which nothing is learned count as records "
+                "all the same"
             )
         column, persons = config.data.person_column, None
         if column:
@@ -229,7 +238,7 @@ def _own_records(
         resident.records[key] = OwnRecords(
             [
                 None if place in public else example
-                for place, example in enumerate(records.examples)
+                for place, example in enumerate(found.records)
             ],
             split_rows(config, rows),
             persons,
@@ -281,11 +290,14 @@ def _log_persons(
     log.write(text)
 
 
-def _load_records(node: NodeConfig, config: RunConfig) -> "list[Row | None]":
+def _load_records(
+    node: NodeConfig, config: RunConfig, log: ClientLog | None = None
+) -> "list[Row | None]":
     """Read all rows of the client's own file, or of its partition of `data.name`."""
     from fedllm.data.records import load_records, own_records
 
-    rows = load_records(config.data, node.data_path)
+    say = None if log is None else _say(log)
+    rows = load_records(config.data, node.data_path, say)
     if node.data_path is None:
         _require_public_partition(node, config)
         where = (node.partition_id, node.num_partitions, config.seed)
@@ -324,7 +336,7 @@ def _load_rows(
     from fedllm.data.partitions import partition
     from fedllm.data.rows import load_rows
 
-    rows = load_rows(config.data, node.data_path)
+    rows = load_rows(config.data, node.data_path, _say(log))
     if node.data_path is None:
         rows = partition(
             config.data, rows, node.partition_id, node.num_partitions, config.seed
@@ -338,8 +350,13 @@ def _public_places(
     config: RunConfig, rows: "Iterable[Row | None]", log: ClientLog
 ) -> set[int]:
     """Return the places of a node's own rows that are public, and log how many."""
-    from fedllm.data.overlap import public_rows_among
+    from fedllm.data.overlap import judged_by_embedded, public_rows_among
 
+    if judged_by_embedded(config.data):
+        log.write(
+            f"client {log.number}: it trains on rows of its own (data-path), but public rows "
+            f"of {config.data.name} choose the round and report; data.name='own' uses none"
+        )
     public = public_rows_among(config.data, rows)
     if public:
         log.write(
@@ -350,16 +367,28 @@ def _public_places(
 
 
 def _tokenize(
-    rows: "Dataset", tokenizer: Any, config: RunConfig, log: ClientLog
+    rows: "Dataset", adapted: "AdaptedModel", config: RunConfig, log: ClientLog
 ) -> "list[Example]":
-    """Return labelled tokens, and log how many rows the length limit cut."""
+    """Return labelled tokens, and log what became of the rows."""
+    from fedllm.data.model_limits import vocabulary_of
+    from fedllm.data.row_report import row_lines
     from fedllm.data.tokens import tokenize
 
-    tokenized = tokenize(rows, tokenizer, config.data, config.train.max_length)
-    if tokenized.num_truncated or tokenized.num_without_answer:
-        log.write(
-            f"client {log.number}: train.max-length {config.train.max_length} cut "
-            f"{tokenized.num_truncated} of {len(tokenized.examples)} examples; "
-            f"{tokenized.num_without_answer} without an answer are not used"
-        )
-    return tokenized.examples
+    length = config.train.max_length
+    tokenized = tokenize(
+        rows,
+        adapted.tokenizer,
+        config.data,
+        length,
+        vocabulary_of(adapted.model.config),
+        whole_texts=True,
+    )
+    if tokenized.records:
+        for line in row_lines(tokenized, rows.to_list(), length):
+            log.write(f"client {log.number}: {line}")
+    return tokenized.packed(length)
+
+
+def _say(log: ClientLog) -> "Callable[[str], None]":
+    """Return what writes a line about a client's rows into its log."""
+    return lambda line: log.write(f"client {log.number}: {line}")

@@ -177,7 +177,8 @@ def _held_out(args: argparse.Namespace, chat: ChatModel) -> dict[str, Any]:
         raise DataError(
             "--held-out: this run has no public test rows (data.public-test)"
         )
-    examples = tokenize(rows, chat.tokenizer, data, length).examples
+    tokenized = tokenize(rows, chat.tokenizer, data, length, whole_texts=True)
+    examples = tokenized.packed(length)
     return _losses(args, chat, examples, "test rows", _names(args, chat))
 
 

@@ -26,6 +26,10 @@ class EmbeddedData:
     caution: str
 
 
+OWN = "own"
+"""What `data.name` takes if each client names rows of its own: there are no others, and no
+rows that come with the package judge the run."""
+
 BUILT_IN_DATA = EmbeddedData(
     name="wordnet-medical",
     folder=Path(__file__).parent / "wordnet_medical",

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedllm.config import PERSONAL_SHARE, RunConfig
+from fedllm.data.columns import LINE, Row
 from fedllm.data.persons import person_id
-from fedllm.data.readers import Row
 
 Part = Literal["training", "evaluation", "stopping", "choosing"]
 
@@ -118,12 +118,12 @@ def _keyed_digest(key: bytes, row: Row | None, column: str) -> bytes | None:
 
 
 def _row_digest(row: Mapping[str, Any]) -> bytes:
-    """Return the digest of a row: a hash of all its columns, in any order.
+    """Return the digest of a row: a hash of all its columns, in any order, but not its place.
 
     A missing value equals None, and 1 equals 1.0: reading a table fills and converts, so
     one row would change the digests of all others.
     """
-    normalized = _without_the_table(row)
+    normalized = _without_the_table({k: v for k, v in row.items() if k != LINE})
     text = json.dumps(normalized, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode("ascii")).digest()
 

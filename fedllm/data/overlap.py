@@ -11,15 +11,16 @@ import json
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fedllm.config import DataConfig, RunConfig
+from fedllm.data.columns import Row
 from fedllm.data.embedded import EMBEDDED
-from fedllm.data.prompts import to_prompt_completion
-from fedllm.data.readers import Row, looks_local
+from fedllm.data.readers import looks_local
 from fedllm.data.records import load_records
 from fedllm.data.rows import load_public
-from fedllm.errors import ConfigError, DataError
+from fedllm.data.shapes import PlainText, read_row
+from fedllm.errors import ConfigError
 
 _Split = Literal["train", "validation", "test"]
 _KEYS: dict[_Split, str] = {
@@ -78,6 +79,13 @@ def require_public_rows_apart(config: RunConfig) -> None:
             )
 
 
+def judged_by_embedded(config: DataConfig) -> bool:
+    """Return whether public rows that come with this package judge a run."""
+    return config.name in EMBEDDED and not (
+        config.public_validation and config.public_test
+    )
+
+
 def public_rows_among(config: DataConfig, rows: Iterable[Row | None]) -> set[int]:
     """Return the places of a node's own rows that come with this package as public ones.
 
@@ -116,17 +124,21 @@ def _digests(config: DataConfig, rows: Iterable[Row | None]) -> set[bytes]:
 
 
 def conversation_digest(config: DataConfig, row: Row | None) -> bytes | None:
-    """Return the digest of a row's conversation; None if it has none."""
+    """Return the digest of what is learned from a row; None if nothing is. Total."""
     try:
-        conversation = None if row is None else to_prompt_completion(config, row)
-    except DataError:
+        content = None if row is None else read_row(config, row)
+    except Exception:  # noqa: BLE001 - a row may hold anything
         return None
-    if conversation is None:
+    if content is None:
         return None
-    turns = [
-        (turn["role"], unicodedata.normalize("NFC", turn["content"]).strip())
-        for part in conversation
-        for turn in part
-    ]
+    if isinstance(content, PlainText):
+        known: list[Any] = ["text", _plain(content.text)]
+    else:
+        known = [(turn["role"], _plain(turn["content"])) for turn in content.turns]
+        known += [turn["tool_calls"] for turn in content.turns if "tool_calls" in turn]
     # Text may hold half a character, which no encoding takes: JSON escapes it.
-    return hashlib.sha256(json.dumps(turns).encode("ascii")).digest()
+    return hashlib.sha256(json.dumps(known, default=str).encode("ascii")).digest()
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip()

@@ -1,58 +1,27 @@
-"""Prompts: a row as a conversation, and a conversation as text and tokens.
+"""Prompts: how a chat is worded for a model, in training and when it is asked.
 
 With a chat template the tokens are those of TRL 1.16's SFTTrainer for conversational
 prompt and completion columns; without one the text is Alpaca's, as TRL would take it
 from plain prompt and completion columns.
 """
 
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fedllm.config import DataConfig
-from fedllm.data.readers import Row
-from fedllm.errors import DataError
+from fedllm.data.turns import ASSISTANT, SYSTEM, USER, Message, turn_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MESSAGES = "messages"
 PREAMBLE = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request."
 )
 
-Message = dict[str, str]
-
-
-def to_prompt_completion(
-    config: DataConfig, row: Row
-) -> tuple[list[Message], list[Message]] | None:
-    """Return the conversation before the answer, and the answer, as chat messages.
-
-    These are TRL's conversational prompt and completion. In a `messages` column the
-    last turn of the assistant is the answer, and later turns are ignored.
-
-    Returns:
-        (prompt, completion), or None if the question or the answer is missing or blank.
-
-    Raises:
-        DataError: A question or answer that is not text, or messages without role and
-            content.
-    """
-    if row.get(MESSAGES) is not None:
-        turns = _read_messages(row[MESSAGES])
-    else:
-        question = _read_text(row.get(config.prompt_column), config.prompt_column)
-        answer = _read_text(row.get(config.response_column), config.response_column)
-        turns = [_message("user", question), _message("assistant", answer)]
-    last = max((i for i, t in enumerate(turns) if t["role"] == "assistant"), default=0)
-    prompt, completion = turns[:last], turns[last : last + 1]
-    has_question = any(
-        turn["content"].strip() for turn in prompt if turn["role"] == "user"
-    )
-    if not has_question or not completion[0]["content"].strip():
-        return None
-    return prompt, completion
+_MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\b")
+_MARK = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)
+_PROBE = "fedllm looks for this text"
 
 
 def chat_prompt(
@@ -71,15 +40,11 @@ def chat_prompt(
     """
     prompt = []
     for earlier, answer in history:
-        prompt += [_message("user", earlier), _message("assistant", answer)]
-    prompt.append(_message("user", question))
+        prompt += [turn_of(USER, earlier), turn_of(ASSISTANT, answer)]
+    prompt.append(turn_of(USER, question))
     if tokenizer.chat_template:
-        return str(
-            tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=True
-            )
-        )
-    text = _alpaca(prompt)
+        return ChatTemplate(tokenizer).render(prompt, opens_answer=True)
+    text = alpaca(prompt, tokenizer.eos_token or "")
     ids = tokenizer(text=text)["input_ids"]
     # A sentencepiece tokenizer puts a space before the first word of a text, but not
     # before a word that follows a special token.
@@ -90,98 +55,163 @@ def chat_prompt(
     return f"{bos}{text}"
 
 
-def training_texts(
-    tokenizer: "PreTrainedTokenizerBase",
-    prompt: list[Message],
-    completion: list[Message],
-) -> tuple[str, str]:
-    """Return the prompt alone, and the whole conversation, for `encode`.
+class ChatTemplate:
+    """A tokenizer's chat template, given contents in the form that it reads.
 
-    Raises:
-        DataError: The chat template rejects the conversation.
+    Some templates read a content only as a list of parts, and write an empty turn where
+    they get text.
+
+    Args:
+        tokenizer: Has a chat template.
+
+    Attributes:
+        marks: Finds the tokens that may end an answer, in text.
     """
-    if not tokenizer.chat_template:
-        text = _alpaca(prompt)
-        answer = completion[0]["content"]
-        end = tokenizer.eos_token or ""
-        if not answer.endswith(end):
-            answer += end
-        return text, text + answer
 
-    def render(messages: list[Message], **options: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        self.marks = re.compile("|".join(map(re.escape, end_marks(tokenizer).values())))
+        self._in_parts = False
+        if not self._writes_probe():
+            self._in_parts = True
+            self._in_parts = self._writes_probe()
 
-    from jinja2.exceptions import TemplateError
+    def render(
+        self,
+        turns: Sequence[Message],
+        tools: list[Any] | None = None,
+        opens_answer: bool = False,
+    ) -> str:
+        """Return a conversation as text; the template may raise anything.
 
-    try:
-        return render(prompt, add_generation_prompt=True), render(prompt + completion)
-    except TemplateError as error:
-        raise DataError(
-            f"the model's chat template rejects the conversation: {error}"
-        ) from None
+        Args:
+            turns: The conversation.
+            tools: What the assistant may call.
+            opens_answer: Whether the text ends where an answer begins.
+        """
+        if self._in_parts:
+            turns = [turn | {"content": _as_parts(turn["content"])} for turn in turns]
+        return str(
+            self._tokenizer.apply_chat_template(
+                list(turns),
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=opens_answer,
+            )
+        )
+
+    def answer_mask(
+        self, turns: Sequence[Message], tools: list[Any] | None
+    ) -> tuple[list[int], list[int]] | None:
+        """Return tokens, and 1 for each that the template itself marks as an answer.
+
+        None if it marks none: few templates do.
+        """
+        if not _MARKS_ANSWERS.search(str(self._tokenizer.chat_template)):
+            return None
+        if self._in_parts:
+            turns = [turn | {"content": _as_parts(turn["content"])} for turn in turns]
+        encoded = self._tokenizer.apply_chat_template(
+            list(turns),
+            tools=tools,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        mask = list(encoded["assistant_masks"])
+        return (list(encoded["input_ids"]), mask) if any(mask) else None
+
+    def _writes_probe(self) -> bool:
+        try:
+            return _PROBE in self.render([turn_of(USER, _PROBE)])
+        except Exception:  # noqa: BLE001 - a template may raise anything
+            return False
+
+
+def _as_parts(content: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}]
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], adds_special: bool
 ) -> list[list[int]]:
-    """Return the tokens of texts that `training_texts` made.
+    """Return the tokens of texts.
 
     All at once takes a fraction of the time that one text after the other takes.
+
+    Args:
+        tokenizer: The base model's tokenizer.
+        texts: Any number.
+        adds_special: Whether the tokenizer adds its own, such as the beginning of text. A
+            chat template writes them itself.
     """
     if not texts:
         return []
     encoded = tokenizer(
         text=list(texts),
-        # A chat template writes them itself.
-        add_special_tokens=not tokenizer.chat_template,
+        add_special_tokens=adds_special,
         # No warning: what is longer than the model allows is cut and counted here.
         verbose=False,
     )
-    return [list(ids) for ids in encoded["input_ids"]]
+    found = [list(ids) for ids in encoded["input_ids"]]
+    if adds_special or tokenizer.bos_token is None:
+        return found
+    twice = tokenizer.bos_token * 2
+    return [
+        # Some tokenizers add it whatever they are asked.
+        (
+            ids[1:]
+            if ids[:2] == [tokenizer.bos_token_id] * 2 and twice not in text
+            else ids
+        )
+        for ids, text in zip(found, texts, strict=True)
+    ]
 
 
-def _alpaca(prompt: list[Message]) -> str:
-    """Return a conversation as one text, up to where the answer begins."""
-    system = [turn["content"] for turn in prompt if turn["role"] == "system"]
+def end_marks(tokenizer: Any) -> dict[int, str]:
+    """Return the tokens that may end an answer, with their text: end of text, and of a turn.
+
+    Added tokens that are text, as runs of blanks in some tokenizers, end nothing.
+    """
+    marks = {
+        int(token): str(added.content)
+        for token, added in tokenizer.added_tokens_decoder.items()
+        if added.special or _MARK.fullmatch(added.content)
+    }
+    for token in (tokenizer.unk_token_id, tokenizer.bos_token_id):
+        marks.pop(token, None)
+    if tokenizer.eos_token_id is not None:
+        marks[int(tokenizer.eos_token_id)] = str(tokenizer.eos_token)
+    return marks
+
+
+def alpaca(prompt: Sequence[Message], end: str) -> str:
+    """Return a conversation as one text, up to where the answer begins.
+
+    Args:
+        prompt: Turns of system, user and assistant.
+        end: Stands after each earlier answer, as after the last.
+    """
+    system = [turn["content"] for turn in prompt if turn["role"] == SYSTEM]
     parts = ["\n".join(system) or PREAMBLE]
     for turn in prompt:
-        if turn["role"] != "system":
-            name = "Response" if turn["role"] == "assistant" else "Instruction"
-            parts.append(f"### {name}:\n{turn['content']}")
+        if turn["role"] == ASSISTANT:
+            parts.append(f"### Response:\n{ended(turn['content'], end)}")
+        elif turn["role"] != SYSTEM:
+            parts.append(f"### Instruction:\n{turn['content']}")
     return "\n\n".join([*parts, "### Response:\n"])
 
 
-def common_prefix_length(ids: list[int], other_ids: list[int]) -> int:
-    """Return how many leading tokens two sequences share."""
+def ended(answer: str, end: str) -> str:
+    """Return an answer with one end of text after it."""
+    return answer if answer.endswith(end) else answer + end
+
+
+def common_prefix_length(ids: Sequence[Any], other_ids: Sequence[Any]) -> int:
+    """Return how many leading tokens, or characters, two sequences share."""
     length = 0
     for one, other in zip(ids, other_ids, strict=False):
         if one != other:
             break
         length += 1
     return length
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _read_text(value: object, column: str) -> str:
-    """Return a cell as text, a missing one as the empty text."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"column {column!r}: must be text (got {value!r:.80})")
-    return value
-
-
-def _read_messages(value: object) -> list[Message]:
-    """Return the turns of a `messages` cell; none if it is missing."""
-    turns = []
-    for turn in value if isinstance(value, list) else [value] if value else []:
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise DataError(
-                "column 'messages': each turn must be an object with role and content "
-                f"(got {turn!r:.80})"
-            )
-        turns.append(_message(turn["role"], _read_text(turn.get("content"), MESSAGES)))
-    return turns

@@ -1,22 +1,68 @@
-"""Readers of a client's own file: .jsonl, .json, .csv or .parquet.
+"""Readers of a client's own file or folder. Nothing is cached on disk.
 
-Nothing is cached on disk. An error names the line that is malformed.
+An error names the line that is malformed. What a reader takes a file for, such as its
+delimiter, goes by the file's name and first line, never by what rows hold.
 """
 
+import bz2
 import codecs
-import csv
+import gzip
+import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from fedllm.config import DataConfig
+from fedllm.data.columns import Row, column_of
+from fedllm.data.folders import Say, files_of
+from fedllm.data.tables import (
+    Line,
+    MalformedError,
+    read_arrow,
+    read_delimited,
+    read_excel,
+    read_parquet,
+)
 from fedllm.errors import DataError
 
-Row = dict[str, Any]
-"""One row of a data set: column -> cell."""
-_R = TypeVar("_R", bound=Row | None)
-Readers = Mapping[str, Callable[[Path], Iterator[_R]]]
-"""A reader for each ending of a file's name."""
+_DEFAULT = DataConfig()
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# Longest first: UTF-32's little-endian mark begins with UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+# What Python makes of bytes that are no text in the encoding.
+_NO_TEXT = re.compile("[\udc80-\udcff]")
+
+
+@dataclass(frozen=True)
+class ReadRow:
+    """One row of a file.
+
+    Attributes:
+        file: The file.
+        place: Where it is there, as the file's owner counts: `line 7`, or `row 7`.
+        row: Its cells; None if it cannot be read.
+        reason: Why it cannot.
+    """
+
+    file: Path
+    place: str
+    row: Row | None
+    reason: str = ""
+
+
+def ignore(line: str) -> None:
+    """Take a line for nobody's log."""
 
 
 def looks_local(name: str) -> bool:
@@ -25,52 +71,86 @@ def looks_local(name: str) -> bool:
     return (
         name.startswith(("/", ".", "~"))
         or name.count("/") > 1
-        or path.suffix.lower() in _READERS
+        or _ending(path) in _READERS
         or path.exists()
     )
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read a file, or all files with known endings of a folder in order of name.
+def read_file(
+    path: Path, config: DataConfig = _DEFAULT, split: str = "", say: Say = ignore
+) -> list[ReadRow]:
+    """Read a file, or the files of a folder that are of a split.
 
-    Raises:
-        DataError: Missing, empty, malformed (the line is named), or of an unknown kind.
-    """
-    return _read_rows(path, _READERS)
-
-
-def read_records(path: Path) -> list[Row | None]:
-    """Read as `read_rows`, but count a malformed row as one, so that none hides the others.
+    Args:
+        path: File or folder.
+        config: Gives encoding and `data.config`.
+        split: Of a folder whose files name splits; empty: that of the config.
+        say: Gets a line of what a reader takes the file for, if that is unusual.
 
     Returns:
-        The rows; None for one that cannot be read: a line of .jsonl that holds no object,
-        an element of .json that is none, a line of .csv with too few or too many fields, a
+        All rows, also those that cannot be read: a line of .jsonl that holds no object, an
+        element of .json that is none, a line of .csv with too few or too many fields, a
         row of .parquet with a date or a text that Python does not read.
 
     Raises:
         DataError: Missing, empty, of an unknown kind, or malformed as a whole: .json that
             is no list, .csv with a quote that is never closed, .parquet that is none.
     """
-    return _read_rows(path, _RECORD_READERS)
-
-
-def _read_rows(path: Path, readers: "Readers[_R]") -> list[_R]:
-    """Read a file, or the files of a folder, by the readers of their endings."""
-    files = [path]
     try:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
+        files = [path]
         if path.is_dir():
-            files = sorted(f for f in path.iterdir() if f.suffix.lower() in _READERS)
-        rows = [row for file in files for row in _read_file(file, readers)]
+            files = files_of(path, config, split or config.split, _is_data, say)
+        if not files:
+            raise DataError(
+                f"{path}: holds no file that ends in {comma_list(_READERS)}"
+            )
+        rows = [row for file in files for row in _read(file, config, say)]
     except OSError as error:
         source, cause = error.filename or path, error.strerror or one_line(error)
         raise DataError(f"{source}: cannot be read: {cause}") from None
-    if not files:
-        raise DataError(f"{path}: holds no file that ends in {comma_list(_READERS)}")
+    except ValueError as error:  # a path with a NUL in it
+        raise DataError(f"{path!r}: is no path: {one_line(error)}") from None
     if not rows:
         raise DataError(f"{path}: holds no rows")
     return rows
+
+
+def read_rows(
+    path: Path, config: DataConfig = _DEFAULT, split: str = "", say: Say = ignore
+) -> list[Row]:
+    """Read as `read_file`, where every row must be one.
+
+    Raises:
+        DataError: As there; or a row is malformed (the line is named).
+    """
+    rows = read_file(path, config, split, say)
+    return [require_row(row) for row in rows]
+
+
+def require_row(read: ReadRow) -> Row:
+    """Return the cells of a row.
+
+    Raises:
+        DataError: It is malformed.
+    """
+    if read.row is None:
+        line = read.place.removeprefix("line ")
+        where = f"{read.file}:{line}" if line != read.place else f"{read.file}: {line}"
+        raise DataError(f"{where}: {read.reason}")
+    return read.row
+
+
+def read_records(
+    path: Path, config: DataConfig = _DEFAULT, say: Say = ignore
+) -> list[Row | None]:
+    """Read as `read_file`: None for a row that cannot be read, so that none hides the others.
+
+    Raises:
+        DataError: As there.
+    """
+    return [read.row for read in read_file(path, config, say=say)]
 
 
 def comma_list(names: Iterable[str]) -> str:
@@ -83,146 +163,181 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _read_file(path: Path, readers: "Readers[_R]") -> Iterator[_R]:
+def _ending(path: Path) -> str:
+    """Return what a file's name ends in, without the ending of a compression."""
+    name = path.name.lower()
+    for compressed in _COMPRESSED:
+        name = name.removesuffix(compressed)
+    return Path(name).suffix
+
+
+def _is_data(path: Path) -> bool:
+    return _ending(path) in _READERS
+
+
+def _read(path: Path, config: DataConfig, say: Say) -> Iterator[ReadRow]:
     """Yield the rows of a file.
 
     Raises:
-        DataError: It cannot be read, or is malformed (the line is named).
+        DataError: It cannot be read.
     """
-    reader = readers.get(path.suffix.lower())
+    reader = _READERS.get(_ending(path))
     if reader is None:
         raise DataError(f"{path}: must end in {comma_list(_READERS)}")
     try:
-        yield from reader(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text: {one_line(error)}") from None
+        data = _uncompressed(path)
+        for place, row in reader(data, config, lambda line: say(f"{path}: {line}")):
+            if isinstance(row, str):
+                yield ReadRow(path, place, None, row)
+            else:
+                yield ReadRow(path, place, row)
+    except MalformedError as error:
+        line = f":{error.line}" if error.line else ""
+        raise DataError(f"{path}{line}: {error}") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    # -sig skips the mark that some editors put at the start of a file.
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _read_object(_parse(line, f"{path}:{number}"), f"{path}:{number}")
+def _uncompressed(path: Path) -> bytes:
+    """Return the bytes of a file, whatever compression its name states.
 
-
-def _read_json(path: Path) -> Iterator[Row]:
-    values = _read_list(path.read_text(encoding="utf-8-sig"), path)
-    for number, value in enumerate(values, start=1):
-        yield _read_object(value, f"{path}: row {number}")
-
-
-def _read_jsonl_records(path: Path) -> Iterator[Row | None]:
-    # In bytes: a line that is not UTF-8 is one broken row.
-    for line in path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines():
-        if line.strip():
-            try:
-                value = json.loads(line.decode())
-            except (ValueError, RecursionError):
-                value = None
-            yield value if isinstance(value, dict) else None
-
-
-def _read_json_records(path: Path) -> Iterator[Row | None]:
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    for value in _read_list(text, path):
-        yield value if isinstance(value, dict) else None
-
-
-def _read_list(text: str, path: Path) -> list[Any]:
-    values = _parse(text, str(path))
-    if not isinstance(values, list):
-        raise DataError(
-            f"{path}: must be a list of objects (one object a line goes into .jsonl)"
-        )
-    return values
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    for number, names, cells in _csv_lines(path, "strict"):
-        if len(cells) != len(names):
-            raise DataError(
-                f"{path}:{number}: has {len(cells)} fields, the first line has {len(names)}"
-            )
-        yield dict(zip(names, cells, strict=True))
-
-
-def _read_csv_records(path: Path) -> Iterator[Row | None]:
-    for _, names, cells in _csv_lines(path, "surrogateescape"):
-        fits = len(cells) == len(names)
-        yield dict(zip(names, cells, strict=True)) if fits else None
-
-
-def _csv_lines(path: Path, errors: str) -> Iterator[tuple[int, list[str], list[str]]]:
-    """Yield each row's last line number, the names of the columns, and its cells."""
-    # By default the module rejects a file for one cell of more than 131,072 characters.
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            names = next(reader, [])
-            for cells in reader:
-                if cells:
-                    yield reader.line_num, names, cells
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: {error}") from None
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    for number, row in enumerate(_parquet_rows(path), start=1):
-        if isinstance(row, Exception):
-            raise DataError(f"{path}: row {number}: cannot be read: {one_line(row)}")
-        yield row
-
-
-def _read_parquet_records(path: Path) -> Iterator[Row | None]:
-    for row in _parquet_rows(path):
-        yield None if isinstance(row, Exception) else row
-
-
-def _parquet_rows(path: Path) -> Iterator[Row | Exception]:
-    """Yield each row, or why it has none: a date out of Python's range, text that is none."""
-    from pyarrow import parquet  # type: ignore[import-untyped]
-
+    Raises:
+        MalformedError: It is not so compressed.
+    """
+    data = path.read_bytes()
+    ending = path.suffix.lower()
     try:
-        table = parquet.ParquetFile(path).read()
-    except (NotImplementedError, ValueError) as error:
-        raise DataError(f"{path}: is not Parquet: {one_line(error)}") from None
-    for index in range(table.num_rows):
-        try:
-            yield table.slice(index, 1).to_pylist()[0]
-        # A date out of range, a type that pyarrow has no value of, bytes that are no text.
-        except (ArithmeticError, NotImplementedError, ValueError) as error:
-            yield error
+        if ending == ".gz":
+            return gzip.decompress(data)
+        if ending == ".bz2":
+            return bz2.decompress(data)
+        if ending == ".xz":
+            return lzma.decompress(data)
+        if ending == ".zst":
+            import pyarrow  # type: ignore[import-untyped]
+
+            with pyarrow.CompressedInputStream(
+                pyarrow.BufferReader(data), "zstd"
+            ) as file:
+                return bytes(file.read())
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise MalformedError(f"is not {ending[1:]}: {one_line(error)}") from None
+    return data
 
 
-_READERS: Readers[Row] = {
+def _decoded(data: bytes, encoding: str) -> str:
+    """Return bytes as text. What is none is marked, so that it costs its own row alone."""
+    if not encoding:
+        encoding = "utf-8"
+        for mark, name in _MARKS:
+            if data.startswith(mark):
+                data, encoding = data[len(mark) :], name
+                break
+    wide = encoding.startswith(("utf-16", "utf-32"))
+    try:
+        return data.decode(encoding, "surrogatepass" if wide else "surrogateescape")
+    except UnicodeError:
+        return data.decode(encoding, "replace")
+
+
+def _no_text(config: DataConfig) -> str:
+    name = config.encoding or "UTF-8"
+    return f"is not {name} text: data.encoding names another, such as 'cp1252'"
+
+
+def _read_jsonl(data: bytes, config: DataConfig, say: Say) -> Iterator[Line]:
+    return _json_lines(_decoded(data, config.encoding), config)
+
+
+def _json_lines(text: str, config: DataConfig) -> Iterator[Line]:
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        if line.strip():
+            yield f"line {number}", _json_object(line, config)
+
+
+def _json_object(text: str, config: DataConfig) -> Row | str:
+    """Return the object that a line is, or why it is none."""
+    if _NO_TEXT.search(text):
+        return _no_text(config)
+    try:
+        return _as_object(_parse(text))
+    except MalformedError as error:
+        return str(error)
+
+
+def _read_json(data: bytes, config: DataConfig, say: Say) -> Iterator[Line]:
+    text = _decoded(data, config.encoding)
+    try:
+        values = _parse(text)
+    except MalformedError:
+        # Many programs write one object a line into a file of this name.
+        first = text.lstrip().partition("\n")[0]
+        if isinstance(_json_object(first, config), str):
+            raise
+        say("read as one object a line")
+        yield from _json_lines(text, config)
+        return
+    if not isinstance(values, list):
+        raise MalformedError(
+            "must be a list of objects (one object a line goes into .jsonl)"
+        )
+    for number, value in enumerate(values, start=1):
+        yield f"row {number}", _as_object(value)
+
+
+def _read_csv(data: bytes, config: DataConfig, say: Say) -> Iterator[Line]:
+    return _checked(read_delimited(_decoded(data, config.encoding), ",", say), config)
+
+
+def _read_tsv(data: bytes, config: DataConfig, say: Say) -> Iterator[Line]:
+    return _checked(read_delimited(_decoded(data, config.encoding), "\t", say), config)
+
+
+def _checked(lines: Iterator[Line], config: DataConfig) -> Iterator[Line]:
+    """Yield rows of which those that hold no text are none."""
+    for place, row in lines:
+        is_text = isinstance(row, str) or not any(map(_NO_TEXT.search, row.values()))
+        yield place, row if is_text else _no_text(config)
+
+
+def _read_parquet(data: bytes, config: DataConfig, say: Say) -> Iterator[Line]:
+    return read_parquet(data, lambda name: column_of(config, name) is not None)
+
+
+def _read_arrow(data: bytes, config: DataConfig, say: Say) -> Iterator[Line]:
+    return read_arrow(data, lambda name: column_of(config, name) is not None)
+
+
+def _read_excel(data: bytes, config: DataConfig, say: Say) -> Iterator[Line]:
+    return read_excel(data)
+
+
+_READERS: dict[str, Callable[[bytes, DataConfig, Say], Iterator[Line]]] = {
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_tsv,
     ".parquet": _read_parquet,
-}
-_RECORD_READERS: Readers[Row | None] = {
-    ".jsonl": _read_jsonl_records,
-    ".json": _read_json_records,
-    ".csv": _read_csv_records,
-    ".parquet": _read_parquet_records,
+    ".arrow": _read_arrow,
+    ".xlsx": _read_excel,
 }
 
 
-def _parse(text: str, where: str) -> object:
+def _parse(text: str) -> Any:
+    """Return what JSON text holds.
+
+    Raises:
+        MalformedError: It is none.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        at = f"{where}:{error.lineno}" if "\n" in text.strip() else where
-        raise DataError(f"{at}: is not JSON: {error.msg}") from None
+        line = error.lineno if "\n" in text.strip() else 0
+        raise MalformedError(f"is not JSON: {error.msg}", line) from None
     except ValueError as error:  # a number of more digits than Python reads
-        raise DataError(f"{where}: cannot be read: {one_line(error)}") from None
+        raise MalformedError(f"cannot be read: {one_line(error)}") from None
     except RecursionError:
-        raise DataError(f"{where}: is nested too deeply") from None
+        raise MalformedError("is nested too deeply") from None
 
 
-def _read_object(value: object, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: must be an object (got {value!r:.80})")
-    return value
+def _as_object(value: object) -> Row | str:
+    return value if isinstance(value, dict) else "must be an object"

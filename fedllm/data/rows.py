@@ -8,41 +8,72 @@ imported in the functions that use them.
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedllm.config import DataConfig, fedllm_home
-from fedllm.data.embedded import BUILT_IN_DATA, EMBEDDED
-from fedllm.data.prompts import MESSAGES, to_prompt_completion
-from fedllm.data.readers import Row, comma_list, looks_local, one_line, read_rows
+from fedllm.data.columns import (
+    LINE,
+    MESSAGES,
+    UNREADABLE,
+    Row,
+    answer_columns,
+    as_cell,
+    column_of,
+    question_columns,
+    used_part,
+)
+from fedllm.data.embedded import BUILT_IN_DATA, EMBEDDED, OWN
+from fedllm.data.folders import Say
+from fedllm.data.readers import (
+    ReadRow,
+    comma_list,
+    ignore,
+    looks_local,
+    one_line,
+    read_file,
+    read_rows,
+    require_row,
+)
+from fedllm.data.turns import PLAIN
 from fedllm.errors import DataError
+from fedllm.foreign_text import printable
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_COMMIT = re.compile("[0-9a-f]{40}")
+_REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
-def load_rows(config: DataConfig, path: str | None = None) -> "Dataset":
-    """Load the training rows with all their columns.
+def load_rows(
+    config: DataConfig, path: str | None = None, say: Say = ignore
+) -> "Dataset":
+    """Load the training rows with the columns that are used.
 
     Args:
         config: Names the data set and its columns.
         path: A client's own file or folder, instead of `config.name`.
+        say: Gets a line of what is unusual, and of what is not used.
 
     Raises:
-        DataError: The data is missing, empty or malformed, lacks a column, or the hub
-            cannot be reached.
+        DataError: The data is missing, empty or malformed, has none of the columns, or the
+            hub cannot be reached.
     """
     if path is not None:
-        return _load_local(config, path)
+        return _load_local(config, path, config.split, say)
     if config.name in EMBEDDED:
         return _load_embedded(config, "train")
+    if config.name == OWN:
+        raise DataError(
+            f"data.name: {OWN!r}: every client trains on a file of its own, and this one "
+            "names none: set data-path in its node config, or name the rows here"
+        )
     if looks_local(config.name):
-        return _load_local(config, config.name)
-    return _load_hub(config)
+        return _load_local(config, config.name, config.split, say)
+    return _load_hub(config, say)
 
 
 def load_public(
@@ -66,7 +97,7 @@ def load_public(
         "test": config.public_test,
     }
     if path := named[split]:
-        return _load_local(config, path)
+        return _load_local(config, path, split, ignore)
     if split == "train":
         return None
     return _load_embedded(config, split) if config.name in EMBEDDED else None
@@ -75,7 +106,7 @@ def load_public(
 def _load_embedded(config: DataConfig, split: str) -> "Dataset":
     """Load a split of a data set that comes with the package."""
     rows = _read_shards(EMBEDDED[config.name].folder, split)
-    _check_columns(config, rows.column_names, config.name)
+    _require_columns(config, rows.column_names, config.name)
     return rows
 
 
@@ -86,28 +117,49 @@ def _read_shards(folder: Path, split: str) -> "Dataset":
     rows = [row for shard in shards for row in read_rows(shard)]
     if not rows:
         raise DataError(f"{folder}: no {split} rows there: install fedllm again")
-    return _make_dataset(rows, folder)
+    return _make_dataset(rows)
 
 
-def _load_local(config: DataConfig, name: str) -> "Dataset":
-    """Load a file or a folder, and check each row."""
+def _load_local(config: DataConfig, name: str, split: str, say: Say) -> "Dataset":
+    """Load a file or a folder: what is used of each row, and where it stands."""
     path = Path(name).expanduser().absolute()
-    rows = read_rows(path)
-    _check_columns(config, list(dict.fromkeys(n for row in rows for n in row)), path)
-    for number, row in enumerate(rows, start=1):
-        try:
-            to_prompt_completion(config, row)
-        except DataError as error:
-            raise DataError(f"{path}: row {number}: {error}") from None
-    return _make_dataset(rows, path)
+    read = read_file(path, config, split, say)
+    names = list(dict.fromkeys(n for one in read for n in require_row(one)))
+    say_unused(config, names, path, say)
+    rows = [local_row(config, one, path) for one in read]
+    _require_columns(config, names, path)
+    return _make_dataset(rows)
+
+
+def local_row(config: DataConfig, read: ReadRow, root: Path) -> Row:
+    """Return what is used of a row that a file holds, with the place where it stands.
+
+    Args:
+        config: Names the columns.
+        read: The row, which is one.
+        root: The file, or the folder that it is in.
+    """
+    where = read.place
+    if read.file != root:
+        where = f"{read.file.relative_to(root)} {where}"
+    return used_part(config, read.row or {}) | {LINE: where}
+
+
+def say_unused(
+    config: DataConfig, names: Iterable[str], source: object, say: Say
+) -> None:
+    """Say once which columns are not read."""
+    unused = [name for name in names if column_of(config, name) is None]
+    if unused:
+        say(f"{source}: columns that are not used: {printable(comma_list(unused))}")
 
 
 def is_hub_id(name: str) -> bool:
     """Return whether `data.name` names a data set of a hub."""
-    return name not in EMBEDDED and not looks_local(name)
+    return name not in EMBEDDED and name != OWN and not looks_local(name)
 
 
-def _load_hub(config: DataConfig) -> "Dataset":
+def _load_hub(config: DataConfig, say: Say) -> "Dataset":
     """Load a split of a hub data set.
 
     The hub's client caches its downloads in its usual place (HF_HOME); what `datasets`
@@ -115,18 +167,18 @@ def _load_hub(config: DataConfig) -> "Dataset":
     """
     import datasets
 
-    (name, _, commit), split = config.name.partition("@"), config.split
-    if commit and not _COMMIT.fullmatch(commit):
+    (name, at, revision), split = config.name.partition("@"), config.split
+    if at and not _REVISION.fullmatch(revision):
         raise DataError(
-            f"data.name: {config.name!r}: a hub id is pinned by @ and a commit of 40 "
-            "hexadecimal digits"
+            f"data.name: {config.name!r}: after @ stands a commit, a tag or a branch"
         )
     try:
         with _quiet_hub():
             rows = datasets.load_dataset(
                 name,
+                config.config or None,
                 split=split,
-                revision=commit or None,
+                revision=revision or None,
                 cache_dir=str(fedllm_home() / "datasets"),
             )
     except datasets.exceptions.DatasetNotFoundError:
@@ -143,10 +195,14 @@ def _load_hub(config: DataConfig) -> "Dataset":
     except (ValueError, RuntimeError) as error:
         raise DataError(f"data.name: {name!r} ({split}): {one_line(error)}") from None
     source = f"{name} ({split})"
-    _check_columns(config, rows.column_names, source)
     if len(rows) == 0:
         raise DataError(f"{source}: holds no rows")
-    return rows
+    names = rows.column_names
+    say_unused(config, names, source, say)
+    used = rows.select_columns([n for n in names if column_of(config, n) is not None])
+    kept = [used_part(config, row) for row in used]
+    _require_columns(config, names, source)
+    return _make_dataset(kept)
 
 
 @contextlib.contextmanager
@@ -171,30 +227,68 @@ def _quiet_hub() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _make_dataset(rows: list[Row], source: Path) -> "Dataset":
+def _make_dataset(rows: list[Row]) -> "Dataset":
     """Return rows as a data set; a row without a column has None in it."""
     from datasets import Dataset
 
+    rows = [_storable(row) for row in rows]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    try:
-        return Dataset.from_dict({name: [r.get(name) for r in rows] for name in names})
-    except (NotImplementedError, OverflowError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{source}: a column mixes kinds of values: {one_line(error)}"
-        ) from None
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return Dataset.from_dict({n: _of_one_kind(cells) for n, cells in columns.items()})
 
 
-def _check_columns(config: DataConfig, names: list[str], source: object) -> None:
-    """Check that the columns of questions and answers exist."""
-    if MESSAGES in names:
+def _storable(row: Row) -> Row:
+    """Return a row whose cells a table takes, or which says why nothing is learned from it."""
+    stored: Row = {}
+    for name, cell in row.items():
+        if isinstance(cell, list | dict):
+            try:
+                cell = as_cell(cell)
+            except (RecursionError, TypeError, ValueError):
+                cell = (
+                    b""  # No text: such as a number of more digits than Python writes.
+                )
+        if isinstance(cell, str) and _HALF.search(cell):
+            stored[UNREADABLE] = f"column {name!r} holds half a character"
+        elif cell is None or isinstance(cell, (str, bool, *PLAIN)):
+            stored[name] = cell
+        else:
+            stored[UNREADABLE] = f"column {name!r} is not text"
+    return stored
+
+
+def _of_one_kind(cells: list[Any]) -> list[Any]:
+    """Return cells that a table takes: of one plain kind, else all as text."""
+    kinds = {type(cell) for cell in cells if cell is not None}
+    if len(kinds) <= 1 and kinds <= {str, bool, float}:
+        return cells
+    if kinds <= {int} and all(c is None or -(2**63) <= c < 2**63 for c in cells):
+        return cells
+    return [None if cell is None else str(cell) for cell in cells]
+
+
+def _require_columns(config: DataConfig, names: Iterable[str], source: object) -> None:
+    """Check that there are columns for a question and an answer, or for a text.
+
+    Raises:
+        DataError: There are none.
+    """
+    names = list(names)
+    used = {column_of(config, name) for name in names}
+    if config.format in ("auto", "text") and config.text_column in used:
         return
-    required = {
-        "data.prompt-column": config.prompt_column,
-        "data.response-column": config.response_column,
-    }
-    for key, column in required.items():
-        if column not in names:
-            raise DataError(
-                f"{source}: there is no column {column!r} ({key}); the columns are "
-                f"{comma_list(names)}"
-            )
+    if config.format in ("auto", "messages") and used & {*MESSAGES}:
+        return
+    questions = used & {*question_columns(config)}
+    answers = used & {*answer_columns(config)}
+    if config.format in ("auto", "question-answer") and questions and answers:
+        return
+    key, column = "data.prompt-column", config.prompt_column
+    if questions:
+        key, column = "data.response-column", config.response_column
+    if config.format == "text":
+        key, column = "data.text-column", config.text_column
+    raise DataError(
+        f"{source}: there is no column {column!r} ({key}); the columns are "
+        f"{printable(comma_list(names))}"
+    )

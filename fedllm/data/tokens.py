@@ -1,18 +1,15 @@
-"""Rows to token ids, with labels on the answer alone."""
+"""Rows to token ids, with labels on the answers alone."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from fedllm.config import DataConfig
-from fedllm.data.prompts import (
-    common_prefix_length,
-    encode,
-    to_prompt_completion,
-    training_texts,
-)
-from fedllm.data.readers import Row
-from fedllm.errors import DataError
+from fedllm.data.columns import Row
+from fedllm.data.prompts import common_prefix_length, encode, end_marks
+from fedllm.data.rendering import Rendered, Renderer
+from fedllm.data.shapes import read_row
+from fedllm.data.turns import UnusableRowError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,90 +19,307 @@ if TYPE_CHECKING:
 Example = dict[str, list[int]]
 """One row for the model: `input_ids` and `labels`."""
 
+CUT_AWAY = "no answer within train.max-length"
+_UNREADABLE = "cannot be read"
+_OTHER_MASK = "the chat template's own mask marks other text than the answers"
+# A chat template may write a line's end after the token that ends an answer.
+_LAST_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an example may be.
+
+    Attributes:
+        max_length: Longest example in tokens.
+        vocabulary: Rows of the model's embedding; None: not known.
+        whole_texts: Whether plain text may be longer.
+    """
+
+    max_length: int
+    vocabulary: int | None = None
+    whole_texts: bool = False
+
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Rows as labelled tokens, and counts of what was cut or left out."""
+    """Rows as labelled tokens, and what was cut or left out."""
 
-    examples: list[Example]
-    """Each with `input_ids` and, of the same length, `labels`: the token id in the answer,
-    else -100. At most max_length tokens, at least one of them of the answer."""
-    num_truncated: int
-    """Examples whose end the length limit cut."""
-    num_without_answer: int
-    """Rows left out: the question or the answer is missing or blank, or the length
-    limit cut the whole answer."""
+    records: list[Example | None]
+    """One a row, None for a row that nothing can be learned from. Each with `input_ids` and,
+    of the same length, `labels`: the token id in an answer, else -100. At most max_length
+    tokens, at least one of them of an answer."""
+    columns: dict[tuple[str, ...], int] = field(default_factory=dict)
+    """How many rows were read from which columns."""
+    unusable: dict[str, list[int]] = field(default_factory=dict)
+    """The places of rows without an example, by reason."""
+    truncated: list[int] = field(default_factory=list)
+    """The places of examples whose end the length limit cut."""
+    cut_left: list[int] = field(default_factory=list)
+    """The places of examples whose question lost its beginning."""
+
+    texts: list[int] = field(default_factory=list)
+    """The places of examples that are plain text."""
+
+    @property
+    def examples(self) -> list[Example]:
+        """The examples alone, without the rows that have none."""
+        return [example for example in self.records if example is not None]
+
+    def packed(self, max_length: int) -> list[Example]:
+        """Return the examples with plain texts laid end to end, in pieces of one length.
+
+        Only where a row is no unit of privacy: a piece holds parts of several.
+
+        Args:
+            max_length: Of a piece.
+        """
+        texts = set(self.texts)
+        pieces = [
+            example
+            for place, example in enumerate(self.records)
+            if example is not None and place not in texts
+        ]
+        ids: list[int] = []
+        labels: list[int] = []
+        for place in self.texts:
+            example = self.records[place]
+            if example is not None:
+                ids += example["input_ids"]
+                labels += example["labels"]
+        for start in range(0, len(ids), max_length):
+            end = start + max_length
+            piece = {"input_ids": ids[start:end], "labels": labels[start:end]}
+            if any(label >= 0 for label in piece["labels"][1:]):
+                pieces.append(piece)
+        return pieces
 
 
 def tokenize(
-    rows: "Dataset",
+    rows: "Iterable[Row | None] | Dataset",
     tokenizer: "PreTrainedTokenizerBase",
     config: DataConfig,
     max_length: int,
+    vocabulary: int | None = None,
+    whole_texts: bool = False,
 ) -> Tokenized:
-    """Turn rows into tokens as TRL's SFTTrainer does, and label the answer.
+    """Turn every row into an example, or into None. Total.
 
-    With a chat template: the conversation as the template renders it; the answer begins at
-    the first token that differs from the prompt rendered alone (TRL 1.16,
+    With a chat template: the conversation as the template renders it, tokenised once; an
+    answer begins at the first token that differs from the conversation up to it (TRL 1.16,
     `SFTTrainer._prepare_dataset`). Without one: an Alpaca-style text, with the end token
-    after the answer. An example longer than max_length loses its end.
+    after each answer. Plain text: with the end token after it, all of it learned. An example
+    longer than max_length loses its end.
 
     Args:
-        rows: Rows with the columns that config names, or with `messages`.
+        rows: The rows; None for one that cannot be read.
         tokenizer: The base model's tokenizer.
-        config: Names the columns.
+        config: Names columns and shape.
         max_length: Longest example in tokens.
+        vocabulary: Rows of the model's embedding; None: not known.
+        whole_texts: Whether plain text may be longer, to be packed.
 
-    Raises:
-        DataError: A row is malformed, or the chat template rejects it.
+    Guarantee:
+        There are as many entries as rows. An entry is a function of its row alone, and no
+        row raises an error, whatever it holds.
     """
-    examples: list[Example] = []
-    num_truncated = num_without_answer = 0
-    texts: list[tuple[str, str]] = []
-    for number, row in enumerate(_each(rows), start=1):
+    work = _Work(tokenizer, config, Limits(max_length, vocabulary, whole_texts))
+    rendered = [work.render(place, row) for place, row in enumerate(_each(rows))]
+    return work.examples(rendered)
+
+
+class _Work:
+    """Rows on their way to examples, with all that is counted."""
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", config: DataConfig, limits: Limits
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._limits = limits
+        self._renderer = Renderer(tokenizer, config)
+        self._ends = set(end_marks(tokenizer))
+        self._found = Tokenized([])
+
+    def render(self, place: int, row: Row | None) -> Rendered | None:
+        """Return a row's text, or count why it has none."""
+        if row is None:
+            self._count_unusable(place, _UNREADABLE)
+            return None
         try:
-            conversation = to_prompt_completion(config, row)
-            if conversation is None:
-                num_without_answer += 1
-                continue
-            texts.append(training_texts(tokenizer, *conversation))
-        except DataError as error:
-            raise DataError(f"row {number}: {error}") from None
-    for prompt_ids, ids in encoded_pairs(tokenizer, texts):
-        example = labelled(prompt_ids, ids, max_length)
-        if example is None:
-            num_without_answer += 1
-            continue
-        num_truncated += len(ids) > max_length
-        examples.append(example)
-    return Tokenized(examples, num_truncated, num_without_answer)
+            content = read_row(self._config, row)
+            rendered = self._renderer.render(content)
+        except UnusableRowError as error:
+            self._count_unusable(place, str(error))
+            return None
+        except Exception as error:  # noqa: BLE001 - a row may hold anything
+            self._count_unusable(place, f"{type(error).__name__}: {error}"[:200])
+            return None
+        columns = self._found.columns
+        columns[content.columns] = columns.get(content.columns, 0) + 1
+        return rendered
+
+    def examples(self, rendered: Sequence[Rendered | None]) -> Tokenized:
+        """Return all rows as examples."""
+        known = [one for one in rendered if one is not None]
+        encoded = iter(self._encoded(known))
+        for place, one in enumerate(rendered):
+            example = None
+            if one is not None:
+                example = self._example(place, one, next(encoded))
+            self._found.records.append(example)
+        return self._found
+
+    def _count_unusable(self, place: int, reason: str) -> None:
+        self._found.unusable.setdefault(reason, []).append(place)
+
+    def _encoded(self, known: Sequence[Rendered]) -> Iterator[list[list[int]] | str]:
+        """Yield the tokens of each text and of its beginnings; or why there are none."""
+        texts = [_beginnings(one) for one in known]
+        groups: dict[bool, list[str]] = {True: [], False: []}
+        for one, parts in zip(known, texts, strict=True):
+            groups[one.adds_special] += parts
+        try:
+            tokens = {
+                adds: iter(encode(self._tokenizer, group, adds))
+                for adds, group in groups.items()
+            }
+        # Half a character, for one; a tokenizer in Rust panics with a BaseException.
+        except BaseException as error:  # noqa: BLE001 - see above
+            _raise_if_of_process(error)
+            yield from map(self._encoded_alone, known)
+            return
+        for one, parts in zip(known, texts, strict=True):
+            yield [next(tokens[one.adds_special]) for _ in parts]
+
+    def _encoded_alone(self, one: Rendered) -> list[list[int]] | str:
+        try:
+            return encode(self._tokenizer, _beginnings(one), one.adds_special)
+        except BaseException as error:  # noqa: BLE001 - as for all texts together
+            _raise_if_of_process(error)
+            return f"not text for the tokenizer: {type(error).__name__}"
+
+    def _example(
+        self, place: int, one: Rendered, encoded: list[list[int]] | str
+    ) -> Example | None:
+        """Return the labelled tokens of a row within the limits."""
+        try:
+            if isinstance(encoded, str):
+                raise UnusableRowError(encoded)
+            if one.spans:
+                ids, labels = self._answers(one, encoded)
+            else:
+                ids, labels = self._text(encoded[0])
+            if not ids:
+                raise UnusableRowError("no tokens")
+            vocabulary = self._limits.vocabulary
+            if vocabulary is not None and max(ids) >= vocabulary:
+                raise UnusableRowError(
+                    "a token beyond the model's embedding: the tokenizer is another model's"
+                )
+            if not one.spans:
+                self._found.texts.append(place)
+                if self._limits.whole_texts:
+                    return {"input_ids": ids, "labels": labels}
+            return self._within(place, ids, labels)
+        except UnusableRowError as error:
+            self._count_unusable(place, str(error))
+            return None
+
+    def _text(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """Return a plain text's tokens with an end, of which all but the first are learned."""
+        end = self._tokenizer.eos_token_id
+        if end is not None and ids[-1:] != [end]:
+            ids = [*ids, int(end)]
+        return ids, [-100, *ids[1:]]
+
+    def _answers(
+        self, one: Rendered, encoded: list[list[int]]
+    ) -> tuple[list[int], list[int]]:
+        """Return a conversation's tokens, of which the answers are learned.
+
+        Raises:
+            UnusableRowError: No end of an answer can be learned, or the template's own mask
+                does not mark it.
+        """
+        ids, *parts = encoded
+        beginnings = iter(parts)
+        labels = [-100] * len(ids)
+        for _, end in one.spans:
+            first = common_prefix_length(next(beginnings), ids)
+            last = len(ids)
+            if end < len(one.text):
+                last = common_prefix_length(next(beginnings), ids)
+            if one.mask is not None and one.mask[0] == ids:
+                first, last = self._by_mask(one.mask[1], first, last)
+            if not self._ends_there(ids[first:last]):
+                raise UnusableRowError("no end of the answer can be learned")
+            labels[first:last] = ids[first:last]
+        if one.mask is not None and one.mask[0] == ids and one.is_whole:
+            outside = zip(one.mask[1], labels, strict=True)
+            if any(marked and label < 0 for marked, label in outside):
+                raise UnusableRowError(_OTHER_MASK)
+        return ids, labels
+
+    def _by_mask(self, mask: list[int], first: int, last: int) -> tuple[int, int]:
+        """Return the part of an answer that the template's own mask marks.
+
+        Where it leaves out the token that ends the answer, that is learned all the same.
+
+        Raises:
+            UnusableRowError: It marks no token of the answer.
+        """
+        marked = [place for place in range(first, last) if mask[place]]
+        if not marked:
+            raise UnusableRowError(_OTHER_MASK)
+        return marked[0], last
+
+    def _ends_there(self, ids: list[int]) -> bool:
+        return not self._ends.isdisjoint(ids[-_LAST_TOKENS:])
+
+    def _within(self, place: int, ids: list[int], labels: list[int]) -> Example:
+        """Return an example within the length limit, and count what it loses."""
+        limit = self._limits.max_length
+        first = next((i for i, label in enumerate(labels) if label >= 0), len(ids))
+        if len(ids) > limit and self._config.long_questions == "cut-left":
+            # What begins a text is kept: models want it there.
+            kept = int(ids[0] == self._tokenizer.bos_token_id)
+            # The first token of an answer is learned from one before it.
+            dropped = min(len(ids) - limit, first - max(kept, 1))
+            if dropped > 0:
+                ids = ids[:kept] + ids[kept + dropped :]
+                labels = labels[:kept] + labels[kept + dropped :]
+                first -= dropped
+                self._found.cut_left.append(place)
+        if first >= min(len(ids), limit):
+            raise UnusableRowError(CUT_AWAY)
+        if len(ids) > limit:
+            self._found.truncated.append(place)
+        return {"input_ids": ids[:limit], "labels": labels[:limit]}
 
 
-def encoded_pairs(
-    tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str, str]]
-) -> list[tuple[list[int], list[int]]]:
-    """Return the tokens of questions and whole conversations, all at once."""
-    encoded = iter(encode(tokenizer, [text for pair in pairs for text in pair]))
-    return list(zip(encoded, encoded, strict=True))
+def _beginnings(one: Rendered) -> list[str]:
+    """Return a text, and its beginnings up to where each answer begins and ends."""
+    texts = [one.text]
+    for start, end in one.spans:
+        texts.append(one.text[:start])
+        if end < len(one.text):
+            texts.append(one.text[:end])
+    return texts
 
 
-def labelled(prompt_ids: list[int], ids: list[int], max_length: int) -> Example | None:
-    """Return an example with labels on its answer; None if no token of it is left.
-
-    Args:
-        prompt_ids: Tokens of the conversation up to the answer.
-        ids: Tokens of all of it.
-        max_length: What is longer loses its end.
-    """
-    start = common_prefix_length(prompt_ids, ids)
-    if start >= min(len(ids), max_length):
-        return None
-    ids = ids[:max_length]
-    return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
+def _raise_if_of_process(error: BaseException) -> None:
+    """Raise an error again that ends the process, and is about no row."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+        raise error
 
 
-def _each(rows: "Dataset") -> Iterator[Row]:
-    """Yield rows one by one, read by the thousand, since `datasets` is slow by single rows."""
-    for columns in rows.iter(batch_size=1000):
+def _each(rows: "Iterable[Row | None] | Dataset") -> Iterator[Row | None]:
+    """Yield rows one by one; of a data set by the thousand, since it is slow by single rows."""
+    if not hasattr(rows, "column_names"):
+        yield from rows
+        return
+    data: Any = rows
+    for columns in data.iter(batch_size=1000):
         for cells in zip(*columns.values(), strict=True):
             yield dict(zip(columns, cells, strict=True))

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,15 +17,18 @@ from typing import TYPE_CHECKING, Literal
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from fedllm.config import RunConfig, fedllm_home
-from fedllm.data.prompts import to_prompt_completion
-from fedllm.data.readers import looks_local, read_rows
+from fedllm.config import DataConfig, RunConfig, fedllm_home
+from fedllm.data.columns import Row
+from fedllm.data.readers import looks_local
+from fedllm.data.rows import load_public, load_rows
+from fedllm.data.shapes import read_row
 from fedllm.deployment import flower_daemon
 from fedllm.errors import DataError, FedllmError
 from fedllm.models.known import BUILT_IN_MODEL, KNOWN_MODELS
 from fedllm.reporting.trackers import require_tracker
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PretrainedConfig
 
 Level = Literal["ok", "note", "warn", "FAIL"]
@@ -65,6 +69,7 @@ def checks(config: RunConfig) -> Iterator[Check]:
         ("disk", _disk),
         ("model", _model),
         ("data", _data),
+        ("adapter", _adapter),
         ("device", _device),
         ("quantisation", _quantization),
         ("memory", _memory),
@@ -79,6 +84,9 @@ def checks(config: RunConfig) -> Iterator[Check]:
         except Exception as error:  # noqa: BLE001 - a check that breaks is a finding
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             yield Check(name, "FAIL", text, "reinstall: pip install -e .")
+    from fedllm.deployment.rendered_rows import rendered_checks
+
+    yield from rendered_checks(config)
 
 
 def _python(config: RunConfig) -> Check:
@@ -215,32 +223,66 @@ def _hub(name: str) -> Check:
 
 
 def _data(config: RunConfig) -> Check:
-    """Read the files that the config names."""
+    """Read the files that the config names, as a run reads them."""
     data = config.data
-    named = {
-        "data.name": data.name if looks_local(data.name) else "",
-        "data.public-validation": data.public_validation,
-        "data.public-test": data.public_test,
-        "data.public-train": data.public_train,
+    named: dict[str, tuple[str, Callable[[], Dataset | None]]] = {
+        "data.name": (
+            data.name if looks_local(data.name) else "",
+            lambda: load_rows(data, say=lines.append),
+        ),
+        "data.public-validation": (
+            data.public_validation,
+            lambda: load_public(data, "validation"),
+        ),
+        "data.public-test": (data.public_test, lambda: load_public(data, "test")),
+        "data.public-train": (data.public_train, lambda: load_public(data, "train")),
     }
-    lines = [] if named["data.name"] else [f"data.name is {data.name!r}"]
-    for key, path in named.items():
+    lines = [] if named["data.name"][0] else [f"data.name is {data.name!r}"]
+    for key, (path, load) in named.items():
         if not path:
             continue
         try:
-            rows = read_rows(Path(path).expanduser())
+            rows = load()
         except DataError as error:
             remedy = "mend the file, or name another; an absolute path is safest"
             return Check("data", "FAIL", f"{key}: {error}", remedy)
-        usable = sum(to_prompt_completion(data, row) is not None for row in rows)
-        if not usable:
-            remedy = (
-                f"set data.prompt-column and data.response-column: {path} has "
-                f"{', '.join(map(str, rows[0]))}"
-            )
-            return Check("data", "FAIL", f"{key}: no row has both", remedy)
-        lines.append(f"{key}: {usable} of {len(rows)} rows are questions with answers")
+        if rows is not None:
+            reasons = [_why_unusable(data, row) for row in rows]
+            causes = Counter(reason for reason in reasons if reason)
+            usable = len(reasons) - causes.total()
+            text = f"{key}: {usable} of {len(reasons)} rows can be learned from"
+            text += "".join(f"; {count}: {why}" for why, count in causes.most_common(5))
+            if not usable:
+                remedy = "name other columns (data.prompt-column, data.response-column)"
+                return Check("data", "FAIL", text, remedy)
+            lines.append(text)
     return Check("data", "ok", "; ".join(lines))
+
+
+def _why_unusable(data: DataConfig, row: Row) -> str:
+    """Return why nothing is learned from a row; empty if something is."""
+    try:
+        read_row(data, row)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def _adapter(config: RunConfig) -> Check:
+    """Look for the layers that the adapter names."""
+    base = _model_config(config)
+    if config.adapter.kind == "auto" or base is None:
+        text = "not looked at: " + (
+            f"{config.model.name} has not been fetched"
+            if base is None
+            else "adapter.kind is 'auto'"
+        )
+        return Check("adapter", "note", text)
+    from fedllm.adapters.resolve import adapter_spec
+
+    spec = adapter_spec(config.adapter, base, config.seed)
+    text = f"{config.adapter.kind} trains {spec.num_trainable} values of the base model"
+    return Check("adapter", "ok", text)
 
 
 def _kind() -> str:
@@ -273,14 +315,14 @@ def _quantization(config: RunConfig) -> Check:
 
 def _memory(config: RunConfig) -> Check:
     """Compare the memory that a run needs with what is free."""
-    model_config = _model_config(config)
-    if model_config is None:
+    base = _model_config(config)
+    if base is None:
         text = f"not known: {config.model.name} has not been fetched"
         return Check("memory", "note", text)
     from fedllm.planning.memory import memory_need
 
     device = _kind()
-    need = memory_need(config, model_config, device)
+    need = memory_need(config, base, device)
     cores = len(os.sched_getaffinity(0))
     # Flower gives a virtual client two cores.
     at_once = max(1, cores // 2) if device == "cpu" else 1

@@ -5,29 +5,31 @@ fetched: what needs the tokenizer is left out if that is not on this machine.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fedllm.config import RunConfig, fedllm_home
+from fedllm.config import RunConfig
+from fedllm.data.columns import Row, column_of, used_part
 from fedllm.data.identifiers import IdentifierFinder
+from fedllm.data.model_limits import require_positions, vocabulary_of
 from fedllm.data.overlap import conversation_digest
 from fedllm.data.persons import by_person, person_id
-from fedllm.data.prompts import MESSAGES, to_prompt_completion
-from fedllm.data.readers import Row, comma_list, read_records
-from fedllm.data.records import tokenize_records
-from fedllm.deployment.preflight import Check, cached_model
+from fedllm.data.readers import comma_list, read_records
+from fedllm.data.shapes import PlainText, read_row
+from fedllm.data.tokens import CUT_AWAY, Tokenized, tokenize
+from fedllm.data.turns import UnusableRowError
+from fedllm.deployment.preflight import Check
+from fedllm.deployment.rendered_rows import (
+    content,
+    local_base,
+    template_check,
+    where,
+)
 from fedllm.errors import ConfigError, DataError, FedllmError
 from fedllm.foreign_text import printable
-from fedllm.models.known import BUILT_IN_MODEL
 from fedllm.planning.record_noise import record_plan
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 Rows = list[Row | None]
-_SHOWN = 5
-_NO_LIMIT = 1 << 40
 
 
 def row_checks(path: Path, config: RunConfig, country: str | None) -> Iterator[Check]:
@@ -38,65 +40,70 @@ def row_checks(path: Path, config: RunConfig, country: str | None) -> Iterator[C
         config: The settings that the node expects of a run: columns, model, limits.
         country: Two letters, for national numbers; None: those of no country.
     """
+    said: list[str] = []
     try:
-        rows = read_records(path.expanduser())
+        whole = read_records(path.expanduser(), config.data, said.append)
     except DataError as error:
         yield Check("file", "FAIL", str(error))
         return
-    yield _columns(rows, config)
+    if said:
+        yield Check("file", "note", "; ".join(said))
+    names = dict.fromkeys(str(name) for row in whole if row for name in row)
+    rows = [None if row is None else used_part(config.data, row) for row in whole]
+    yield _columns(rows, names, config)
     yield _answers(rows, config)
     if config.data.person_column:
-        yield _persons(rows, config.data.person_column)
+        yield _persons(rows, config.data.person_column, names)
     yield _duplicates(rows, config)
-    yield _lengths(rows, config)
+    yield from _tokens(rows, config)
     yield _minimum(rows, config)
     yield _identifiers(rows, config, country)
 
 
-def _columns(rows: Rows, config: RunConfig) -> Check:
+def _columns(rows: Rows, names: Iterable[str], config: RunConfig) -> Check:
     """Report which columns train and which are only there."""
-    names = dict.fromkeys(str(name) for row in rows if row for name in row)
-    wanted = {config.data.prompt_column, config.data.response_column}
-    used = {MESSAGES} if MESSAGES in names else wanted
-    if config.data.person_column in names:
-        used = used | {config.data.person_column}
-    text = f"used: {_names(used & {*names})}; not used: {_names({*names} - used)}"
-    if missing := used - {*names}:
+    data = config.data
+    used = {data.person_column} & {column_of(data, name) for name in names}
+    for row in rows:
+        if (found := content(row, config)) is not None:
+            used |= {*found.columns}
+    unused = {name for name in names if column_of(data, name) not in used}
+    text = f"used: {_names(used)}; not used: {_names(unused)}"
+    if not used - {data.person_column}:
         remedy = "data.prompt-column and data.response-column name them (--run-config)"
+        missing = {data.prompt_column, data.response_column}
         return Check("columns", "FAIL", f"no {_names(missing)}; {text}", remedy)
     return Check("columns", "ok", text)
 
 
 def _answers(rows: Rows, config: RunConfig) -> Check:
-    """Count the rows of which nothing can be learned."""
-    broken, empty = [], []
+    """Count the rows of which nothing can be learned, by reason."""
+    broken: list[int] = []
+    unusable: dict[str, list[int]] = {}
     for number, row in enumerate(rows, 1):
-        try:
-            conversation = (
-                None if row is None else to_prompt_completion(config.data, row)
-            )
-        except DataError:
-            row = None
         if row is None:
             broken.append(number)
-        elif conversation is None:
-            empty.append(number)
+            continue
+        try:
+            read_row(config.data, row)
+        except UnusableRowError as error:
+            unusable.setdefault(str(error), []).append(number)
     text = f"{len(rows)} rows"
-    for numbers, what in ((broken, "malformed"), (empty, "without question or answer")):
-        text += f"; {what}: {len(numbers)}{_where(numbers)}" if numbers else ""
-    if len(broken) + len(empty) == len(rows):
+    for what, numbers in (("malformed", broken), *unusable.items()):
+        text += f"; {what}: {len(numbers)}{where(numbers)}" if numbers else ""
+    num_unusable = sum(map(len, unusable.values()))
+    if len(broken) + num_unusable == len(rows):
         return Check("rows", "FAIL", text, "name a file of questions and answers")
     if broken and config.privacy.unit != "record":
         return Check("rows", "FAIL", text, "mend the malformed rows: no run reads them")
-    remedy = "no run learns from these rows" if broken or empty else ""
+    remedy = "no run learns from these rows" if broken or unusable else ""
     return Check("rows", "warn" if remedy else "ok", text, remedy)
 
 
-def _persons(rows: Rows, column: str) -> Check:
+def _persons(rows: Rows, column: str, names: Iterable[str]) -> Check:
     """Count persons, and refuse rows that are nobody's: a run learns nothing from them."""
     if not any(row is not None and column in row for row in rows):
-        names = {str(name) for row in rows if row for name in row}
-        text = f"no row has the column {column!r}; the columns are {_names(names)}"
+        text = f"no row has the column {column!r}; the columns are {_names({*names})}"
         return Check("persons", "FAIL", text, "data.person-column names it")
     cells = [None if row is None else row.get(column) for row in rows]
     persons = by_person(cells)
@@ -104,7 +111,7 @@ def _persons(rows: Rows, column: str) -> Check:
     most = max(map(len, persons.places), default=0)
     text = f"{len(persons.places)} persons by {column!r}, {most} rows at most"
     if nobody:
-        text += f"; without an id: {len(nobody)} rows{_where(nobody)}"
+        text += f"; without an id: {len(nobody)} rows{where(nobody)}"
         return Check("persons", "FAIL", text, "name whose row each is, or take it out")
     first = {person_id(cells[p[0]]): p[0] + 1 for p in persons.places}
     alike: dict[str, list[int]] = {}
@@ -114,7 +121,7 @@ def _persons(rows: Rows, column: str) -> Check:
     if doubtful:
         text += (
             f"; {len(doubtful)} ids differ from another in case, blanks or leading zeros "
-            f"alone{_where(doubtful)}"
+            f"alone{where(doubtful)}"
         )
         return Check("persons", "warn", text, "write a person's id in one way")
     return Check("persons", "ok", text)
@@ -136,64 +143,53 @@ def _duplicates(rows: Rows, config: RunConfig) -> Check:
             numbers.append(number)
         elif digest is not None:
             seen.add(digest)
-    text = f"{len(numbers)} rows are copies of earlier ones{_where(numbers)}"
+    text = f"{len(numbers)} rows are copies of earlier ones{where(numbers)}"
     remedy = "a record stands for a person only where each has one row"
     if config.data.person_column:
         remedy = "copies weigh more, within their person's clip"
     return Check("duplicates", *(("warn", text, remedy) if numbers else ("ok", text)))
 
 
-def _lengths(rows: Rows, config: RunConfig) -> Check:
-    """Count tokens, and what `train.max-length` cuts."""
-    name = config.model.name
+def _tokens(rows: Rows, config: RunConfig) -> Iterator[Check]:
+    """Look at the rows as the model sees them: by its own tokenizer and chat template."""
+    name, limit = config.model.name, config.train.max_length
     try:
-        tokenizer = _tokenizer(name)
+        tokenizer, base = local_base(name)
     except FedllmError as error:
         text = " ".join(str(error).split())
-        return Check("length", "note", f"not looked at: {text}")
-    records = tokenize_records(rows, tokenizer, config.data, _NO_LIMIT)
+        yield Check("length", "note", f"not looked at: {text}")
+        return
+    try:
+        require_positions(limit, base)
+    except ConfigError as error:
+        yield Check("length", "FAIL", str(error))
+        return
+    found = tokenize(rows, tokenizer, config.data, limit, vocabulary_of(base))
+    yield template_check(found, rows, config)
+    yield _lengths(found, config)
+
+
+def _lengths(found: Tokenized, config: RunConfig) -> Check:
+    """Count tokens, and what `train.max-length` cuts."""
     limit = config.train.max_length
-    lengths: list[int] = []
-    cut: list[int] = []
-    lost: list[int] = []
-    for number, example in enumerate(records.examples, 1):
-        if example is None:
-            continue
-        lengths.append(len(example["input_ids"]))
-        if lengths[-1] > limit:
-            # Labels begin where the answer does.
-            is_lost = all(label < 0 for label in example["labels"][:limit])
-            (lost if is_lost else cut).append(number)
+    lengths = sorted(len(example["input_ids"]) for example in found.examples)
     if not lengths:
         return Check("length", "FAIL", "no row has tokens to learn from")
-    middle = sorted(lengths)[len(lengths) // 2]
+    cut = [place + 1 for place in found.truncated]
+    lost = [place + 1 for place in found.unusable.get(CUT_AWAY, ())]
+    left = [place + 1 for place in found.cut_left]
+    middle = lengths[len(lengths) // 2]
     text = (
-        f"{sum(lengths)} tokens of {name}, {middle} in the middle, {max(lengths)} at most; "
-        f"train.max-length {limit} cuts the end of {len(cut)}{_where(cut)} and the whole "
-        f"answer of {len(lost)}{_where(lost)}"
+        f"{sum(lengths)} tokens of {config.model.name}, {middle} in the middle, "
+        f"{lengths[-1]} at most; train.max-length {limit} cuts the end of "
+        f"{len(cut)}{where(cut)} and the whole answer of {len(lost)}{where(lost)}"
     )
-    remedy = "raise train.max-length, or shorten the rows" if cut or lost else ""
+    if left:
+        text += f", and the beginning of the question of {len(left)}{where(left)}"
+    remedy = ""
+    if cut or lost:
+        remedy = "raise train.max-length, shorten the rows, or data.long-questions"
     return Check("length", "warn" if remedy else "ok", text, remedy)
-
-
-def _tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer that is on this machine.
-
-    Raises:
-        ConfigError: It is not.
-        ModelError: It cannot be read.
-    """
-    from fedllm.models.loading import load_tokenizer
-
-    folder: Path | None = Path(name).expanduser()
-    if name == BUILT_IN_MODEL.name:
-        folder = fedllm_home() / "models" / name
-    elif not Path(name).expanduser().is_dir():
-        cached = cached_model(name)
-        folder = None if cached is None else Path(cached)
-    if folder is None or not folder.is_dir():
-        raise ConfigError(f"the tokenizer of {name} is not on this machine")
-    return load_tokenizer(str(folder))
 
 
 def _minimum(rows: Rows, config: RunConfig) -> Check:
@@ -234,7 +230,7 @@ def _identifiers(rows: Rows, config: RunConfig, country: str | None) -> Check:
             numbers.append(number)
     kinds = ", ".join(f"{kind}: {n}" for kind, n in sorted(found.items()))
     text = (
-        f"{kinds or 'none'}{_where(numbers)} (names and postal addresses are not found)"
+        f"{kinds or 'none'}{where(numbers)} (names and postal addresses are not found)"
     )
     remedy = "take them out: a model may learn a row by heart" if numbers else ""
     return Check("identifiers", "warn" if remedy else "ok", text, remedy)
@@ -242,19 +238,12 @@ def _identifiers(rows: Rows, config: RunConfig, country: str | None) -> Check:
 
 def _text(row: Row | None, config: RunConfig) -> str:
     """Return all that a row trains on; empty if nothing."""
-    try:
-        parts = None if row is None else to_prompt_completion(config.data, row)
-    except DataError:
-        parts = None
-    return "\n".join(turn["content"] for part in parts or () for turn in part)
-
-
-def _where(numbers: list[int]) -> str:
-    """Return where the first rows are, as a file's owner counts."""
-    if not numbers:
+    found = content(row, config)
+    if found is None:
         return ""
-    more = ", ..." if len(numbers) > _SHOWN else ""
-    return f" (row {', '.join(map(str, numbers[:_SHOWN]))}{more})"
+    if isinstance(found, PlainText):
+        return found.text
+    return "\n".join(turn["content"] for turn in found.turns)
 
 
 def _names(names: set[str]) -> str:

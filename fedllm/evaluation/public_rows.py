@@ -57,8 +57,9 @@ class PublicRows:
 
         The run's seed draws them from the rows that have one question and one answer.
         """
-        from fedllm.data.prompts import to_prompt_completion
         from fedllm.data.rows import load_public
+        from fedllm.data.shapes import PlainText, read_row
+        from fedllm.data.turns import UnusableRowError
 
         data = self._config.data
         rows = load_public(data, "test")
@@ -66,9 +67,13 @@ class PublicRows:
             rows = load_public(data, "validation")
         pairs: list[tuple[str, str]] = []
         for row in () if rows is None else rows.shuffle(seed=self._config.seed):
-            turns = to_prompt_completion(data, row)
-            if turns is not None and len(turns[0]) == 1:
-                pairs.append((turns[0][0]["content"], turns[1][0]["content"]))
+            try:
+                content = read_row(data, row)
+            except UnusableRowError:
+                continue
+            if not isinstance(content, PlainText) and len(content.turns) == 2:
+                question, answer = content.turns
+                pairs.append((question["content"], answer["content"]))
             if len(pairs) == count:
                 break
         return pairs
@@ -100,6 +105,8 @@ class PublicRows:
     def _load_examples(self, split: _Split) -> "list[Example]":
         """Tokenise the rows of a split once."""
         if split not in self._examples:
+            from fedllm.data.model_limits import vocabulary_of
+            from fedllm.data.row_report import why_unusable
             from fedllm.data.rows import load_public
             from fedllm.data.tokens import tokenize
 
@@ -109,9 +116,22 @@ class PublicRows:
                 if split == "validation":
                     count = min(len(rows), self._config.strategy.evaluate_examples)
                     rows = rows.shuffle(seed=self._config.seed).select(range(count))
-                tokenizer = self.adapted().tokenizer
-                length = self._config.train.max_length
-                examples = tokenize(rows, tokenizer, self._config.data, length).examples
+                adapted, length = self.adapted(), self._config.train.max_length
+                tokenized = tokenize(
+                    rows,
+                    adapted.tokenizer,
+                    self._config.data,
+                    length,
+                    vocabulary_of(adapted.model.config),
+                    whole_texts=True,
+                )
+                if tokenized.unusable:
+                    logger.warning(
+                        "public %s rows: %d of %d are not used: %s",
+                        *(split, sum(map(len, tokenized.unusable.values()))),
+                        *(len(tokenized.records), why_unusable(tokenized)),
+                    )
+                examples = tokenized.packed(length)
             self._examples[split] = examples
         return self._examples[split]
 
@@ -119,7 +139,14 @@ class PublicRows:
         """Return the run's model, loaded at the first call; its values are overwritten."""
         if self._adapted is None:
             from fedllm.adapters.adapted_model import load_adapted_model
+            from fedllm.data.overlap import judged_by_embedded
 
             logger.info("loading the base model to evaluate on public rows")
+            if judged_by_embedded(self._config.data):
+                logger.info(
+                    "public rows of %s, which come with fedllm, judge this run; where clients "
+                    "train on rows of their own (data-path), set data.name='own'",
+                    self._config.data.name,
+                )
             self._adapted = load_adapted_model(self._config, self._home)
         return self._adapted

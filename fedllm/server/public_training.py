@@ -33,7 +33,9 @@ def train_on_public_rows(
     """
     rows = load_public(config.data, "train")
     length = config.train.max_length
-    examples = tokenize(rows or [], adapted.tokenizer, config.data, length).examples
+    examples = tokenize(
+        rows or [], adapted.tokenizer, config.data, length, whole_texts=True
+    ).packed(length)
     if len(examples) < 2:
         raise DataError(
             f"data.public-train: {config.data.public_train} has {len(examples)} usable "

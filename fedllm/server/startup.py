@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import re
 from importlib.metadata import version
 from typing import Any
 
@@ -31,6 +32,8 @@ from fedllm.server.start_adapter import NOTHING, start_of_run
 from fedllm.strategy.build import make_strategy
 
 logger = logging.getLogger(__name__)
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
@@ -95,11 +98,13 @@ def _assemble(
     resumed: Resumed | None,
 ) -> Federation:
     """Find the model and the clients, and build what the rounds need."""
+    from fedllm.data.model_limits import require_positions
     from fedllm.models.location import base_digest, fingerprint, load_config, locate
 
     home = fedllm_home()
     base_name = locate(config.model.name, home)
     model_config = load_config(base_name)
+    require_positions(config.train.max_length, model_config)
     digest = base_digest(base_name, home)
     _log_unpinned(config, digest)
     if config.adapter.kind != "auto":
@@ -181,11 +186,12 @@ def _log_unpinned(config: RunConfig, digest: str) -> None:
             "model.name='%s@%s' is the same model on every node and day",
             *(name, digest.split()[-1], name, digest.split()[-1]),
         )
-    if is_hub_id(config.data.name) and "@" not in config.data.name:
+    name, _, revision = config.data.name.partition("@")
+    if is_hub_id(config.data.name) and not _COMMIT.fullmatch(revision):
         logger.warning(
             "data.name: %s is not pinned: each node takes the newest commit that it "
             "finds; write %s@ and the commit",
-            *(config.data.name, config.data.name),
+            *(config.data.name, name),
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fedllm.config import DataConfig
+from fedllm.data.columns import LINE
 from fedllm.data.partitions import partition
 from fedllm.data.rows import load_rows
 from fedllm.errors import ConfigError, DataError
@@ -135,8 +136,9 @@ def test_more_clients_than_rows_leaves_some_without_a_row(
     path = write_jsonl(tmp_path / "rows.jsonl", [{**row, "site": "a"} for row in ROWS])
     config = DataConfig(name=str(path), partition=kind)
     rows = load_rows(config)
-    parts = [partition(config, rows, i, 5, 42)["n"][:] for i in range(5)]
-    assert sorted(n for part in parts for n in part) == [1, 2, 3]
+    parts = [partition(config, rows, i, 5, 42)[LINE][:] for i in range(5)]
+    lines = sorted(line for part in parts for line in part)
+    assert lines == ["line 1", "line 2", "line 3"]
     assert parts.count([]) >= 2
 
 
@@ -151,7 +153,7 @@ import hashlib
 for kind, count in (("iid", 7), ("dirichlet", 7), ("size-skew", 7), ("natural", 11)):
     config = DataConfig(name=sys.argv[1], partition=kind)
     part = partition(config, load_rows(config), 3, count, 42)
-    print(kind, hashlib.sha256("".join(part["id"]).encode()).hexdigest())
+    print(kind, hashlib.sha256("".join(part["instruction"]).encode()).hexdigest())
 """
 
 
@@ -175,7 +177,7 @@ def test_another_process_gets_the_same_rows_prints_nothing_and_leaves_no_file(
     mine = []
     for kind, count in (*((k, 7) for k in list(KINDS)[:3]), ("natural", 11)):
         config = DataConfig(partition=kind)  # type: ignore[arg-type]
-        ids = partition(config, load_rows(config), 3, count, 42)["id"]
+        ids = partition(config, load_rows(config), 3, count, 42)["instruction"]
         mine.append(f"{kind} {hashlib.sha256(''.join(ids).encode()).hexdigest()}")
     assert done.stdout.split("\n")[:-1] == mine
     assert done.stderr in (

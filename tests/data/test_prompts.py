@@ -1,46 +1,13 @@
-"""Rows and conversations as prompt and completion."""
+"""How a chat is worded, in training and when a model is asked."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fedllm.config import DataConfig
-from fedllm.data.prompts import chat_prompt, to_prompt_completion
+from fedllm.data.prompts import chat_prompt
 from fedllm.data.tokens import tokenize
 from tests.helpers.rows import ROWS, load_tokenizer, turn
-
-
-def test_the_last_answer_of_a_conversation_is_the_completion() -> None:
-    turns = [
-        turn("system", "s"),
-        turn("user", "q1"),
-        turn("assistant", "a1"),
-        turn("user", "q2"),
-        turn("assistant", "a2"),
-        turn("user", "thanks"),
-    ]
-    assert to_prompt_completion(DataConfig(), {"messages": turns}) == (
-        turns[:4],
-        turns[4:5],
-    )
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"instruction": None, "response": "a"},
-        {"instruction": "q", "response": None},
-        {"instruction": "q", "response": " \n"},
-        {"instruction": " ", "response": "a"},
-        {"messages": []},
-        {"messages": [turn("user", "q")]},
-        {"messages": [turn("assistant", "a")]},
-        {"messages": [turn("user", "q"), turn("assistant", None)]},
-    ],
-)
-def test_a_row_without_question_or_answer_is_not_used(row: dict[str, Any]) -> None:
-    assert to_prompt_completion(DataConfig(), row) is None
 
 
 @pytest.mark.parametrize("kind", ["tiny_llama", "tiny_chat_llama"])

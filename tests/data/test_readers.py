@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fedllm.config import DataConfig
+from fedllm.data.columns import LINE
 from fedllm.data.rows import load_rows
 from fedllm.errors import DataError
 from tests.helpers.rows import ROWS, write_json, write_jsonl
@@ -46,15 +47,23 @@ def test_each_kind_of_file_gives_the_rows_that_were_written(
 ) -> None:
     path = WRITERS[ending](tmp_path / f"rows{ending}", ROWS)
     rows = load_rows(DataConfig(name=str(path)))
-    number = str if ending == ".csv" else int
-    assert list(rows) == [{**row, "n": number(str(row["n"]))} for row in ROWS]
+    place = "row {}" if ending in (".json", ".parquet") else "line {}"
+    first = 2 if ending == ".csv" else 1
+    # A cell of the second row takes two lines.
+    lines = [2, 4, 5] if ending == ".csv" else [first, first + 1, first + 2]
+    assert list(rows) == [
+        {k: row[k] for k in ("instruction", "response")} | {LINE: place.format(line)}
+        for row, line in zip(ROWS, lines, strict=True)
+    ]
 
 
 def test_a_folder_gives_the_rows_of_its_files_in_order_of_name(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "b.jsonl", ROWS[2:])
     write_json(tmp_path / "a.json", ROWS[:2])
     (tmp_path / "README.txt").write_text("not data")
-    assert load_rows(DataConfig(name=str(tmp_path)))["n"][:] == [1, 2, 3]
+    rows = load_rows(DataConfig(name=str(tmp_path)))
+    assert rows["response"][:] == [row["response"] for row in ROWS]
+    assert rows[LINE][:] == ["a.json row 1", "a.json row 2", "b.jsonl line 1"]
 
 
 def test_a_column_that_only_some_rows_have_is_kept(tmp_path: Path) -> None:
@@ -88,31 +97,15 @@ BAD_FILES = {
     "no parquet": ("m.parquet", "PAR1", "m.parquet: is not Parquet"),
     "wrong column": (
         "w.jsonl",
-        '{"question": "q", "response": "a"}\n',
-        r"no column 'instruction' \(data.prompt-column\); .* question, response",
+        '{"ask": "q", "response": "a"}\n',
+        r"no column 'instruction' \(data.prompt-column\); .* ask, response",
     ),
     "wrong answer column": (
         "w.jsonl",
-        '{"instruction": "q", "answer": "a"}\n',
-        r"no column 'response' \(data.response-column\); .* instruction, answer",
+        '{"instruction": "q", "reply": "a"}\n',
+        r"no column 'response' \(data.response-column\); .* instruction, reply",
     ),
-    "a number for text": (
-        "t.jsonl",
-        Q + '{"instruction": "q", "response": 5}\n',
-        r"t.jsonl: row 2: column 'response': must be text \(got 5\)",
-    ),
-    "messages of another form": (
-        "t.jsonl",
-        '{"messages": [{"from": "human", "value": "q"}]}\n',
-        "row 1: column 'messages': each turn must be an object with role and content",
-    ),
-    "mixed kinds": (
-        "x.jsonl",
-        '{"instruction": "q", "response": "a", "n": 1}\n'
-        '{"instruction": "q", "response": "a", "n": {"k": []}}\n',
-        "x.jsonl: a column mixes kinds of values",
-    ),
-    "another ending": ("r.txt", Q, "r.txt: must end in .jsonl, .json, .csv, .parquet"),
+    "another ending": ("r.txt", Q, "r.txt: must end in .jsonl, .ndjson, .json, .csv"),
 }
 
 
@@ -138,5 +131,5 @@ def test_a_file_that_is_not_text_raises_an_error(tmp_path: Path) -> None:
 def test_a_folder_without_data_raises_an_error_with_the_known_endings(
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(DataError, match=r"no file that ends in \.jsonl, \.json"):
+    with pytest.raises(DataError, match=r"no file that ends in \.jsonl, \.ndjson"):
         load_rows(DataConfig(name=str(tmp_path)))

@@ -12,13 +12,14 @@ from pyarrow import parquet
 
 from fedllm.config import DataConfig
 from fedllm.data import tokens
+from fedllm.data.columns import LINE
 from fedllm.data.readers import read_rows
 from fedllm.data.records import (
     load_records,
     own_records,
     require_person_column,
-    tokenize_records,
 )
+from fedllm.data.tokens import tokenize
 from fedllm.errors import DataError
 from fedllm.models.loading import load_tokenizer
 
@@ -34,6 +35,12 @@ BROKEN = [
 ]
 
 
+def rows_of(path: str) -> list[Any]:
+    """The records of a file, without where they stand."""
+    rows = load_records(DataConfig(), path)
+    return [None if r is None else {k: r[k] for k in r if k != LINE} for r in rows]
+
+
 def write(path: Path, *lines: bytes) -> str:
     path.write_bytes(b"\n".join(lines))
     return str(path)
@@ -44,7 +51,7 @@ def test_a_line_that_is_no_object_is_one_broken_record(tmp_path, line):
     good = json.dumps(GOOD).encode()
     path = write(tmp_path / "rows.jsonl", good, line, b"  ", good)
 
-    assert load_records(DataConfig(), path) == [GOOD, None, GOOD]
+    assert rows_of(path) == [GOOD, None, GOOD]
 
 
 def test_an_element_and_a_line_that_do_not_fit_are_broken_records(tmp_path):
@@ -59,16 +66,18 @@ def test_an_element_and_a_line_that_do_not_fit_are_broken_records(tmp_path):
         b"q," + b"a" * 200_000,
     )
 
-    assert load_records(DataConfig(), whole) == [GOOD, None, GOOD]
+    assert rows_of(whole) == [GOOD, None, GOOD]
     rows = load_records(DataConfig(), table)
-    assert [row is not None for row in rows] == [True, False, True, False, True]
+    assert [row is not None for row in rows] == [True, False, False, False, True]
 
 
 def test_a_cell_of_parquet_that_python_cannot_read_is_one_broken_record(tmp_path):
     days = pa.array([0, 2**30, 0], pa.date32())
     data = pa.array([b"a", b"b", b"\xff"]).buffers()
     texts = pa.Array.from_buffers(pa.string(), 3, data)
-    parquet.write_table(pa.table({"q": texts, "day": days}), tmp_path / "a.parquet")
+    parquet.write_table(
+        pa.table({"question": texts, "answer": days}), tmp_path / "a.parquet"
+    )
 
     rows = load_records(DataConfig(), str(tmp_path / "a.parquet"))
 
@@ -111,14 +120,14 @@ NAMES = st.sampled_from(["instruction", "response", "messages", "site"])
 @given(row=st.dictionaries(NAMES | TEXTS, CELLS, max_size=4) | st.none())
 def test_no_row_raises_or_changes_another(tiny_chat_llama, row):
     tokenizer = load_tokenizer(str(tiny_chat_llama))
-    alone = tokenize_records([GOOD], tokenizer, DataConfig(), 64).examples
+    alone = tokenize([GOOD], tokenizer, DataConfig(), 64).records
 
-    found = tokenize_records([GOOD, row, GOOD], tokenizer, DataConfig(), 64)
+    found = tokenize([GOOD, row, GOOD], tokenizer, DataConfig(), 64)
 
     assert alone[0] is not None
-    assert len(found.examples) == 3
-    assert [found.examples[0], found.examples[2]] == alone * 2
-    assert (found.examples[1] is None) == (found.causes.total() == 1)
+    assert len(found.records) == 3
+    assert [found.records[0], found.records[2]] == alone * 2
+    assert (found.records[1] is None) == (len(found.unusable) == 1)
 
 
 def test_a_template_that_fails_in_any_way_makes_a_record_without_an_example(
@@ -127,14 +136,14 @@ def test_a_template_that_fails_in_any_way_makes_a_record_without_an_example(
     tokenizer = load_tokenizer(str(tiny_chat_llama))
     tokenizer.chat_template = (
         "{% if 'HIV' in messages[0]['content'] %}{{ 1 // 0 }}{% endif %}"
-        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
     )
     rows: list[Any] = [GOOD, {**GOOD, "instruction": "HIV?"}]
 
-    found = tokenize_records(rows, tokenizer, DataConfig(), 64)
+    found = tokenize(rows, tokenizer, DataConfig(), 64)
 
-    assert [e is None for e in found.examples] == [False, True]
-    assert any("ZeroDivisionError" in cause for cause in found.causes)
+    assert [e is None for e in found.records] == [False, True]
+    assert any("ZeroDivisionError" in cause for cause in found.unusable)
 
 
 class PanicError(BaseException):
@@ -146,20 +155,20 @@ def test_a_tokenizer_that_panics_at_a_row_makes_a_record_without_an_example(
     tiny_chat_llama, monkeypatch, kind
 ):
     tokenizer = load_tokenizer(str(tiny_chat_llama))
-    wanted = tokenize_records([GOOD], tokenizer, DataConfig(), 64).examples
+    wanted = tokenize([GOOD], tokenizer, DataConfig(), 64).records
 
-    def encode(used: Any, texts: Any) -> Any:
+    def encode(used: Any, texts: Any, adds_special: bool) -> Any:
         if any("HIV" in text for text in texts):
             raise kind("panicked")
-        return honest(used, texts)
+        return honest(used, texts, adds_special)
 
     honest = tokens.encode
     monkeypatch.setattr(tokens, "encode", encode)
     rows: list[Any] = [GOOD, {**GOOD, "instruction": "HIV?"}, GOOD]
 
-    found = tokenize_records(rows, tokenizer, DataConfig(), 64)
+    found = tokenize(rows, tokenizer, DataConfig(), 64)
 
-    assert found.examples == [wanted[0], None, wanted[0]]
+    assert found.records == [wanted[0], None, wanted[0]]
 
 
 def test_the_end_of_the_process_is_no_rows_fault(tiny_chat_llama, monkeypatch):
@@ -169,16 +178,16 @@ def test_the_end_of_the_process_is_no_rows_fault(tiny_chat_llama, monkeypatch):
     monkeypatch.setattr(tokens, "encode", stop)
 
     with pytest.raises(KeyboardInterrupt):
-        tokenize_records([GOOD], load_tokenizer(str(tiny_chat_llama)), DataConfig(), 64)
+        tokenize([GOOD], load_tokenizer(str(tiny_chat_llama)), DataConfig(), 64)
 
 
 def test_an_answer_that_the_length_limit_cuts_leaves_a_record(tiny_chat_llama):
     tokenizer = load_tokenizer(str(tiny_chat_llama))
 
-    found = tokenize_records([GOOD], tokenizer, DataConfig(), 8)
+    found = tokenize([GOOD], tokenizer, DataConfig(), 8)
 
-    assert found.examples == [None]
-    assert found.causes == {"no answer within train.max-length": 1}
+    assert found.records == [None]
+    assert found.unusable == {"no answer within train.max-length": [0]}
 
 
 def test_a_simulations_persons_are_whole_whatever_kind_their_ids_have():

@@ -69,7 +69,7 @@ def test_a_named_public_file_wins_over_the_embedded_rows(tmp_path: Path) -> None
     path = write_jsonl(tmp_path / "own.jsonl", ROWS)
     rows = load_public(DataConfig(public_validation=str(path)), "validation")
     assert rows is not None
-    assert rows["n"][:] == [1, 2, 3]
+    assert rows["response"][:] == [row["response"] for row in ROWS]
 
 
 def test_a_clients_own_file_stands_in_for_the_named_data_set(tmp_path: Path) -> None:
@@ -123,10 +123,10 @@ def test_a_hub_data_set_is_asked_for_by_name_and_split_and_cached_in_our_folder(
 ) -> None:
     import datasets
 
-    asked = {}
+    asked: dict[str, Any] = {}
 
-    def load_dataset(name: str, **options: Any) -> Any:
-        asked.update(options, name=name)
+    def load_dataset(name: str, config: str | None = None, **options: Any) -> Any:
+        asked.update(options, name=name, config=config)
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setenv("FEDLLM_HOME", str(tmp_path))
@@ -134,12 +134,20 @@ def test_a_hub_data_set_is_asked_for_by_name_and_split_and_cached_in_our_folder(
     config = DataConfig(name="owner/rows", split="validation")
     assert len(load_rows(config)) == 3
     folder = str(tmp_path / "datasets")
-    expected = {"name": "owner/rows", "split": "validation", "cache_dir": folder}
-    assert asked == {**expected, "revision": None}
-    load_rows(DataConfig(name="owner/rows@" + "c" * 40))
-    assert asked["name"] == "owner/rows" and asked["revision"] == "c" * 40
-    with pytest.raises(DataError, match="pinned by @ and a commit of 40"):
-        load_rows(DataConfig(name="owner/rows@main"))
+    expected: dict[str, Any] = {
+        "name": "owner/rows",
+        "split": "validation",
+        "cache_dir": folder,
+    }
+    expected |= {"config": None, "revision": None}
+    assert asked == expected
+    load_rows(DataConfig(name="owner/rows@" + "c" * 40, config="main"))
+    more = {"split": "train", "revision": "c" * 40, "config": "main"}
+    assert asked == expected | more
+    load_rows(DataConfig(name="owner/rows@v1.0"))
+    assert asked["revision"] == "v1.0"
+    with pytest.raises(DataError, match="after @ stands a commit, a tag or a branch"):
+        load_rows(DataConfig(name="owner/rows@"))
 
 
 def test_each_question_of_the_choice_file_asks_for_a_test_row() -> None:

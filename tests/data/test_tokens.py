@@ -9,7 +9,6 @@ import pytest
 from fedllm.config import DataConfig
 from fedllm.data.rows import load_rows
 from fedllm.data.tokens import tokenize
-from fedllm.errors import DataError
 from tests.helpers.rows import ROWS, load_tokenizer, turn
 
 
@@ -18,8 +17,9 @@ def test_rows_without_an_answer_are_counted_and_left_out(tiny_llama: Path) -> No
 
     rows = Dataset.from_list([*ROWS, {"instruction": "q", "response": "", "n": 4}])
     tokenized = tokenize(rows, load_tokenizer(tiny_llama), DataConfig(), 512)
-    assert (len(tokenized.examples), tokenized.num_without_answer) == (3, 1)
-    assert tokenized.num_truncated == 0
+    assert len(tokenized.examples) == 3
+    assert tokenized.unusable == {"no answer": [3]}
+    assert tokenized.truncated == []
 
 
 def test_a_client_without_a_usable_row_has_no_examples(tiny_llama: Path) -> None:
@@ -58,30 +58,30 @@ def test_many_rows_become_the_tokens_of_each_alone_and_nothing_is_logged(
     assert caplog.messages == []
 
 
-def test_a_row_after_the_first_thousand_is_named_by_its_number(
+def test_a_row_after_the_first_thousand_is_named_by_its_place(
     tiny_chat_llama: Path,
 ) -> None:
     from datasets import Dataset
 
     rows = [{"messages": [turn("user", "q"), turn("assistant", "a")]}] * 1200
     rows.append({"messages": [{"role": "user", "content": None}, {"role": None}]})
+    data = Dataset.from_list(rows)
 
-    with pytest.raises(DataError, match="row 1201: column 'messages'"):
-        tokenize(
-            Dataset.from_list(rows), load_tokenizer(tiny_chat_llama), DataConfig(), 512
-        )
+    found = tokenize(data, load_tokenizer(tiny_chat_llama), DataConfig(), 512)
+
+    reason = "column 'messages': a turn without role and content, or from and value"
+    assert found.unusable == {reason: [1200]}
 
 
-def test_a_template_that_refuses_a_conversation_names_the_row(
+def test_a_template_that_refuses_a_conversation_is_the_reason(
     tiny_chat_llama: Path,
 ) -> None:
-    from datasets import Dataset
-
     tokenizer = load_tokenizer(tiny_chat_llama)
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    rows = Dataset.from_list(ROWS)
-    with pytest.raises(DataError, match=r"row 1: .*template rejects.*no system role"):
-        tokenize(rows, tokenizer, DataConfig(), 512)
+    found = tokenize(ROWS, tokenizer, DataConfig(), 512)
+    (reason,) = found.unusable
+    assert "template rejects it: TemplateError: no system role" in reason
+    assert found.records == [None] * 3
 
 
 # Tokens
@@ -148,10 +148,10 @@ def test_the_tokens_are_those_of_sft_trainer(
         Dataset.from_list(plain), load_tokenizer(folder), DataConfig(), max_length
     )
     assert our_examples(tokenized) == theirs
-    assert len(tokenized.examples) + tokenized.num_without_answer == len(rows)
-    assert tokenized.num_without_answer >= 1
+    assert len(tokenized.records) == len(rows)
+    assert len(tokenized.examples) < len(rows)
     assert len(tokenized.examples) >= 10
-    assert (tokenized.num_truncated > 0) == (max_length < 512)
+    assert (len(tokenized.truncated) > 0) == (max_length < 512)
 
 
 @pytest.mark.parametrize("kind", ["tiny_llama", "tiny_chat_llama"])

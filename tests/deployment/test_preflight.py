@@ -14,6 +14,7 @@ from tests.helpers.doctor import examined, free_port
         ("data", {"data.prompt-column": "nothing"}),
         ("data", {"data.public-test": "/nowhere/test.jsonl"}),
         ("model", {"model.name": "/nowhere/model"}),
+        ("adapter", {"adapter.target-modules": "no_such_layer"}),
         ("model", {"model.name": "nobody/such-model"}),
     ],
 )

@@ -48,7 +48,7 @@ def row(question: str = "What is it?", answer: str = "A thing.", **more: object)
 def test_rows_that_are_well_need_no_remedy(look):
     found = look(*(row(f"What is {number}?", id=number) for number in range(9)))
 
-    assert [check.level for check in found.values()] == ["ok"] * 6
+    assert [check.level for check in found.values()] == ["ok"] * 7
     assert found["columns"].text == "used: instruction, response; not used: id"
     assert found["rows"].text == "9 rows"
     assert "cuts the end of 0 and the whole answer of 0" in found["length"].text
@@ -64,7 +64,7 @@ def test_each_trouble_is_told_by_its_number_and_the_places_of_the_first_rows(loo
 
     assert found["rows"].level == "FAIL"
     assert "malformed: 1 (row 12)" in found["rows"].text
-    assert "without question or answer: 1 (row 4)" in found["rows"].text
+    assert "no answer: 1 (row 4)" in found["rows"].text
     assert found["duplicates"].level == "warn"
     assert "6 rows are copies of earlier ones (row 5, 6, 7, 8, 9, ...)" in str(
         found["duplicates"]

@@ -20,7 +20,7 @@ from fedllm.config import (
     RunConfig,
     TrainConfig,
 )
-from fedllm.data.records import tokenize_records
+from fedllm.data.tokens import tokenize
 from fedllm.models.loading import load_tokenizer
 from fedllm.models.location import load_config
 from fedllm.privacy.record_ledger import RecordPlan
@@ -49,7 +49,7 @@ def client(tiny_chat_llama: Path) -> AdaptedModel:
 @pytest.fixture(scope="module")
 def examples(client: AdaptedModel) -> list[Any]:
     rows = [{"instruction": t[:20], "response": t[20:]} for t in SENTENCES]
-    found = tokenize_records(rows, client.tokenizer, DataConfig(), 512).examples
+    found = tokenize(rows, client.tokenizer, DataConfig(), 512).records
     assert None not in found
     return found
 

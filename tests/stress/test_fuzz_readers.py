@@ -1,0 +1,22 @@
+"""A short run of the fuzzer; the long one is typed: python -m tests.stress.fuzz_readers."""
+
+import pytest
+
+from tests.stress.fuzz_readers import fuzz
+
+
+def test_no_random_file_raises_anything_but_one_line():
+    found = fuzz(120, start=3)
+
+    # It reaches all sides of what is turned away.
+    for outcome in ("refused", "malformed", "unusable", "Conversation"):
+        assert found[outcome] > 2, found
+
+
+def test_the_fuzzer_finds_a_reader_that_lets_an_error_through(monkeypatch):
+    def fails(text, *_):
+        raise KeyError(text)
+
+    monkeypatch.setattr("fedllm.data.readers.read_delimited", fails)
+    with pytest.raises(KeyError):
+        fuzz(60, start=3)
