@@ -1,5 +1,6 @@
 """A client seals to trustees that its owner knows, once a slot, and nothing else leaves."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from fedllm.privacy.agreement import (
     certificates_text,
     parse_certificates,
 )
+from fedllm.privacy.pads import SealingKey
 from fedllm.wire.messages import (
     ARRAYS,
     CONFIG,
@@ -70,6 +72,27 @@ def test_an_honest_slot_is_answered_with_values_and_packets_alone(sealed):
     assert set(reply.content) == {ARRAYS, SEALED, "wire"}
     assert list(reply.content.array_records[ARRAYS]) == [SEALED]
     assert set(reply.content.config_records[SEALED]) == {"packets", "nonce"}
+
+
+def test_every_trustee_gets_a_seed_of_its_own_and_no_message_repeats_one(sealed):
+    # A seed that two trustees share is known once one of them tells it.
+    federation = sealed()
+    federation.begin()
+    message = asked(federation)
+    settings = SlotSettings.parse(message.content.config_records[CONFIG][SLOT])
+
+    seeds = []
+    for partition in (2, 3):
+        reply = message_handler.reply_to(message, federation.context(partition))
+        packets = reply.content.config_records[SEALED]["packets"]
+        for name, packet in zip(settings.names, packets, strict=True):
+            path = federation.folder / "home" / "trustees" / name / "ledger.json"
+            (run,) = json.loads(path.read_text())["content"]["runs"].values()
+            key = SealingKey(bytes.fromhex(run["key"]))
+            seeds.append(key.open(packet, settings.info(name)))
+
+    assert None not in seeds
+    assert len(set(seeds)) == 6
 
 
 def test_a_slot_is_answered_once_by_a_client(sealed):
