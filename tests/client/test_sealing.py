@@ -8,6 +8,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedllm.client import message_handler
+from fedllm.client.trustee import load_identity
 from fedllm.node.delivered_app import CHOICE
 from fedllm.privacy.agreement import (
     SlotSettings,
@@ -183,6 +184,27 @@ def test_a_key_that_no_pinned_trustee_signed_is_refused(sealed):
         named = tuple((entry.name, entry.key) for entry in entries)
         record[SLOT] = replace(SlotSettings.parse(record[SLOT]), trustees=named).text
         record[CERTIFICATES] = certificates_text(entries)
+
+    assert answered(federation, asked(federation, change)).code == "failed"
+    assert federation.trained == []
+
+
+def test_a_slot_of_another_run_is_refused_even_if_its_trustees_signed_for_that(sealed):
+    # Two runs of a client's ledger in one slot would be opened under one noise.
+    federation = sealed()
+    federation.begin()
+
+    def change(record, message):
+        other = "0" * 64
+        record[SLOT] = replace(SlotSettings.parse(record[SLOT]), run=other).text
+        record[CERTIFICATES] = certificates_text(
+            [
+                replace(entry, run=other).signed_by(
+                    load_identity(federation.folder / entry.name)
+                )
+                for entry in parse_certificates(record[CERTIFICATES])
+            ]
+        )
 
     assert answered(federation, asked(federation, change)).code == "failed"
     assert federation.trained == []
