@@ -4,9 +4,10 @@ import json
 
 from flwr.app import ConfigRecord
 
+from fedllm.client import message_handler
 from fedllm.server.trustees import meet_trustees
 from fedllm.wire.sealed_messages import HELLO, TALLY
-from tests.helpers.federations import lines_of, start
+from tests.helpers.federations import cut_in_round, lines_of, read, resumed, start
 from tests.helpers.flower_messages import RUN_ID
 from tests.helpers.sealed import sealed
 
@@ -35,6 +36,21 @@ def test_a_sealed_run_leaves_a_whole_run_folder(settings):
     assert privacy["statement"] in (folder / "README.md").read_text()
     assert [line["clients_rejected"] for line in lines_of(federation)] == [0, 0, 0]
     assert (folder / "peft_final").is_dir()
+
+
+def test_a_sealed_run_that_was_cut_off_goes_on_with_the_next_slot(quick):
+    cut = cut_in_round({**quick, **SEALED}, 2, answer=message_handler.reply_to)
+    # The slot was spent when it was asked for, by clients that have answered it too.
+    assert read(cut, "privacy.json")["releases"] == [1, 2]
+
+    run = resumed(answer=message_handler.reply_to)
+    run.run()
+
+    privacy, lines = read(run, "privacy.json"), lines_of(run)
+    assert privacy["releases"] == [1, 2, 3]
+    assert 7.9 < privacy["epsilon"] <= 8.0
+    assert [line["server_round"] for line in lines] == [0, 1, 3]
+    assert [line["clients_rejected"] for line in lines] == [0, 0, 0]
 
 
 def test_a_run_meets_its_trustees_in_the_order_of_its_config(sealed, caplog):
