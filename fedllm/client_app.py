@@ -38,6 +38,20 @@ def query(message: Message, context: Context) -> Message:
     return reply_to(message, context)
 
 
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Check a sealed run before round 1, and name this node's key of it if it is a trustee."""
+    show_log()
+    return reply_to(message, context)
+
+
+@app.query("tally")
+def tally(message: Message, context: Context) -> Message:
+    """Open a sealed round's pads, with this trustee's noise; loads no model."""
+    show_log()
+    return reply_to(message, context)
+
+
 @app.query("deliver")
 def deliver(message: Message, context: Context) -> Message:
     """Keep the released adapter, from which the node's owner may train a personal one."""

@@ -9,6 +9,7 @@ Keys that change what privacy is promised are all in `PrivacyConfig`, together w
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import field, fields
 from pathlib import Path
@@ -32,6 +33,11 @@ SMALLEST_DELTA = 1e-12
 """The smallest `privacy.delta`: below it the accountants' own rounding decides."""
 LARGEST_DELTA = 1e-3
 """The largest `privacy.delta`: a promise that fails more often than this is none."""
+
+TRUSTEE_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+"""A trustee's name, as in a host name."""
+FEWEST_TRUSTEES, MOST_TRUSTEES = 2, 10
+"""How many trustees a run may have."""
 
 PERSONAL_SHARE = 0.1
 """Expected share of a client's rows that is held out for its personal adapter."""
@@ -273,6 +279,19 @@ class PrivacyConfig:
     server, which is trusted, noises the sum of all clients once, and every step is a round
     (train.batch-size times train.gradient-accumulation: the expected batch of all clients
     together)."""
+    trust: Literal["server", "trustees"] = "server"
+    """Under `client`: `server`, which sees each update and adds the noise; `trustees`, nodes
+    that open only the sum of a round's encrypted updates, each with its share of the noise."""
+    trustees: Text = ""
+    """Names of the trustees, separated by commas, under `trustees`; in a simulation the first
+    virtual nodes are they."""
+    least_trustees: Count = 0
+    """Fewest trustees of a round; 0: all that `privacy.trustees` names."""
+    colluding_trustees: Count = 1
+    """How many trustees may help the server before the promise ends; the noise of the others
+    alone is enough for it."""
+    post_quantum: Flag = True
+    """Seal to the trustees by ML-KEM-768 and X25519 together; false: by X25519 alone."""
     clipping_norm: Norm = 1.5
     """Largest L2 norm C of one client's update, under `client`."""
     max_grad_norm: Norm = 1.0
@@ -383,6 +402,21 @@ class RunConfig:
         return self.privacy.unit == "record" and self.privacy.noise == "joint"
 
     @property
+    def is_sealed(self) -> bool:
+        """Whether the server, which is not trusted, receives encrypted updates alone."""
+        return self.privacy.unit == "client" and self.privacy.trust == "trustees"
+
+    @property
+    def trustees(self) -> tuple[str, ...]:
+        """Names of the trustees, in order; empty unless the run is sealed."""
+        return trustee_names(self.privacy.trustees) if self.is_sealed else ()
+
+    @property
+    def least_trustees(self) -> int:
+        """Fewest trustees of a round."""
+        return self.privacy.least_trustees or len(self.trustees)
+
+    @property
     def cohorts_are_secret(self) -> bool:
         """Whether the number of clients in a round must not be shown."""
         return cohorts_are_secret(self.privacy.unit, self.strategy.sampling)
@@ -437,6 +471,23 @@ def cohorts_are_secret(unit: object, sampling: object) -> bool:
         sampling: `strategy.sampling`.
     """
     return unit == "client" and sampling == "poisson"
+
+
+def trustee_names(text: str) -> tuple[str, ...]:
+    """Return the names of a comma-separated list of trustees.
+
+    Raises:
+        ValueError: One is not a name, or stands twice.
+    """
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in names:
+        if not TRUSTEE_NAME.fullmatch(name):
+            raise ValueError(
+                f"a name has small letters, digits, dots and dashes (got {name!r})"
+            )
+    if len(set(names)) != len(names):
+        raise ValueError(f"a name stands twice (got {text!r})")
+    return names
 
 
 def flat(config: RunConfig) -> dict[str, Scalar]:
@@ -495,6 +546,7 @@ def _contradictions(config: RunConfig) -> list[str]:
             "privacy.noise: 'joint' is for privacy.unit='record' (got "
             f"{config.privacy.unit!r}), where the unit is one row"
         )
+    problems += _trust_problems(config)
     match config.privacy.unit:
         case "none":
             return problems + _leftovers_without_privacy(config.privacy)
@@ -726,6 +778,66 @@ def _joint_problems(config: RunConfig) -> list[str]:
                 f"{got!r}): the server takes the step, by strategy.server-optimizer and "
                 "strategy.server-learning-rate"
             )
+    return problems
+
+
+def _trust_problems(config: RunConfig) -> list[str]:
+    """Return what is wrong with the settings of who is trusted."""
+    privacy, usual = config.privacy, PrivacyConfig()
+    if privacy.trust == "server":
+        return [
+            f"privacy.{_key(name)}: is for privacy.trust='trustees' (got "
+            f"{getattr(privacy, name)!r})"
+            for name in (
+                "trustees",
+                "least_trustees",
+                "colluding_trustees",
+                "post_quantum",
+            )
+            if getattr(privacy, name) != getattr(usual, name)
+        ]
+    if privacy.unit != "client":
+        why = {
+            "none": "there is no noise",
+            "local": "at record level each client's own noise protects its rows already",
+            "joint": "sealed sums of single records are not built",
+        }["none" if privacy.unit == "none" else privacy.noise]
+        return [
+            "privacy.trust: 'trustees' is for privacy.unit='client' (got "
+            f"{privacy.unit!r}): {why}"
+        ]
+    return _sealed_problems(config)
+
+
+def _sealed_problems(config: RunConfig) -> list[str]:
+    """Return what does not go with a server that is not trusted."""
+    privacy, problems = config.privacy, []
+    if config.strategy.sampling == "poisson":
+        problems.append(
+            "strategy.sampling: must be 'all' or 'fixed' under privacy.trust='trustees' (got "
+            "'poisson'): the server, which is not trusted, knows who was drawn, so that "
+            "secret coins amplify nothing against it"
+        )
+    try:
+        names = trustee_names(privacy.trustees)
+    except ValueError as error:
+        return [*problems, f"privacy.trustees: {error}"]
+    count, least = len(names), privacy.least_trustees or len(names)
+    if not FEWEST_TRUSTEES <= count <= MOST_TRUSTEES:
+        problems.append(
+            f"privacy.trustees: must name {FEWEST_TRUSTEES} to {MOST_TRUSTEES} trustees, "
+            f"separated by commas (got {privacy.trustees!r})"
+        )
+    elif not FEWEST_TRUSTEES <= least <= count:
+        problems.append(
+            f"privacy.least-trustees: must be 0, or {FEWEST_TRUSTEES} to the {count} that "
+            f"privacy.trustees names (got {least})"
+        )
+    elif privacy.colluding_trustees >= least:
+        problems.append(
+            f"privacy.colluding-trustees: must be below the {least} trustees of a round, of "
+            f"which one has to be honest (got {privacy.colluding_trustees})"
+        )
     return problems
 
 

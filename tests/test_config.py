@@ -175,6 +175,64 @@ def test_what_does_not_go_with_joint_noise_is_one_clear_line(key, value, said):
     assert "\n" not in str(caught.value)
 
 
+SEALED = {"privacy.trust": "trustees", "privacy.trustees": "a,b,c"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}, "amplify"),
+        ({"strategy.aggregator": "median"}, "proved for a sum"),
+        ({"privacy.unit": "record"}, "own noise protects"),
+        (
+            {
+                "privacy.unit": "record",
+                "privacy.noise": "joint",
+                "train.local-steps": 1,
+            },
+            "not built",
+        ),
+        ({"privacy.unit": "none", "privacy.target-epsilon": 0.0}, "no noise"),
+        ({"privacy.trustees": ""}, "must name 2 to 10"),
+        ({"privacy.trustees": "a"}, "must name 2 to 10"),
+        ({"privacy.trustees": ",".join("abcdefghijk")}, "must name 2 to 10"),
+        ({"privacy.trustees": "a,a,b"}, "twice"),
+        ({"privacy.trustees": "a,B"}, "small letters"),
+        ({"privacy.least-trustees": 1}, "must be 0, or 2 to the 3"),
+        ({"privacy.least-trustees": 4}, "must be 0, or 2 to the 3"),
+        ({"privacy.colluding-trustees": 3}, "must be below the 3"),
+        ({"privacy.least-trustees": 2, "privacy.colluding-trustees": 2}, "below the 2"),
+    ],
+)
+def test_what_does_not_go_with_trustees_is_one_clear_line(changes, said):
+    with pytest.raises(ConfigError, match=said) as error:
+        parse_run_config({**SEALED, **changes})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("privacy.trustees", "a,b"),
+        ("privacy.least-trustees", 2),
+        ("privacy.colluding-trustees", 2),
+        ("privacy.post-quantum", False),
+    ],
+)
+def test_a_setting_of_trustees_is_not_ignored_without_them(key, value):
+    with pytest.raises(ConfigError, match=f"{key}: is for privacy.trust='trustees'"):
+        parse_run_config({key: value})
+
+
+def test_a_sealed_run_names_its_trustees_in_order():
+    config = parse_run_config({**SEALED, "privacy.trustees": " c, a ,b-1.x"})
+
+    assert config.is_sealed
+    assert config.trustees == ("c", "a", "b-1.x")
+    assert config.least_trustees == 3
+    assert not parse_run_config({}).is_sealed
+
+
 def test_all_bad_settings_are_named_at_once():
     with pytest.raises(ConfigError) as caught:
         parse_run_config(

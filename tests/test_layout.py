@@ -12,6 +12,7 @@ UNMIRRORED = {
     "auditing/harness.py": "runs every check of tests/auditing/",
     "auditing/hostile_replies.py": "a list of replies, sent by tests/auditing/test_auditor.py",
     "client/run_client.py": "log lines and seconds: tests/client/test_log.py",
+    "client/sealed_roles.py": "real and simulated trustees: tests/client/test_sealing.py",
     "client_app.py": "a screen of wiring, run by tests/slow/",
     "commands/demo_page.py": "tests/commands/test_demo.py",
     "data/columns.py": "names of columns: tests/data/test_shapes.py",

@@ -98,6 +98,10 @@ Each SuperNode has a config of its own, `fedllm supernode --node-config '...'`. 
 | `declared-rows` | How many rows this node has, declared by its owner as a public number. `privacy.noise='joint'` needs it, unless the run counts persons; nothing compares it with the file. |
 | `person-column` | Limit, beside `privacy-unit='record'`, `data-path` and `declared-persons`: the run's `data.person-column` must be this, the column of the file that names whose row it is. Without it a run must have none. |
 | `declared-persons` | How many persons the file has, declared by its owner as a public number: under `person-column` it takes the place of the number of rows, for both noises. Nothing compares it with the file. |
+| `trusted-trustees` | The trustees whom the owner knows, `name:KEY,name:KEY`, each KEY the 43 characters of `fedllm keys --add-trustee`, brought by a way that is not the server's. Without it the node takes part in no run with `privacy.trust='trustees'`. |
+| `least-trustees` | Limit: a run must be sealed by `privacy.trust='trustees'`, and by this many trustees at least. |
+| `colluding-trustees` | Limit: a sealed run must keep its epsilon even if this many of its trustees help the server. |
+| `trustee-name`, `trustee-key` | This node is the trustee of that name in runs that name it; the file is its private key, for its owner's eyes alone. |
 
 A run outside a limit gets no update from that node: code `bad-config`, or `budget-spent` if it is one run too many;
 that counts as a zero update. Any other key has the same effect, and the node's log names it, so that no limit is lost by a

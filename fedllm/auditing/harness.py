@@ -28,6 +28,7 @@ from fedllm.strategy.build import make_strategy
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
 from fedllm.strategy.joint_record_dp import JointRecordDP
+from fedllm.strategy.sealed_dp import SealedDP
 from fedllm.strategy.server_optimizer import ServerOptimizer
 from fedllm.wire.masking import WIRE, masked
 from fedllm.wire.messages import ARRAYS, METRICS, array_record, encoded_record
@@ -37,7 +38,7 @@ Contents = Iterable[tuple[int, RecordDict | Error]]
 
 MakeStrategy = Callable[
     [RunConfig, Arrays, list[int], Ledger | None],
-    AdapterFedAvg | ClientLevelDP | JointRecordDP,
+    AdapterFedAvg | ClientLevelDP | JointRecordDP | SealedDP,
 ]
 
 NUM_CLIENTS = 6

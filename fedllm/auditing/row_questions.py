@@ -114,7 +114,7 @@ QUESTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "plain",
         {**_PERSONS, "train.batch-size": NUM_ROWS, **_QUIET},
     ),
-    "which rows are texts": ("plain", {"data.format": "text"}),
+    "which rows are texts": ("plain", {"data.format": "text", "data.name": "own"}),
     "shorter than a limit, cut": (
         "longer at a word",
         {"train.max-length": 64, "data.long-questions": "cut-left"},

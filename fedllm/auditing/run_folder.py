@@ -33,6 +33,7 @@ def load_audited_run(folder: Path) -> tuple[RunConfig, PrivacySettings, Check]:
     if not isinstance(run_config, dict):
         raise PrivacyError(f"{folder / CONFIG_FILE}: is damaged: it has no run_config")
     config = parse_run_config(run_config)
+    require_trusted_server(config)
     _require_same_promise(ledger, config, path)
     rounds = [
         line["server_round"]
@@ -107,4 +108,17 @@ def require_client_unit(unit: object, what: str) -> None:
     if unit != "client":
         raise PrivacyError(
             f"privacy.unit: must be 'client' or 'record' (got {unit!r} in {what})"
+        )
+
+
+def require_trusted_server(config: RunConfig) -> None:
+    """Raise if a run is sealed: what is attacked here is a server that noises the sum.
+
+    Raises:
+        PrivacyError: It is.
+    """
+    if config.is_sealed:
+        raise PrivacyError(
+            "privacy.trust: 'trustees' is not audited by this command, which attacks the sum of "
+            "a server that adds the noise; what holds it are the tests that SECURITY.md names"
         )

@@ -25,7 +25,7 @@ CODES: tuple[tuple[type[Exception], str], ...] = (
 
 def failure(error: Exception, context: Context, private: bool) -> RecordDict:
     """Log an error and return its code, with its text only without privacy."""
-    code = _code(error)
+    code = code_of(error)
     log = ClientLog(log_number(context.node_config), context.run_id)
     path = log.write_failure(code, error)
     if private:
@@ -36,7 +36,7 @@ def failure(error: Exception, context: Context, private: bool) -> RecordDict:
     return error_content(code, sent)
 
 
-def _code(error: Exception) -> str:
+def code_of(error: Exception) -> str:
     """Map an error to the closed list of codes."""
     for kind, code in CODES:
         if isinstance(error, kind):

@@ -6,6 +6,7 @@ the tokenised rows; the training; the reply.
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +49,9 @@ def reply_to(message: Message, context: Context) -> Message:
 
     Guarantee:
         Under `privacy.unit="client"` the reply holds the trained arrays, or one code of
-        a closed list, and nothing else; the error's text stays in this client's log.
+        a closed list, and nothing else; the error's text stays in this client's log. With
+        `privacy.trust="trustees"` the arrays are an update under pads, or zero under such
+        (`client.sealing`).
         Under `record` the arrays are DP-SGD's, paid for on this client's disk before
         they leave, and the epsilon that its ledger then shows comes with them. Which code
         leaves, and which epsilon, is a function of settings and of the number of rows, but
@@ -97,11 +100,35 @@ def _answer(message: Message, client: RunClient) -> RecordDict:
     _check_format(message)
     if message.metadata.message_type == DELIVER:
         return keep_delivery(message, client)
+    if client.config.is_sealed:
+        return _answer_sealed(message, client)
     if message.metadata.message_type.startswith("query"):
         return declare_rows(client) if client.config.is_joint else _announced(client)
     if message.metadata.message_type.startswith("evaluate"):
         return _evaluate(message, client)
     return _train(message, client)
+
+
+def _answer_sealed(message: Message, client: RunClient) -> RecordDict:
+    """Do what a server that is not trusted asks: there is nothing else that it may.
+
+    Raises:
+        ConfigError: It asks for something else.
+    """
+    from fedllm.client.sealing import say_hello, sealed_reply, tally
+
+    match message.metadata.message_type:
+        case "query.hello":
+            return say_hello(message, client)
+        case "query.tally":
+            return tally(message, client)
+        case "train":
+            _require_base(message, client)
+            return sealed_reply(message, client, lambda: _update_alone(message, client))
+    raise ConfigError(
+        "privacy.trust: under 'trustees' a node answers no message of type "
+        f"{message.metadata.message_type!r}"
+    )
 
 
 def _check_format(message: Message) -> None:
@@ -118,18 +145,85 @@ def _check_format(message: Message) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Round:
+    """What a client trains on in a round.
+
+    Attributes:
+        server_round: The round.
+        adapted: The model with its adapter.
+        examples: The client's rows, or its records under record level.
+        task: Where the training starts, and until when.
+        started: `time.monotonic()` when the message was taken up.
+        loaded: The same when the model was there.
+    """
+
+    server_round: int
+    adapted: "AdaptedModel"
+    examples: "Sequence[Record | None]"
+    task: RoundTask
+    started: float
+    loaded: float
+
+
 def _train(message: Message, client: RunClient) -> RecordDict:
     """Fine-tune from the server's arrays and return the trained ones."""
+    config = client.config
+    _require_base(message, client)
+    _charge(client, _server_round(message))
+    taken = _take_up(message, client)
+    if config.is_joint:
+        record = message.content.config_records[CONFIG]
+        return sum_batch(client, record, taken.adapted, taken.examples, taken.task)
+    trained, metrics, times = _fitted(client, taken)
+    received, server_round = taken.task.arrays, taken.server_round
+    sent = _encoded(
+        trained.arrays, received, config, server_round, client.node.partition_id
+    )
+    times = replace(times, encoded=time.monotonic())
+    if config.privacy.unit == "none":
+        # Under DP times would leave without noise: they go to this client's log only.
+        metrics |= times.seconds()
+    log_training(client, server_round, trained, times, message.metadata.created_at)
+    content = RecordDict({ARRAYS: sent})
+    if metrics:
+        content[METRICS] = MetricRecord(metrics)
+    return content
+
+
+def _update_alone(
+    message: Message, client: RunClient
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Fine-tune, and return the trained arrays and those that were received."""
+    taken = _take_up(message, client)
+    trained, _, times = _fitted(client, taken)
+    created_at = message.metadata.created_at
+    log_training(client, taken.server_round, trained, times, created_at)
+    return trained.arrays, taken.task.arrays
+
+
+def _require_base(message: Message, client: RunClient) -> None:
+    """Raise if the server has another base model: before anything is charged."""
+    record = message.content.config_records[CONFIG]
+    require_same_base(client.config.model.name, record.get(BASE_MODEL))
+
+
+def _server_round(message: Message) -> int:
+    # Flower allows lists and bytes here: those raise, and the reply is a code.
+    record = message.content.config_records[CONFIG]
+    return int(record["server-round"])  # type: ignore[arg-type]
+
+
+def _take_up(message: Message, client: RunClient) -> _Round:
+    """Load the model, the rows and the server's arrays."""
     started = time.monotonic()
     config, node = client.config, client.node
     # The message's own clock is the server's, which may be wrong here by any amount.
     deadline = started + config.strategy.round_timeout
-    record = message.content.config_records[CONFIG]
-    # Flower allows lists and bytes here: those raise, and the reply is a code.
-    server_round = int(record["server-round"])  # type: ignore[arg-type]
+    record, server_round = message.content.config_records[CONFIG], _server_round(
+        message
+    )
     learning_rate = float(record["learning-rate"])  # type: ignore[arg-type]
-    require_same_base(config.model.name, record.get(BASE_MODEL))
-    _charge(client, server_round)
     resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
     loaded = time.monotonic()
     examples: Sequence[Record | None]
@@ -140,22 +234,19 @@ def _train(message: Message, client: RunClient) -> RecordDict:
     arrays = _received(message, resident.adapted, config)
     seed = training_seed(config.seed, server_round, node.partition_id)
     task = RoundTask(arrays, learning_rate, seed, deadline)
-    if config.is_joint:
-        return sum_batch(client, record, resident.adapted, examples, task)
+    return _Round(server_round, resident.adapted, examples, task, started, loaded)
+
+
+def _fitted(
+    client: RunClient, taken: _Round
+) -> tuple["Trained", dict[str, Any], Times]:
+    """Train, and return the result, the metrics that may leave beside it, and times."""
     ready = time.monotonic()
-    trained, metrics = _fit(client, resident.adapted, examples, task)
+    trained, metrics = _fit(client, taken.adapted, taken.examples, taken.task)
     ended = time.monotonic()
     began = ready if trained.began is None else trained.began
-    sent = _encoded(trained.arrays, arrays, config, server_round, node.partition_id)
-    times = Times(started, loaded, ready, began, ended, time.monotonic())
-    if config.privacy.unit == "none":
-        # Under DP times would leave without noise: they go to this client's log only.
-        metrics |= times.seconds()
-    log_training(client, server_round, trained, times, message.metadata.created_at)
-    content = RecordDict({ARRAYS: sent})
-    if metrics:
-        content[METRICS] = MetricRecord(metrics)
-    return content
+    times = Times(taken.started, taken.loaded, ready, began, ended, ended)
+    return trained, metrics, times
 
 
 def _announced(client: RunClient) -> RecordDict:

@@ -4,30 +4,19 @@ A run is charged before anything is loaded or trained, so that a crash at any po
 charged and a second message does not charge it again.
 """
 
-import hashlib
 from pathlib import Path
 
 from fedllm.client.log import ClientLog
 from fedllm.client.node_config import NodeConfig
-from fedllm.config import RunConfig, fedllm_home, flat
+from fedllm.config import RunConfig, fedllm_home
 from fedllm.node.log import append, log_path
 from fedllm.planning.noise import affordable_rounds, noise_multiplier_at
 from fedllm.privacy.accounting import default_delta
 from fedllm.privacy.composition import composed_epsilon
 from fedllm.privacy.node_ledger import Account, Asked, Limits, NodeLedger, Promise
 from fedllm.privacy.wording import plain
+from fedllm.wire.resumed_run import run_name
 
-_PROMISED_BY = (
-    "num-server-rounds",
-    "strategy.num-clients",
-    "strategy.sampling",
-    "strategy.fraction-train",
-    "privacy.unit",
-    "privacy.target-epsilon",
-    "privacy.noise-multiplier",
-    "privacy.delta",
-    "privacy.max-epsilon",
-)
 _LARGEST_DEFAULT_DELTA = default_delta(1)
 
 
@@ -75,7 +64,7 @@ def asked_of(
         attempt: Flower's id of the run that asks.
         server_round: The round; None: the run is announced.
     """
-    return Asked(_run_name(config, run_id), run_id, attempt, server_round)
+    return Asked(run_name(config, run_id), run_id, attempt, server_round)
 
 
 def promise_of(config: RunConfig) -> Promise:
@@ -101,17 +90,6 @@ def promise_of(config: RunConfig) -> Promise:
         rounds=affordable_rounds(config, z, delta),
         delta=delta,
     )
-
-
-def _run_name(config: RunConfig, run_id: int) -> str:
-    """Return a name of the run and of all settings that its promise depends on.
-
-    Not of others: what a run chose for itself (`adapter.kind="auto"`) is among its settings
-    only once it is resumed.
-    """
-    settings = flat(config)
-    parts = [run_id, *(settings[key] for key in _PROMISED_BY)]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _note(account: Account, asked: Asked, limits: Limits, log: ClientLog) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedllm.config import LARGEST_DELTA, RunConfig
+from fedllm.config import LARGEST_DELTA, MOST_TRUSTEES, TRUSTEE_NAME, RunConfig
 from fedllm.errors import ConfigError
 from fedllm.models.known import BUILT_IN_MODEL
+from fedllm.node.delivered_app import is_chosen
+from fedllm.privacy.agreement import parse_pin
 
 _LARGEST_DELTA = 1e-5
 """Largest delta of a run if the node sets a `max-epsilon` and no delta: at a delta near 1
@@ -25,6 +27,8 @@ LIMITS = (
     "model-name",
     "privacy-noise",
     "person-column",
+    "least-trustees",
+    "colluding-trustees",
 )
 KEYS = (
     "data-path",
@@ -32,6 +36,9 @@ KEYS = (
     "num-partitions",
     "declared-rows",
     "declared-persons",
+    "trusted-trustees",
+    "trustee-name",
+    "trustee-key",
     *LIMITS,
 )
 
@@ -64,6 +71,12 @@ class NodeConfig:
             the owner's file names persons by; None: a run must have none.
         declared_persons: How many persons the owner declares as public; set with
             `person_column`.
+        least_trustees: Fewest trustees of a run, which then has to be sealed; None: any.
+        colluding_trustees: How many of them a run must count as the server's; None: any.
+        trusted_trustees: Name -> public identity key of the trustees that the owner knows,
+            in order; empty: the node takes part in no sealed run.
+        trustee_name: Its own name, if it is a trustee; set with `trustee_key`.
+        trustee_key: File of its identity key.
         is_partition: Whether the config names a number of partitions, as every node of a
             simulation does. What such a client prints may reach the server's log.
     """
@@ -80,6 +93,11 @@ class NodeConfig:
     declared_rows: int | None = None
     person_column: str | None = None
     declared_persons: int | None = None
+    least_trustees: int | None = None
+    colluding_trustees: int | None = None
+    trusted_trustees: tuple[tuple[str, str], ...] = ()
+    trustee_name: str | None = None
+    trustee_key: str | None = None
     is_partition: bool = False
 
     @property
@@ -95,12 +113,20 @@ class NodeConfig:
         A simulated client starts a new ledger in every run, which would be wrong for a
         real one: the owner of a SuperNode without a file of its own sets a limit.
         """
-        return self.data_path is None and not self.has_limits
+        return (
+            self.data_path is None
+            and not self.has_limits
+            and not self.trusted_trustees
+            and self.trustee_name is None
+        )
 
     @property
     def has_limits(self) -> bool:
         """Whether the node's owner limits what a run may be."""
-        limits = (self.privacy_unit, self.max_epsilon, self.delta, self.model_name)
+        limits = (
+            *(self.privacy_unit, self.max_epsilon, self.delta, self.model_name),
+            *(self.least_trustees, self.colluding_trustees),
+        )
         return any(value is not None for value in limits)
 
 
@@ -136,6 +162,11 @@ def parse_node_config(values: Mapping[str, Any]) -> NodeConfig:
         declared_rows=_declared_number(values, "declared-rows", "rows"),
         person_column=_person_column(values),
         declared_persons=_declared_number(values, "declared-persons", "persons"),
+        least_trustees=_declared_number(values, "least-trustees", "trustees"),
+        colluding_trustees=_colluding(values),
+        trusted_trustees=_pins(values),
+        trustee_name=_trustee(values)[0],
+        trustee_key=_trustee(values)[1],
         is_partition="num-partitions" in values,
     )
 
@@ -162,6 +193,7 @@ def check_node_limits(node: NodeConfig, config: RunConfig) -> None:
     _check_epsilon(node, config)
     _check_model(node, config)
     _check_persons(node, config)
+    _check_trust(node, config)
     privacy = config.privacy
     if node.delta is not None and not 0 < privacy.delta <= node.delta:
         raise ConfigError(
@@ -226,6 +258,44 @@ def _check_persons(node: NodeConfig, config: RunConfig) -> None:
                 if node.person_column is None
                 else ""
             )
+        )
+
+
+def _check_trust(node: NodeConfig, config: RunConfig) -> None:
+    """Check who is trusted with this node's updates, and with the noise.
+
+    A sealed run is worth nothing if the server chooses the code that seals, or introduces
+    the trustees itself.
+    """
+    least, colluding = node.least_trustees, node.colluding_trustees
+    if not config.is_sealed:
+        if least is not None:
+            raise ConfigError(
+                f"privacy.trust: this node demands 'trustees', {least} at least (got "
+                f"{config.privacy.trust!r} under unit {config.privacy.unit!r})"
+            )
+        return
+    if least is not None and config.least_trustees < least:
+        raise ConfigError(
+            f"privacy.least-trustees: this node demands {least} (got "
+            f"{config.least_trustees})"
+        )
+    if colluding is not None and config.privacy.colluding_trustees < colluding:
+        raise ConfigError(
+            f"privacy.colluding-trustees: this node demands {colluding} (got "
+            f"{config.privacy.colluding_trustees})"
+        )
+    if node.is_simulated:
+        return
+    if not node.trusted_trustees:
+        raise ConfigError(
+            "privacy.trust: 'trustees' needs trusted-trustees in this node's config: keys of "
+            "trustees that reached its owner without the server"
+        )
+    if not is_chosen():
+        raise ConfigError(
+            "privacy.trust: 'trustees' needs an app that this node's owner chose, and here "
+            "the server chooses it: start the node by `fedllm supernode`, without --any-app"
         )
 
 
@@ -301,6 +371,67 @@ def _person_column(values: Mapping[str, Any]) -> str | None:
         if key not in values:
             raise ConfigError(f"node config: person-column: needs {key}, {why}")
     return column
+
+
+def _pins(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return the trustees that the owner knows: name:PIN, separated by commas.
+
+    Raises:
+        ConfigError: One is no name and pin, or a name or a pin stands twice.
+    """
+    text = values.get("trusted-trustees")
+    if text is None:
+        return ()
+    pins: dict[str, str] = {}
+    for part in str(text).split(","):
+        name, _, pin = part.strip().partition(":")
+        if not TRUSTEE_NAME.fullmatch(name) or name in pins or pin in pins.values():
+            raise ConfigError(
+                "node config: trusted-trustees: must be name:KEY,name:KEY with each name and "
+                f"each key once (got {part.strip()!r})"
+            )
+        parse_pin(pin)
+        pins[name] = pin
+    return tuple(pins.items())
+
+
+def _trustee(values: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Return name and key file of a node that is a trustee; None if it is none.
+
+    Raises:
+        ConfigError: One is set without the other, or the name is none.
+    """
+    name, key = values.get("trustee-name"), values.get("trustee-key")
+    if (name is None) != (key is None):
+        raise ConfigError(
+            "node config: trustee-name and trustee-key: a trustee has both (got "
+            f"{'the name' if key is None else 'the key'} alone)"
+        )
+    if name is None:
+        return None, None
+    if not TRUSTEE_NAME.fullmatch(str(name)):
+        raise ConfigError(
+            "node config: trustee-name: has small letters, digits, dots and dashes (got "
+            f"{name!r})"
+        )
+    return str(name), str(key)
+
+
+def _colluding(values: Mapping[str, Any]) -> int | None:
+    """Return how many trustees a run must count as the server's; None if it is not set.
+
+    Raises:
+        ConfigError: It is no number of trustees.
+    """
+    number = _number(values, "colluding-trustees")
+    if number is None:
+        return None
+    if number != int(number) or not 0 <= number < MOST_TRUSTEES:
+        raise ConfigError(
+            "node config: colluding-trustees: must be a whole number from 0 to "
+            f"{MOST_TRUSTEES - 1} (got {values['colluding-trustees']!r})"
+        )
+    return int(number)
 
 
 def _declared_number(values: Mapping[str, Any], key: str, what: str) -> int | None:

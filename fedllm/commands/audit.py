@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.auditing.auditor import MEANING, Audit, Auditor, Check
-from fedllm.auditing.run_folder import load_audited_run, require_client_unit
+from fedllm.auditing.run_folder import (
+    load_audited_run,
+    require_client_unit,
+    require_trusted_server,
+)
 from fedllm.commands.options import (
     add_clients,
     add_json,
@@ -73,6 +77,7 @@ def _audit_clients(
     else:
         config = parse_run_config(read_settings(args.run_config))
         require_client_unit(config.privacy.unit, "these settings")
+        require_trusted_server(config)
         connected = config.strategy.num_clients or _DEFAULT_CLIENTS
         num_clients = connected if args.clients is None else args.clients
         # d enters R only, and no epsilon.

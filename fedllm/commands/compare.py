@@ -67,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
     """Return the content of compare.json, and print progress and the table."""
     config = read_run_config(args.run_config)
+    if config.is_sealed:
+        raise ConfigError(
+            "privacy.trust: must be 'server' in a comparison (got 'trustees'): its adapters "
+            "differ by more noise alone, which `fedllm plan --trustees` shows"
+        )
     out = _output_folder(args)
     setting = {
         "run_config": {k: v for k, v in flat(config).items() if k != "seed"},

@@ -3,6 +3,7 @@
     fedllm keys --out ~/federation/keys --server-name fl.example.org --nodes 3
     fedllm keys --out ~/federation/keys --add-node clinic-d
     fedllm keys --out ~/federation/keys --add-reviewer alice
+    fedllm keys --out ~/federation/keys --add-trustee berlin
     fedllm keys --out ~/federation/keys --write-gate
     fedllm keys --out ~/federation/keys --check
     fedllm keys --out ~/federation/keys --renew-server
@@ -11,9 +12,10 @@
 The first makes a private certificate authority, the server's certificate and the keys of
 node-1, node-2 and node-3. The second makes one more node's key: run it on that node's own
 machine, so that the private key never travels. The third makes the key of a reviewer, who
-approves runs for many nodes (`fedllm node sign`). The fourth writes gate.caddy anew, on the
-server, after a public key came to nodes/ or left it. The fifth says how long the
-certificates are valid, with exit status 1 in the last 30 days; the sixth renews the
+approves runs for many nodes (`fedllm node sign`). The fourth makes a trustee's, who opens
+the rounds of sealed runs: run it on that trustee's own machine. The fifth writes gate.caddy
+anew, on the server, after a public key came to nodes/ or left it. The sixth says how long
+the certificates are valid, with exit status 1 in the last 30 days; the seventh renews the
 server's, where ca.key is. The last prints the SHA-256 of the app that lies here, for
 `fedllm supernode --pin-app`. docs/deployment.md has the rest.
 """
@@ -42,6 +44,7 @@ from fedllm.deployment.keys import (
     SUPERLINK_NAME,
     add_node_key,
     add_reviewer_key,
+    add_trustee_key,
     make_key_folder,
     renew_server,
 )
@@ -73,6 +76,11 @@ def run(args: argparse.Namespace) -> int:
         path = add_reviewer_key(folder, args.add_reviewer)
         text = _reviewer_text(path)
         report = {"reviewers": {args.add_reviewer: _pair(path)}}
+    elif args.add_trustee is not None:
+        path, pin = add_trustee_key(folder, args.add_trustee)
+        text = _trustee_text(path, pin)
+        trustee = {**_pair(path), "pin": f"{args.add_trustee}:{pin}"}
+        report = {"trustees": {args.add_trustee: trustee}}
     else:
         names = [f"node-{number}" for number in range(1, args.nodes + 1)]
         server_names = [args.server_name, *args.server_ip]
@@ -202,6 +210,18 @@ next, on each such node's machine:
 """
 
 
+def _trustee_text(path: Path, pin: str) -> str:
+    """Return where a trustee's key belongs, and what to type next."""
+    return f"""\
+private key, for that trustee alone: {path}
+public key, for each node's owner, by a way that is not the server's: {path.name}:{pin}
+next, in the trustee's own node config:
+  trustee-name="{path.name}" trustee-key="{path}"
+and in every node's, the trustee's own too, with those of all trustees, by commas:
+  trusted-trustees="{path.name}:{pin},..."
+"""
+
+
 def _register(folder: Path, node: str) -> str:
     public = shlex.quote(str(folder / "nodes" / f"{node}.pub"))
     return f"  flwr supernode register --name {node} {public} {SUPERLINK_NAME}"
@@ -221,6 +241,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--add-reviewer", metavar="NAME", help="make a reviewer's key only"
     )
+    what.add_argument("--add-trustee", metavar="NAME", help="make a trustee's key only")
     what.add_argument(
         "--write-gate",
         action="store_true",

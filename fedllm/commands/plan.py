@@ -107,6 +107,10 @@ def _config(args: argparse.Namespace) -> RunConfig:
     if args.noise_multiplier is not None:
         flags |= {"privacy.noise-multiplier": args.noise_multiplier}
         flags |= {"privacy.target-epsilon": 0.0}
+    if args.trustees is not None:
+        names = ",".join(f"trustee-{number}" for number in range(1, args.trustees + 1))
+        flags |= {"privacy.trust": "trustees", "privacy.trustees": names}
+        flags |= {"privacy.colluding-trustees": args.colluding}
     settings.update({k: v for k, v in flags.items() if v is not None})
     config = parse_run_config(settings)
     if config.privacy.unit == "none":
@@ -164,7 +168,8 @@ def _probe(config: RunConfig, settings: PrivacySettings) -> dict[str, float]:
     from fedllm.evaluation.public_rows import PublicRows
     from fedllm.models.location import load_config, locate
     from fedllm.strategy.build import make_strategy
-    from fedllm.strategy.client_level_dp import ClientLevelDP
+    from fedllm.strategy.sealed_dp import Roster
+    from fedllm.strategy.server_noise import ServerNoise
 
     home = fedllm_home()
     location = locate(config.model.name, home)
@@ -180,8 +185,10 @@ def _probe(config: RunConfig, settings: PrivacySettings) -> dict[str, float]:
     clients = list(range(settings.population_size))
     with tempfile.TemporaryDirectory(prefix="fedllm-plan-") as folder:
         ledger = Ledger.create(Path(folder) / "privacy.json", settings)
-        strategy = make_strategy(config, arrays, clients, ledger)
-        assert isinstance(strategy, ClientLevelDP)
+        # Nobody is asked: of a sealed run's trustees the noise alone counts.
+        roster = Roster("", [], 0, lambda sent: []) if config.is_sealed else None
+        strategy = make_strategy(config, arrays, clients, ledger, roster)
+        assert isinstance(strategy, ServerNoise)
         after = public.validation_loss(strategy.noise_alone())
     assert after is not None
     return {"before": before, "noise_alone": after}
@@ -213,6 +220,19 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--sampling", help="all, fixed or poisson")
     parser.add_argument(
         "--fraction", type=float, help="share of the clients in a round"
+    )
+    parser.add_argument(
+        "--trustees",
+        type=int,
+        metavar="K",
+        help="trustees that open each round, so that the server is not trusted",
+    )
+    parser.add_argument(
+        "--colluding",
+        type=int,
+        default=1,
+        metavar="C",
+        help="how many of them may help the server (default: %(default)s)",
     )
     parser.add_argument("--kind", help="kind of adapter")
     parser.add_argument("--rank", type=int, help="rank of the adapter")

@@ -129,13 +129,12 @@ def _prepare_guard(args: argparse.Namespace, arguments: list[str]) -> None:
     from fedllm.deployment.fork_client import FORK_SERVER
     from fedllm.deployment.supernode import (
         APPROVE,
-        CHOICE,
         PROGRAMS,
         PYTHON,
         SUPERLINK,
     )
     from fedllm.errors import ConfigError
-    from fedllm.node.delivered_app import ANY, INSTALLED, parse_pin
+    from fedllm.node.delivered_app import ANY, CHOICE, INSTALLED, parse_pin
     from fedllm.node.log import LOG_HEAD
 
     if os.pathsep in str(PROGRAMS):

@@ -24,11 +24,16 @@ from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 from flwr.supernode.runtime import run_clientapp
 
 from fedllm.config import flat, parse_run_config
-from fedllm.deployment.supernode import APPROVE, CHOICE, SUPERLINK
+from fedllm.deployment.supernode import APPROVE, SUPERLINK
 from fedllm.errors import FedllmError, NodeError
 from fedllm.logs import show_log
 from fedllm.node.approvals import ALL, EACH, Request, take
-from fedllm.node.delivered_app import CLIENT_APP, INSTALLED, require_chosen
+from fedllm.node.delivered_app import (
+    CHOICE,
+    CLIENT_APP,
+    INSTALLED,
+    require_chosen,
+)
 from fedllm.node.log import append
 from fedllm.wire.messages import ERROR, error_content
 from fedllm.wire.resumed_run import original_context

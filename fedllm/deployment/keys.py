@@ -5,6 +5,7 @@
     DIR/server.crt   the server, with server.key
     DIR/nodes/NAME   that node alone; NAME.pub is registered with the server
     DIR/reviewers/NAME   that reviewer alone; nodes' owners trust NAME.pub
+    DIR/trustees/NAME    that trustee alone; nodes' owners pin its public half
     DIR/gate.caddy   the gate: the public keys that it lets through
     DIR/config.toml  an entry for Flower's config, on the machine where runs are started
 
@@ -31,6 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import NameOID
 
 from fedllm.atomic_files import sync_folder, write_atomic
+from fedllm.config import TRUSTEE_NAME
 from fedllm.deployment.certificates import (
     CURVE,
     HOST_NAME,
@@ -42,6 +44,7 @@ from fedllm.deployment.certificates import (
 )
 from fedllm.deployment.gate import GATE_FILE, write_gate
 from fedllm.errors import KeyFolderError
+from fedllm.privacy.agreement import pin_of
 
 SUPERLINK_NAME = "private"
 _PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
@@ -126,6 +129,26 @@ def add_reviewer_key(folder: Path, reviewer: str) -> Path:
     """
     key = ed25519.Ed25519PrivateKey.generate()
     return _add_key(folder, "reviewers", reviewer, key)
+
+
+def add_trustee_key(folder: Path, trustee: str) -> tuple[Path, str]:
+    """Make the identity key of a trustee, who opens the rounds of sealed runs.
+
+    Returns:
+        Path of the private key, and the pin: the public half in 43 characters, which each
+        node's owner types.
+
+    Raises:
+        KeyFolderError: That trustee has a key, the name is not valid, or the key cannot be
+            written.
+    """
+    if not TRUSTEE_NAME.fullmatch(trustee):
+        raise KeyFolderError(
+            "name: a trustee's has small letters, digits, dots and dashes, with a letter or "
+            f"digit at both ends (got {trustee!r})"
+        )
+    key = ed25519.Ed25519PrivateKey.generate()
+    return _add_key(folder, "trustees", trustee, key), pin_of(key.public_key())
 
 
 def _add_key(folder: Path, kind: str, name: str, key: _PrivateKey) -> Path:

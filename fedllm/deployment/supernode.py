@@ -18,8 +18,6 @@ _NO_CLIENT_TO_FORK = {"--isolation=process", "process", fork_client.INSTALLS}
 
 APPROVE = "FEDLLM_NODE_APPROVE"
 """Variable that holds which runs are answered, one of `fedllm.node.approvals.POLICIES`."""
-CHOICE = "FEDLLM_NODE_APP"
-"""Variable that holds the owner's choice: installed, any, or a SHA-256."""
 SUPERLINK = "FEDLLM_NODE_SUPERLINK"
 """Variable that holds who asks, for the log."""
 PYTHON = "FEDLLM_PYTHON"

@@ -40,7 +40,10 @@ POLICIES = (ALL, SAME_SETTINGS, EACH)
 
 DELIVERY = "query.deliver"
 """Type of the message that brings the released adapter, as `wire.messages` has it too (a
-test compares). It is counted apart."""
+test compares)."""
+COUNTED_APART = (DELIVERY, "query.hello", "query.tally")
+"""Types that are counted apart: that message, and what `wire.sealed_messages` asks a node before
+round 1 and a trustee in each round."""
 
 _MOST_REQUESTS = 100
 _MOST_BYTES = 65_536
@@ -99,17 +102,18 @@ def take(request: Request, message_type: str, policy: str = EACH) -> None:
 
     Args:
         request: What the message belongs to.
-        message_type: Flower's; what follows a dot in it is left out, but for DELIVERY.
+        message_type: Flower's; what follows a dot in it is left out, but for
+            COUNTED_APART.
         policy: SAME_SETTINGS: the approval's rounds do not end it.
 
     Raises:
         NodeError: It is not approved, not any more, or not this often; then the request
             waits for the owner (`fedllm node list`).
     """
-    # An action that any server may make up is no further count. This one brings a node
-    # something, and must not be short of a count because a run was announced.
-    is_delivery = message_type == DELIVERY
-    kind = message_type if is_delivery else message_type.partition(".")[0]
+    # An action that any server may make up is no further count. These a run needs besides
+    # its announcement, one of them in each round.
+    is_apart = message_type in COUNTED_APART
+    kind = message_type if is_apart else message_type.partition(".")[0]
     with _locked() as folder:
         path = folder / "approvals" / f"{request.digest}.json"
         if not path.exists():

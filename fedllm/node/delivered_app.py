@@ -8,6 +8,7 @@ not understand each other.
 
 import hashlib
 import io
+import os
 import re
 import tomllib
 import zipfile
@@ -16,6 +17,8 @@ from pathlib import Path
 import fedllm
 from fedllm.errors import NodeError
 
+CHOICE = "FEDLLM_NODE_APP"
+"""Variable of a client's process that holds the owner's choice: installed, any, or a SHA-256."""
 INSTALLED = "installed"
 ANY = "any"
 CLIENT_APP = "fedllm.client_app:app"
@@ -35,6 +38,15 @@ def parse_pin(text: str) -> str:
             f"--pin-app: needs the 64 hex digits of `fedllm keys --app-hash` (got {text!r})"
         )
     return text.lower()
+
+
+def is_chosen() -> bool:
+    """Return whether the app of this process is one that the node's owner chose.
+
+    `fedllm supernode` says so in the environment; a plain `flower-supernode`, and one with
+    `--any-app`, run what the server sends.
+    """
+    return os.environ.get(CHOICE, ANY) != ANY
 
 
 def require_chosen(app: bytes, choice: str) -> None:

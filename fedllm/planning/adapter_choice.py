@@ -70,7 +70,7 @@ def choose_adapter(
         # The number of values, here 1, does not enter what is used of the settings.
         settings = privacy_settings(config, population_size, 1)
         rounds, sampled = config.num_server_rounds, settings.num_sampled_clients
-        level = noise_level(settings.noise_multiplier, rounds, sampled)
+        level = noise_level(settings.opened_noise, rounds, sampled)
         noise = f"noise level {level:.3g}"
     gains = {kind: expected_gain(kind, level, frontier) for kind in KINDS}
     known = {kind: gain for kind, gain in gains.items() if gain is not None}

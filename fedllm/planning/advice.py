@@ -15,7 +15,7 @@ def advice(
     """Return remedies against the noise, best first, with numbers.
 
     Args:
-        noise_multiplier: z.
+        noise_multiplier: z, of all noise in a released sum.
         num_trainable: d.
         num_sampled_clients: n.
         num_rounds: Rounds that z was calibrated for.
@@ -45,7 +45,7 @@ def ledger_advice(ledger: Ledger | None) -> list[str]:
         return ["more rounds or local steps", "another train.learning-rate"]
     settings = ledger.settings
     return advice(
-        settings.noise_multiplier,
+        settings.opened_noise,
         settings.num_trainable,
         settings.num_sampled_clients,
         settings.planned_rounds,

@@ -21,6 +21,7 @@ def privacy_settings(
     num_trainable: int,
     earlier_mu_squared: float = 0.0,
     start_note: str = "",
+    trustees: int | None = None,
 ) -> PrivacySettings:
     """Return the privacy settings, with the noise given or calibrated to the target epsilon.
 
@@ -32,6 +33,7 @@ def privacy_settings(
             starts from their adapter and samples as they did, without a coin; the target
             bounds all of them together.
         start_note: What is not known of the start adapter.
+        trustees: How many there are of a sealed run; None: all that it names.
 
     Raises:
         PrivacyError: The noise is larger than the grid of the sum can hold, or the runs
@@ -63,6 +65,8 @@ def privacy_settings(
         planned_rounds=config.num_server_rounds,
         earlier_mu_squared=earlier_mu_squared,
         start_note=start_note,
+        trustees=len(config.trustees) if trustees is None else trustees,
+        colluding=config.privacy.colluding_trustees if config.is_sealed else 0,
     )
 
 

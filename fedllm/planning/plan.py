@@ -60,12 +60,15 @@ def plan_run(config: RunConfig, settings: PrivacySettings) -> dict[str, Any]:
         "noise_multiplier": settings.noise_multiplier,
         "epsilon": spent.zero_out,
         "epsilon_replace_one": spent.replace_one,
+        "epsilon_adapters": _spent_on_adapters(settings),
+        "trustees": settings.trustees,
+        "colluding_trustees": settings.colluding,
         "delta": settings.delta,
         "accountant": spent.accountant,
         "strength": strength(spent.zero_out, settings.delta, settings.population_size),
         "delta_caution": delta_caution(settings.delta, settings.population_size),
         "noise_to_signal": noise_to_signal(
-            settings.noise_multiplier,
+            settings.opened_noise,
             settings.num_trainable,
             settings.num_sampled_clients,
         ),
@@ -87,6 +90,13 @@ def _spent(settings: PrivacySettings, noise_multiplier: float, rounds: int) -> E
     )
 
 
+def _spent_on_adapters(settings: PrivacySettings) -> float | None:
+    """Return the epsilon of a sealed run for who sees only adapters; None: not sealed."""
+    if not settings.trustees:
+        return None
+    return _spent(settings, settings.opened_noise, settings.planned_rounds).zero_out
+
+
 def _server_learning_rate_by_rule(
     config: RunConfig, settings: PrivacySettings
 ) -> float | None:
@@ -94,7 +104,7 @@ def _server_learning_rate_by_rule(
     if config.adapter.kind != "ffa-lora":
         return None
     level = noise_level(
-        settings.noise_multiplier,
+        settings.opened_noise,
         settings.planned_rounds,
         settings.num_sampled_clients,
     )
@@ -178,7 +188,8 @@ def _better(
 
 def _change(config: RunConfig, settings: PrivacySettings, row: Measured) -> str | None:
     """Return the one change from a run to a row; None if there are more, or none."""
-    now = _spent(settings, settings.noise_multiplier, settings.planned_rounds).zero_out
+    # By the noise that the adapter bears, which is what a row was measured with.
+    now = _spent(settings, settings.opened_noise, settings.planned_rounds).zero_out
     then = _spent(settings, row.noise_multiplier, row.rounds).zero_out
     weaker = then > now * (1 + _SAME_EPSILON)
     same_kind = (row.kind, row.rank) == (config.adapter.kind, config.adapter.rank)

@@ -39,6 +39,14 @@ def plan_lines(
         "noise of this norm for each clipping norm (no verdict alone)",
         *_expected_lines(plan),
     ]
+    if settings.trustees:
+        lines.insert(
+            2,
+            f"sealed: {settings.trustees} trustees, of whom {settings.colluding} may be the "
+            f"server's; for who sees only the adapters epsilon is "
+            f"{plain(plan['epsilon_adapters'])}; the noise of a round is "
+            f"{settings.opened_noise / z:.2f} times that of a trusted server",
+        )
     if plan["delta_caution"]:
         lines.insert(2, f"caution: {plan['delta_caution']}")
     if plan["auto"]:

@@ -98,7 +98,7 @@ def _federation_settings(
         rank=config.adapter.rank,
         clients=settings.population_size,
         rounds=settings.planned_rounds,
-        noise_multiplier=settings.noise_multiplier,
+        noise_multiplier=settings.opened_noise,
         clipping_norm=settings.clipping_norm,
         server_learning_rate=config.strategy.server_learning_rate,
         server_learning_rate_min=config.strategy.server_learning_rate_min,

@@ -145,6 +145,36 @@ def sample(size: int, words: Words) -> npt.NDArray[np.int64]:
     return out
 
 
+def variance_of_two(spread: int) -> int:
+    """Return the variance of `sample_of_two`'s discrete Gaussian."""
+    return BASE**2 * (1 + spread**2)
+
+
+def sample_of_two(size: int, spread: int, words: Words) -> npt.NDArray[np.int64]:
+    """Draw (size,) independent values of D(s) with s^2 = `variance_of_two(spread)`.
+
+    It is Y1 + spread * Y2, the first of the sums above, for grids of fewer bits.
+
+    Args:
+        size: How many.
+        spread: At most SPREAD, so that the sum's s' is above 3; 0: D(BASE).
+        words: The only source of chance.
+
+    Raises:
+        ValueError: The spread is larger, or negative.
+    """
+    if not 0 <= spread <= SPREAD:
+        raise ValueError(f"a spread is within 0 and {SPREAD} (got {spread})")
+    table = _table()
+    out = np.empty(size, np.int64)
+    for start in range(0, size, _BLOCK):
+        part = out[start : start + _BLOCK]
+        part[:] = table.draw(len(part), words)
+        if spread:
+            part += spread * table.draw(len(part), words)
+    return out
+
+
 @lru_cache(maxsize=1)
 def _table() -> Table:
     return Table(BASE)

@@ -11,6 +11,7 @@ from fedllm.privacy.accounting import (
     noise_to_signal,
 )
 from fedllm.privacy.release_ledger import ReleaseLedger, bounded
+from fedllm.privacy.sealed_sum import deviation
 from fedllm.privacy.wording import delta_caution, plain, rounds_text, strength
 
 _NOT_COVERED = [
@@ -25,8 +26,19 @@ _NOT_COVERED = [
     "secret, which clients gave no usable update and by which code",
     "earlier and later runs over the same clients, which add up: a node with max-epsilon "
     "counts what they promise and stops (fedllm node budget); no node sees whether a server "
-    "adds that noise, against which only updates that it cannot read would help",
+    "adds that noise, but for a run with privacy.trust='trustees'",
     "a client with several nodes: the bound is for one node",
+]
+_TRUSTED_SERVER = _NOT_COVERED[0]
+_SEALED_NOT_COVERED = [
+    "the server, if more than {colluding} of a round's trustees are on its side: with all of "
+    "them it reads each update",
+    "an app that a node's owner did not choose, and trustees' keys that the server brought: "
+    "each node checks both, for itself alone",
+    "a trustee put back to an older state of its disk, which opens a slot twice",
+    "an attacker who breaks AES-256, or what the seeds are sealed with: the epsilon is against computers as they are",
+    "that a client clips: one that does not cannot learn of the others, but can move the "
+    "model by much more than the clipping norm, or spoil a round, and is not named",
 ]
 _SAMPLING_WORDS = {
     "all": "all {size} clients in each",
@@ -55,6 +67,9 @@ class PrivacySettings:
             adapter this one starts; the rounds of this one add to it.
         start_note: What is not known of the adapter that the run starts from; empty:
             nothing is left out.
+        trustees: k, the most that open a round; 0: the server adds the noise.
+        colluding: c, how many of them may tell the server theirs: z is the noise of the
+            others.
     """
 
     unit: str
@@ -70,6 +85,15 @@ class PrivacySettings:
     planned_rounds: int
     earlier_mu_squared: float = 0.0
     start_note: str = ""
+    trustees: int = 0
+    colluding: int = 0
+
+    @property
+    def opened_noise(self) -> float:
+        """The noise of a released sum over C: of all trustees together, else z."""
+        if not self.trustees:
+            return self.noise_multiplier
+        return deviation(self.noise_multiplier, self.trustees, self.colluding)
 
 
 class Ledger(ReleaseLedger[PrivacySettings]):
@@ -89,6 +113,7 @@ class Ledger(ReleaseLedger[PrivacySettings]):
         "sampling_probability",
         "epsilon",
         "epsilon_replace_one",
+        "epsilon_adapters",
     )
 
     def spent_after(self, num_releases: int) -> float:
@@ -100,14 +125,21 @@ class Ledger(ReleaseLedger[PrivacySettings]):
         return self.epsilon_after(len(self._releases))
 
     def epsilon_after(self, num_releases: int) -> Epsilons:
-        """Return the epsilons of a number of releases."""
+        """Return the epsilons of a number of releases; if sealed, against the server."""
+        return self._epsilons(self.settings.noise_multiplier, num_releases)
+
+    def epsilons_of_adapters(self) -> Epsilons:
+        """Return the epsilons so far against whoever sees the released adapters alone."""
+        return self._epsilons(self.settings.opened_noise, len(self._releases))
+
+    def _epsilons(self, noise_multiplier: float, num_releases: int) -> Epsilons:
         settings = self.settings
         if settings.earlier_mu_squared:
-            mu_squared = num_releases / settings.noise_multiplier**2
+            mu_squared = num_releases / noise_multiplier**2
             mu_squared += settings.earlier_mu_squared
             return gaussian_epsilons(mu_squared, settings.delta)
         return epsilons(
-            settings.noise_multiplier,
+            noise_multiplier,
             num_releases,
             settings.delta,
             settings.sampling,
@@ -124,7 +156,7 @@ class Ledger(ReleaseLedger[PrivacySettings]):
         """R: the norm of the averaged noise over the clipping norm."""
         settings = self.settings
         return noise_to_signal(
-            settings.noise_multiplier,
+            settings.opened_noise,
             settings.num_trainable,
             settings.num_sampled_clients,
         )
@@ -138,7 +170,7 @@ class Ledger(ReleaseLedger[PrivacySettings]):
         """Return the content of privacy.json; an unbounded epsilon is None."""
         settings, spent = self.settings, self.epsilons()
         epsilon = bounded(spent.zero_out)
-        not_covered = list(_NOT_COVERED)
+        not_covered = self._not_covered()
         if settings.start_note:
             not_covered.append(settings.start_note)
         if settings.sampling == "poisson":
@@ -160,6 +192,11 @@ class Ledger(ReleaseLedger[PrivacySettings]):
             "epsilon": epsilon,
             "epsilon_replace_one": bounded(spent.replace_one),
             "epsilon_two_clients": None,
+            "epsilon_adapters": (
+                bounded(self.epsilons_of_adapters().zero_out)
+                if settings.trustees
+                else None
+            ),
             "sampling_probability": self.sampling_probability,
             "num_rounds": len(self._releases),
             "releases": self._releases,
@@ -171,8 +208,23 @@ class Ledger(ReleaseLedger[PrivacySettings]):
             "statement": self._statement(spent),
         }
 
+    def _not_covered(self) -> list[str]:
+        """Return what the promise leaves out, but for the run's own sampling and start."""
+        settings = self.settings
+        if not settings.trustees:
+            return list(_NOT_COVERED)
+        sealed = [
+            text.format(colluding=settings.colluding) for text in _SEALED_NOT_COVERED
+        ]
+        if settings.earlier_mu_squared:
+            sealed.append(
+                "the server of the runs before, whose adapter this one started from: their "
+                "epsilon is counted for whoever sees adapters"
+            )
+        return sealed + [text for text in _NOT_COVERED if text != _TRUSTED_SERVER]
+
     def _statement(self, spent: Epsilons) -> str:
-        """Return the privacy statement, one sentence."""
+        """Return the privacy statement, one sentence, or three of a sealed run."""
         settings = self.settings
         words = _SAMPLING_WORDS[settings.sampling].format(
             size=settings.population_size,
@@ -185,16 +237,44 @@ class Ledger(ReleaseLedger[PrivacySettings]):
         earlier = ""
         if settings.earlier_mu_squared:
             earlier = ", and the runs whose adapter it started from,"
+        if settings.trustees:
+            whom = (
+                "whoever controls the server, all other clients and at most "
+                f"{settings.colluding} of the {settings.trustees} trustees, and receives "
+                "what this run"
+            )
+            rest = self._sealed_sentences()
+            # That it takes part the server sees.
+            took = "one client's updates were its own or zero"
+        else:
+            took = "one client took part or sent nothing"
+            whom = "whoever sees only the adapters that this run"
+            rest = (
+                "; the server, which receives each client's update, is trusted, and what is "
+                "not covered is listed beside this under not_covered."
+            )
         return (
             "Client-level differential privacy with epsilon "
             f"{zero_out} at delta {settings.delta:g} (protection: "
-            f"{self.strength(spent.zero_out)}{because}): for whoever sees only the adapters "
-            f"that this run{earlier} released in {rounds_text(len(self._releases))}, {words}, whether one client "
-            "took part or sent nothing changes the probability of any conclusion by at "
+            f"{self.strength(spent.zero_out)}{because}): for {whom}{earlier} released in "
+            f"{rounds_text(len(self._releases))}, {words}, whether {took} "
+            "changes the probability of any conclusion by at "
             f"most a factor of e^{zero_out}, plus {settings.delta:g} (replace-one: "
-            f"e^{replace_one}, where that client had other data instead); the server, which "
-            "receives each client's update, is trusted, and what is not covered is "
-            "listed beside this under not_covered."
+            f"e^{replace_one}, where that client had other data instead){rest}"
+        )
+
+    def _sealed_sentences(self) -> str:
+        """Return how a sealed run keeps its promise, and what ends it."""
+        settings = self.settings
+        adapters = plain(self.epsilons_of_adapters().zero_out)
+        return (
+            f"; for whoever sees only the adapters epsilon is {adapters}. What the server "
+            "received of a client was encrypted; it could add such values and open none: "
+            f"only their sum was opened, by all trustees of a round together, at most "
+            f"{settings.trustees}, each of whom added its share of the noise first. If all of "
+            "them join the server there is no protection, and if more than "
+            f"{settings.colluding} do, less; what else is not covered is listed beside this "
+            "under not_covered."
         )
 
 
@@ -213,6 +293,7 @@ def no_privacy(
         "epsilon": None,
         "epsilon_replace_one": None,
         "epsilon_two_clients": None,
+        "epsilon_adapters": None,
         "sampling_probability": None,
         "num_rounds": 0,
         "releases": [],

@@ -40,6 +40,7 @@ class AccountTerms:
         declared_rows: The rows that each client declared, in the order of the population;
             empty if they were not asked.
         earlier: What the runs before have spent, from whose adapter a new run starts.
+        trustees: How many open the rounds of a sealed run; 0: it is not sealed.
     """
 
     config: RunConfig
@@ -50,6 +51,7 @@ class AccountTerms:
     home: Path | None
     declared_rows: Sequence[int] = ()
     earlier: Earlier = NOTHING
+    trustees: int = 0
 
     @property
     def path(self) -> Path:

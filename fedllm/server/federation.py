@@ -39,6 +39,7 @@ from fedllm.server.summary import log_outcome, log_plan
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
 from fedllm.strategy.joint_record_dp import JointRecordDP
+from fedllm.strategy.sealed_dp import SealedDP
 from fedllm.wire.messages import (
     ADAPTER_KIND,
     BASE_MODEL,
@@ -81,7 +82,7 @@ class Federation:
     directory: RunDirectory
     public: PublicRows
     account: PrivacyAccount
-    strategy: AdapterFedAvg | ClientLevelDP | JointRecordDP
+    strategy: AdapterFedAvg | ClientLevelDP | JointRecordDP | SealedDP
     saver: RunSaver
     monitor: RunMonitor
     progress: Progress
@@ -207,17 +208,10 @@ class Federation:
         return replies
 
     def _instructions(self) -> ConfigRecord:
-        """Return what every message holds besides its round.
-
-        That is the adapter's kind, the base model's digest, and the original run's
-        settings if it was resumed.
-        """
-        record = ConfigRecord(
-            {ADAPTER_KIND: self.spec.kind, BASE_MODEL: self.base_digest}
+        """Return what every message holds besides its round."""
+        return instructions_of(
+            self.config, self.run_id, self.spec, self.base_digest, self.resumed
         )
-        if self.resumed:
-            record[ORIGINAL_RUN] = original_run(self.config, self.run_id)
-        return record
 
     def _evaluate_clients(self, server_round: int) -> Mapping[str, Any]:
         """Return the clients' losses on their held-out rows; empty under DP."""
@@ -316,3 +310,24 @@ class Federation:
         answers = sample_answers(self.public, base, tuned, server_round)
         if answers is not None:
             self.directory.write_json(ANSWERS_FILE, answers)
+
+
+def instructions_of(
+    config: RunConfig, run_id: int, spec: AdapterSpec, base_digest: str, resumed: bool
+) -> ConfigRecord:
+    """Return what every message of a run holds besides its round.
+
+    That is the adapter's kind, the base model's digest, and the original run's settings if it
+    was resumed.
+
+    Args:
+        config: The settings that the run began with.
+        run_id: Flower's id of the run when it began.
+        spec: The adapter.
+        base_digest: What the clients compare their base model with.
+        resumed: Whether the run was begun before.
+    """
+    record = ConfigRecord({ADAPTER_KIND: spec.kind, BASE_MODEL: base_digest})
+    if resumed:
+        record[ORIGINAL_RUN] = original_run(config, run_id)
+    return record

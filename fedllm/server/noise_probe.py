@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from fedllm.config import RunConfig
 from fedllm.errors import PrivacyError
 from fedllm.evaluation.public_rows import PublicRows
-from fedllm.strategy.client_level_dp import ClientLevelDP
-from fedllm.strategy.joint_record_dp import JointRecordDP
+from fedllm.strategy.server_noise import ServerNoise
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ DESTRUCTIVE = 0.1
 
 def require_harmless_noise(
     config: RunConfig,
-    strategy: ClientLevelDP | JointRecordDP,
+    strategy: ServerNoise[Any],
     public: PublicRows,
     before: float,
     advice: Sequence[str],
@@ -59,7 +59,7 @@ def require_harmless_noise(
     logger.warning("noise alone is destructive. What helps: %s", "; ".join(advice))
 
 
-def _too_much(config: RunConfig, strategy: ClientLevelDP | JointRecordDP) -> str:
+def _too_much(config: RunConfig, strategy: ServerNoise[Any]) -> str:
     """Return for whom the noise is too much, and what to choose instead."""
     if config.is_joint:
         return (

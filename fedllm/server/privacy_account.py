@@ -12,8 +12,7 @@ from typing import Self
 from fedllm.planning.advice import ledger_advice
 from fedllm.planning.noise import privacy_settings
 from fedllm.planning.record_noise import record_settings
-from fedllm.privacy.accounting import noise_to_signal
-from fedllm.privacy.ledger import Ledger, no_privacy
+from fedllm.privacy.ledger import Ledger, PrivacySettings, no_privacy
 from fedllm.privacy.protected_record import relation
 from fedllm.privacy.record_claims import RecordClaims
 from fedllm.privacy.wording import plain, rounds_text
@@ -58,6 +57,7 @@ class ClientAccount(LedgerAccount[Ledger]):
         settings = privacy_settings(
             *(terms.config, terms.num_clients, terms.num_trainable),
             *(earlier.mu_squared, earlier.note),
+            trustees=known.trustees if terms.resumed else terms.trustees,
         )
         if terms.resumed:
             ledger.check_same(settings)
@@ -70,11 +70,7 @@ class ClientAccount(LedgerAccount[Ledger]):
         """Return epsilon under both relations, the noise, and the ratio R."""
         settings = self._ledger.settings
         planned = self._ledger.epsilon_after(settings.planned_rounds)
-        ratio = noise_to_signal(
-            settings.noise_multiplier,
-            settings.num_trainable,
-            settings.num_sampled_clients,
-        )
+        ratio = self._ledger.noise_to_signal
         before = ""
         if settings.earlier_mu_squared:
             spent = self._ledger.epsilon_after(0)
@@ -94,6 +90,8 @@ class ClientAccount(LedgerAccount[Ledger]):
                 f"values, {settings.num_sampled_clients:g} clients a round)",
             ),
         ]
+        if settings.trustees:
+            lines.append((logging.INFO, _sealed_line(settings)))
         if planned.zero_out > NO_PROTECTION:
             lines.append((logging.WARNING, not_private(planned.zero_out)))
         lines += delta_lines(settings.delta, settings.population_size)
@@ -121,6 +119,15 @@ class ClientAccount(LedgerAccount[Ledger]):
     def advice(self) -> list[str]:
         """Return what helps against the noise, best first."""
         return ledger_advice(self._ledger)
+
+
+def _sealed_line(settings: PrivacySettings) -> str:
+    """Return whose noise a sealed run has, and against whom its epsilon is."""
+    return (
+        f"sealed: {settings.trustees} trustees open each round; the epsilon is against a "
+        f"server with {settings.colluding} of them and all other clients; their noise "
+        f"together is {settings.opened_noise:.4g} clipping norms"
+    )
 
 
 class RecordAccount(PrivacyAccount):

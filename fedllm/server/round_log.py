@@ -11,6 +11,7 @@ from fedllm.config import RunConfig
 from fedllm.errors import FederationError
 from fedllm.server.account import PrivacyAccount
 from fedllm.strategy.round_stats import Round
+from fedllm.strategy.sealed_dp import NOT_OPENED
 from fedllm.strategy.server_optimizer import cosine
 from fedllm.wire.masking import OTHER_VERSION, WIRE_FORMAT
 from fedllm.wire.messages import ERROR_CODES
@@ -166,4 +167,6 @@ def where_to_look(code: str) -> str:
             f"; its fedllm does not write wire format {WIRE_FORMAT}: install the server's "
             "version there"
         )
+    if code == NOT_OPENED:
+        return "; the trustees did not open the round, and its updates are lost"
     return "; the server rejected the reply, and the client's log need not explain it"

@@ -20,15 +20,21 @@ from fedllm.evaluation.public_rows import PublicRows
 from fedllm.planning.adapter_choice import choose_adapter, with_choice
 from fedllm.reporting.monitor import RunMonitor
 from fedllm.reporting.trackers import require_tracker
-from fedllm.runs.directory import CONFIG_FILE, RunDirectory
+from fedllm.runs.directory import (
+    CONFIG_FILE,
+    PRIVACY_FILE,
+    RunDirectory,
+    read_json,
+)
 from fedllm.runs.resume import Resumed, open_run
 from fedllm.server.account import AccountTerms, PrivacyAccount
 from fedllm.server.declared_rows import ask_declared_rows
-from fedllm.server.federation import Federation
+from fedllm.server.federation import Federation, instructions_of
 from fedllm.server.population import LEAST_CLIENTS, wait_for_clients
 from fedllm.server.privacy_account import open_account
 from fedllm.server.saving import BestRound, Progress, RunIdentity, RunSaver
 from fedllm.server.start_adapter import NOTHING, start_of_run
+from fedllm.server.trustees import meet_trustees
 from fedllm.strategy.build import make_strategy
 
 logger = logging.getLogger(__name__)
@@ -133,6 +139,13 @@ def _assemble(
         start = train_on_public_rows(public.adapted(), config, start)
     # A caller that names the folder of a new run, as a comparison does, never resumes it.
     is_kept = resumed is not None or directory.path.parent == home / "runs"
+    roster = None
+    if config.is_sealed:
+        roster = meet_trustees(
+            *(grid, config, population, run_id),
+            instructions_of(config, run_id, spec, digest, resumed is not None),
+            most=_trustees_of(resumed),
+        )
     terms = AccountTerms(
         config,
         directory,
@@ -142,12 +155,15 @@ def _assemble(
         home if is_kept else None,
         list(declared.values()),
         earlier,
+        0 if roster is None else len(roster.present),
     )
     account = open_account(terms)
     progress = _progress_of(resumed, account, config) if resumed else None
     if progress is None:
         progress = Progress(start)
-    strategy = make_strategy(config, progress.arrays, population, account.ledger)
+    strategy = make_strategy(
+        config, progress.arrays, population, account.ledger, roster
+    )
     saver = RunSaver(directory, config, identity, spec)
     if resumed is not None:
         strategy.averaging.optimizer.restore(resumed.checkpoint.moments)
@@ -172,6 +188,15 @@ def _assemble(
         monitor=monitor,
         progress=progress,
     )
+
+
+def _trustees_of(resumed: Resumed | None) -> int:
+    """Return the most trustees that the ledger of a resumed run counts on; 0: it is new."""
+    if resumed is None:
+        return 0
+    path = resumed.directory.path / PRIVACY_FILE
+    # The account reads it again, and distrusts it.
+    return int(read_json(path).get("trustees") or 0)
 
 
 def _log_unpinned(config: RunConfig, digest: str) -> None:

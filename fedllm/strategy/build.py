@@ -10,6 +10,7 @@ from fedllm.privacy.ledger import Ledger
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
 from fedllm.strategy.joint_record_dp import JointRecordDP
+from fedllm.strategy.sealed_dp import Roster, SealedDP
 
 
 def make_strategy(
@@ -17,7 +18,8 @@ def make_strategy(
     reference: dict[str, npt.NDArray[np.float32]],
     population: list[int],
     ledger: Ledger | JointLedger | None,
-) -> AdapterFedAvg | ClientLevelDP | JointRecordDP:
+    roster: Roster | None = None,
+) -> AdapterFedAvg | ClientLevelDP | JointRecordDP | SealedDP:
     """Make the strategy of a run: FedAvg, wrapped in DP if there is a ledger.
 
     Args:
@@ -26,6 +28,7 @@ def make_strategy(
         population: Node ids of all clients.
         ledger: The run's privacy ledger; None under `privacy.unit="none"`, and where
             each client adds the noise itself.
+        roster: The trustees of a sealed run; None otherwise.
 
     Raises:
         PrivacyError: The server is to add noise and there is no ledger for it: nothing
@@ -35,7 +38,15 @@ def make_strategy(
         raise PrivacyError("privacy.noise is 'joint', or the ledger is, but not both")
     if ledger is None and config.privacy.unit == "client":
         raise PrivacyError("privacy.unit is 'client', and there is no ledger")
+    if config.is_sealed != (roster is not None):
+        raise PrivacyError(
+            "privacy.trust is 'trustees', or there are some, but not both"
+        )
     strategy = AdapterFedAvg(config, reference, population)
     if isinstance(ledger, JointLedger):
         return JointRecordDP(strategy, ledger)
-    return strategy if ledger is None else ClientLevelDP(strategy, ledger)
+    if ledger is None:
+        return strategy
+    if roster is not None:
+        return SealedDP(strategy, ledger, roster)
+    return ClientLevelDP(strategy, ledger)

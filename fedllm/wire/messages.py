@@ -175,6 +175,20 @@ def read_sum(message: Message, shapes: Mapping[str, tuple[int, ...]]) -> Reply:
     return replace(reply, arrays=whole)
 
 
+def read_bytes(message: Message, name: str, size: int) -> Reply:
+    """Decode a reply whose one array is bytes. Total.
+
+    Args:
+        message: The reply, as Flower inflated it.
+        name: The array's.
+        size: How many bytes it has.
+    """
+    shapes = {name: (size,)}
+    return _read_with(
+        message, shapes, lambda sent, mask: _read_named(sent, shapes, "u", mask)
+    )
+
+
 def read_declared_rows(message: Message) -> int | None:
     """Return how many rows a client declares; None if its reply has no such number."""
     try:

@@ -66,7 +66,7 @@ def test_a_client_that_counts_usable_rows_is_convicted(monkeypatch, count):
         for name, f in findings.items()
         if "joint" not in name and "data.person-column" not in asked[name]
     ]
-    assert len(counts) == 6 and not any(f.passed for f in counts)
+    assert len(counts) == 8 and not any(f.passed for f in counts)
     told = findings["a word, by failure"].by_reply.values()
     assert ["with the word", "no answer", "no JSON"] in told
 

@@ -312,3 +312,52 @@ def test_a_person_column_needs_all_that_makes_it_a_promise(changes, words):
 
     with pytest.raises(ConfigError, match=words):
         node_of(**typed)
+
+
+PIN_A, PIN_B = "A" * 43, "B" * 42 + "A"
+
+
+def test_an_owners_trustees_are_names_and_pins():
+    node = node_of(trusted_trustees=f"a:{PIN_A}, b.c:{PIN_B}")
+
+    assert dict(node.trusted_trustees) == {"a": PIN_A, "b.c": PIN_B}
+    assert not node.is_simulated
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "a", "a:", "a:short", f":{PIN_A}", f"A:{PIN_A}"),
+        f"a:{PIN_A},a:{PIN_B}",
+        # One key under two names would count as two trustees.
+        f"a:{PIN_A},b:{PIN_A}",
+    ],
+)
+def test_what_pins_no_trustee_is_refused(text):
+    with pytest.raises(ConfigError, match="trusted-trustees"):
+        node_of(trusted_trustees=text)
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"trustee_name": "a"}, "has both"),
+        ({"trustee_key": "/key"}, "has both"),
+        ({"trustee_name": "A", "trustee_key": "/key"}, "small letters"),
+        ({"least_trustees": 0}, "at least 1"),
+        ({"least_trustees": 1.5}, "whole number"),
+        ({"colluding_trustees": -1}, "from 0 to 9"),
+        ({"colluding_trustees": 10}, "from 0 to 9"),
+        ({"colluding_trustees": "x"}, "must be a number"),
+    ],
+)
+def test_what_is_no_trustee_and_no_floor_is_refused(limits, said):
+    with pytest.raises(ConfigError, match=said):
+        node_of(**limits)
+
+
+def test_a_node_with_a_floor_of_trustees_is_no_simulation():
+    for limits in ({"least_trustees": 2}, {"colluding_trustees": 0}):
+        assert node_of(**limits).has_limits
+    named = node_of(trustee_name="a", trustee_key="/key")
+    assert not named.is_simulated

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from fedllm.client.trustee import load_identity
 from fedllm.commands import keys, superlink
 from fedllm.deployment.flower_programs import program_path
 from fedllm.node.reviews import trust
+from fedllm.privacy.agreement import pin_of
 from tests.helpers.key_folders import contents, make
 
 APP = """
@@ -41,6 +43,20 @@ def test_a_nodes_owner_can_make_the_key_alone(folder, capsys):
     assert {p.name for p in contents(folder)} == {"clinic-d", "clinic-d.pub"}
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "register" in x]
     assert str(folder / "nodes" / "clinic-d.pub") in shlex.split(line)
+
+
+def test_a_trustees_key_comes_with_the_pin_of_its_public_half(folder, capsys):
+    make(folder, "--add-trustee", "berlin")
+    out = capsys.readouterr().out
+    path = folder / "trustees" / "berlin"
+    pin = pin_of(load_identity(path).public_key())
+
+    assert f"berlin:{pin}" in out
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(SystemExit, match="never written over"):
+        make(folder, "--add-trustee", "berlin")
+    with pytest.raises(SystemExit, match="small letters"):
+        make(folder, "--add-trustee", "Berlin")
 
 
 def test_a_reviewers_key_is_one_that_nodes_can_trust(folder, capsys, monkeypatch):

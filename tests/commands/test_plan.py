@@ -19,9 +19,26 @@ def test_an_epsilon_as_a_flag_takes_the_place_of_a_typed_noise_multiplier(capsys
     assert plan["noise_multiplier"] == pytest.approx(1.342, abs=1e-3)
 
 
+@pytest.mark.parametrize(("trustees", "ratio"), [("3", 1.225), ("5", 1.118)])
+def test_trustees_cost_noise_and_both_epsilons_are_shown(capsys, trustees, ratio):
+    central = plan_json(capsys, "--rounds", "5")
+    sealed = plan_json(capsys, "--rounds", "5", "--trustees", trustees)
+
+    assert sealed["noise_multiplier"] == central["noise_multiplier"]
+    assert sealed["epsilon"] == central["epsilon"] > sealed["epsilon_adapters"]
+    assert sealed["noise_to_signal"] / central["noise_to_signal"] == pytest.approx(
+        ratio, abs=1e-3
+    )
+    assert (sealed["trustees"], sealed["colluding_trustees"]) == (int(trustees), 1)
+    plan.main(["--rounds", "5", "--trustees", trustees, "--colluding", "0"])
+    assert "1.00 times that of a trusted server" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--trustees", "1"], "privacy.trustees"),
+        (["--trustees", "3", "--colluding", "3"], "privacy.colluding-trustees"),
         (["--epsilon", "0"], "privacy.target-epsilon"),
         (["--epsilon", "-1"], "privacy.target-epsilon"),
         (["--epsilon", "nan"], "privacy.target-epsilon"),

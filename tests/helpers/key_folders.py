@@ -8,7 +8,7 @@ from fedllm.commands import keys
 
 
 def make(folder, *more: str) -> None:
-    others = {"--add-node", "--add-reviewer"}
+    others = {"--add-node", "--add-reviewer", "--add-trustee"}
     others |= {"--write-gate", "--check", "--renew-server"}
     name = [] if others & {*more} else ["--server-name", "fl.example.org"]
     keys.main(["--out", str(folder), *name, *more])

@@ -56,6 +56,14 @@ def test_the_released_adapter_is_counted_apart_from_what_announced_the_run():
             take(ASKED, kind)
 
 
+def test_a_trustee_opens_every_round_that_was_approved():
+    approved()
+    for kind in ("query.hello", "query.tally", "query.tally"):
+        take(ASKED, kind)
+    with pytest.raises(NodeError, match="2 rounds are used"):
+        take(ASKED, "query.tally")
+
+
 def test_the_same_settings_again_need_no_second_approval_until_it_expires(monkeypatch):
     with pytest.raises(NodeError, match="waits for"):
         take(ASKED, "train", SAME_SETTINGS)

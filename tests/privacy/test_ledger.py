@@ -24,6 +24,9 @@ SETTINGS = PrivacySettings(
     planned_rounds=3,
 )
 KEYS = {
+    "trustees",
+    "colluding",
+    "epsilon_adapters",
     "unit",
     "neighbouring_relation",
     "epsilon",
@@ -279,3 +282,26 @@ def test_public_rows_are_named_among_what_is_not_covered(tmp_path):
     content = Ledger.create(tmp_path / "privacy.json", SETTINGS).as_dict()
 
     assert any("rows declared public" in line for line in content["not_covered"])
+
+
+def test_a_sealed_ledger_counts_what_the_server_sees_and_what_others_see(tmp_path):
+    sealed = replace(SETTINGS, trustees=5, colluding=2)
+    ledger = Ledger.create(tmp_path / "privacy.json", sealed)
+    ledger.spend(1)
+    ledger.spend(2)
+    content = json.loads((tmp_path / "privacy.json").read_text())
+
+    z = SETTINGS.noise_multiplier
+    exact = gaussian_epsilon(z, 2, 1e-5)
+    assert content["epsilon"] == pytest.approx(exact, rel=1e-6)
+    of_adapters = gaussian_epsilon(z * (5 / 3) ** 0.5, 2, 1e-5)
+    assert content["epsilon_adapters"] == pytest.approx(of_adapters, rel=1e-6)
+    assert "at most 2 of the 5 trustees" in content["statement"]
+    assert "If all of them join the server there is no protection" in (
+        content["statement"]
+    )
+    assert Ledger.load(tmp_path / "privacy.json").releases == [1, 2]
+    content["epsilon_adapters"] /= 2
+    (tmp_path / "privacy.json").write_text(json.dumps(content))
+    with pytest.raises(PrivacyError, match="epsilon_adapters"):
+        Ledger.load(tmp_path / "privacy.json")

@@ -68,6 +68,20 @@ def test_the_openllama_path_runs_in_a_simulation(tiny_llama, tmp_path, env):
     assert "Traceback" not in done.stdout
 
 
+def test_a_sealed_run_works_in_a_simulation(tiny_llama, tmp_path, env):
+    sealed = {"privacy.trust": "trustees", "privacy.trustees": "a,b,c"}
+
+    done = simulate(run_config(tiny_llama, tmp_path, **sealed), env, clients=4)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = latest_run(tmp_path / "fedllm")
+    privacy = json.loads((run / "privacy.json").read_text())
+    assert (privacy["num_rounds"], privacy["trustees"]) == (2, 3)
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["clients_rejected"] for line in lines] == [0, 0, 0]
+    assert [line["clients_answered"] for line in lines[1:]] == [4, 4]
+
+
 def test_secret_cohorts_leave_no_trace_of_who_took_part(tiny_llama, tmp_path, env):
     coins = {"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
     done = simulate(run_config(tiny_llama, tmp_path, **coins), env, clients=4)
