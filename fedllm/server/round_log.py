@@ -1,6 +1,5 @@
 """What a round leaves behind: its warnings, its log line, its line in metrics.jsonl."""
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from fedllm.strategy.round_stats import Round
 from fedllm.strategy.sealed_dp import NOT_OPENED
 from fedllm.strategy.server_optimizer import cosine
 from fedllm.wire.masking import OTHER_VERSION, WIRE_FORMAT
-from fedllm.wire.messages import ERROR_CODES
+from fedllm.wire.messages import ERROR_CODES, short_name
 
 logger = logging.getLogger(__name__)
 
@@ -145,14 +144,6 @@ def require_training(trained: bool, failures: Counter[str]) -> None:
         f"{causes or 'no client answered in time'}; each client's own log "
         "(logs/client-<partition>.log under its ~/.fedllm) has its side of it"
     )
-
-
-def short_name(node_id: int) -> str:
-    """Return what a log may call a node: a hash of its id, which is kept.
-
-    `printf %s NODE_ID | sha256sum` begins with it.
-    """
-    return hashlib.sha256(str(node_id).encode()).hexdigest()[:8]
 
 
 def where_to_look(code: str) -> str:

@@ -12,7 +12,7 @@ from fedllm.errors import FederationError
 from fedllm.privacy.agreement import Certificate
 from fedllm.server.reply_stream import ReplyStream
 from fedllm.strategy.sealed_dp import Roster
-from fedllm.wire.messages import CONFIG, own_config, read_reply
+from fedllm.wire.messages import CONFIG, own_config, read_reply, short_name
 from fedllm.wire.resumed_run import run_name
 from fedllm.wire.sealed_messages import HELLO, RUN_NAME, read_certificate
 
@@ -55,8 +55,8 @@ def meet_trustees(
             continue
         if certificate.name in met:
             raise FederationError(
-                f"privacy.trustees: nodes {met[certificate.name][0]} and {node_id} are both "
-                f"trustee {certificate.name!r}: end the one that is not"
+                f"privacy.trustees: nodes {short_name(met[certificate.name][0])} and "
+                f"{short_name(node_id)} are both trustee {certificate.name!r}: end the one that is not"
             )
         met[certificate.name] = (node_id, certificate)
     if codes:

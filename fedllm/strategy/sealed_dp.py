@@ -23,7 +23,7 @@ from fedllm.privacy.pads import Residues, integers_of, packet_bytes
 from fedllm.privacy.sealed_sum import deviation, is_plausible, sealed_grid
 from fedllm.strategy.fedavg import AdapterFedAvg
 from fedllm.strategy.server_noise import ServerNoise
-from fedllm.wire.messages import ARRAYS, CONFIG, Reply, own_config
+from fedllm.wire.messages import ARRAYS, CONFIG, Reply, own_config, short_name
 from fedllm.wire.sealed_messages import (
     CERTIFICATES,
     PACKETS,
@@ -257,7 +257,7 @@ class SealedDP(ServerNoise[Ledger]):
             "of later rounds",
             slot.server_round,
             name,
-            ", ".join(map(str, nodes)),
+            ", ".join(map(short_name, nodes)),
         )
 
     def _drop(self, server_round: int, missing: dict[int, str]) -> None:

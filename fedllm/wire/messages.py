@@ -1,5 +1,6 @@
 """The records that travel between the apps, read without trust in the sender."""
 
+import hashlib
 import io
 import math
 from collections.abc import Callable, Mapping
@@ -106,6 +107,14 @@ class Reply:
     def __post_init__(self) -> None:
         # Here, and not where it is shown, so that no later reader can forget it.
         object.__setattr__(self, "text", printable(self.text))
+
+
+def short_name(node_id: int) -> str:
+    """Return what a log may call a node: a hash of its id, which is kept.
+
+    `printf %s NODE_ID | sha256sum` begins with it.
+    """
+    return hashlib.sha256(str(node_id).encode()).hexdigest()[:8]
 
 
 def own_config(config: Mapping[str, Any]) -> ConfigRecord:

@@ -14,35 +14,11 @@ from fedllm.planning.measured_ways import (
     NO_PRIVACY,
     THEN_PERSONAL,
     TRAINING_ROWS,
-    MeasuredWay,
     changes,
     measured_ways,
     outlooks,
 )
-from fedllm.planning.way_lines import way_lines, ways_plan
-
-
-def way(name, clients, rows, epsilon, *losses):
-    return MeasuredWay(
-        way=name,
-        clients=clients,
-        rows=rows,
-        epsilon=epsilon,
-        test_losses=losses,
-        command="make",
-    )
-
-
-KNOWN = [
-    way(ALONE, 20, 243, None, 2.4, 2.5),
-    way(ALONE, 100, 48, None, 2.6),
-    way(ALONE, 300, 16, None, 2.9),
-    way(JOINT, 20, 243, 8.0, 2.35),
-    way(JOINT, 20, 243, 2.0, 2.42),
-    way(JOINT + THEN_PERSONAL, 20, 243, 8.0, 2.3),
-    way(CLIENT, 20, 243, 8.0, 2.75),
-    way(CLIENT, 100, 48, 8.0, 2.5),
-]
+from tests.helpers.ways import KNOWN
 
 
 def losses(*asked):
@@ -112,25 +88,3 @@ def test_the_package_s_figures_are_of_known_ways_and_name_their_command():
         )
         assert one.clients * one.rows == pytest.approx(TRAINING_ROWS, rel=0.01)
     assert len(load_rows(DataConfig())) == TRAINING_ROWS
-
-
-def test_the_text_names_each_way_the_verdict_and_what_was_not_measured(monkeypatch):
-    from fedllm.planning import measured_ways as module
-
-    monkeypatch.setattr(module, "measured_ways", lambda: tuple(KNOWN))
-
-    lines = "\n".join(way_lines(ways_plan(20, 243, 8.0)))
-
-    assert f"{ALONE}: 2.45 (2.40 to 2.50); make" in lines
-    assert f"{NO_PRIVACY}: not measured" in lines
-    assert f"joining pays: {JOINT}{THEN_PERSONAL} is 0.15 below alone" in lines
-    assert f"100 clients of 48 rows at epsilon 8: {CLIENT}: 2.50, alone 2.60" in lines
-    lines = "\n".join(way_lines(ways_plan(100, 48, 8.0)))
-    assert f"joining pays: {CLIENT} is 0.10 below alone" in lines
-    monkeypatch.setattr(
-        module, "measured_ways", lambda: (KNOWN[0], way(CLIENT, 20, 243, 8.0, 2.75))
-    )
-    lines = "\n".join(way_lines(ways_plan(20, 243, 8.0)))
-    assert f"joining does not pay: {CLIENT} is 0.30 above alone" in lines
-    lines = "\n".join(way_lines(ways_plan(7, 9, 8.0)))
-    assert "whether joining pays: not measured for these numbers" in lines

@@ -12,7 +12,7 @@ from fedllm.privacy.accounting import gaussian_epsilons
 from fedllm.privacy.pads import integers_of, residues
 from fedllm.privacy.sealed_sum import sealed_grid
 from fedllm.wire.masking import masked
-from fedllm.wire.messages import ARRAYS, array_record, error_content
+from fedllm.wire.messages import ARRAYS, array_record, error_content, short_name
 from fedllm.wire.sealed_messages import (
     PACKETS,
     SEALED,
@@ -253,7 +253,7 @@ def test_a_client_whose_packets_do_not_open_costs_a_round_and_is_left_out(
     federation.answer = answer
 
     assert federation.round(1) is None
-    assert "trustee b cannot open what node 103 sent" in caplog.text
+    assert f"trustee b cannot open what node {short_name(103)} sent" in caplog.text
     moved = federation.round(2)
     assert moved == pytest.approx(np.full(SIZE, 0.02 * 3 / 4), abs=5e-6)
     assert federation.strategy.round.rejected == [(103, "malformed", "")]
