@@ -19,6 +19,7 @@ from fedllm.adapters.adapted_model import AdaptedModel, load_adapted_model
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.config import RunConfig
 from fedllm.evaluation.held_out_loss import held_out
+from fedllm.models.limits import num_embeddings
 from fedllm.planning.joint_noise import joint_settings
 from fedllm.planning.record_noise import client_plan
 from fedllm.privacy.accounting import record_epsilon
@@ -214,7 +215,7 @@ def audit_records(
         rows_per_canary: Above 1 a canary is a person with so many rows.
     """
     generator = SecureGenerator()
-    vocabulary = int(adapted.model.get_base_model().config.vocab_size)
+    vocabulary = num_embeddings(adapted.model.get_base_model())
     canaries: list[Record] = [
         _canary(generator, vocabulary, rows_per_canary) for _ in range(num_canaries)
     ]

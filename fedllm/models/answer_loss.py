@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedllm.models.limits import require_known_tokens
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -22,7 +24,8 @@ def answer_losses(
 
     The output head runs on the answer's positions only: with a vocabulary of 49,152
     scoring every position is a large part of a training step. It runs in chunks of
-    positions, so that the logits of a frozen head never exist whole.
+    positions, so that the logits of a frozen head never exist whole. A model whose scores
+    are more than the head's product (a cap, a scale) computes them itself.
 
     Args:
         model: A causal language model, with or without a PEFT adapter.
@@ -32,14 +35,29 @@ def answer_losses(
 
     Returns:
         (answer tokens in the batch,) float32 losses in nats.
+
+    Raises:
+        ModelError: The model has no embedding for a token, or transformers' own forward
+            fails on it.
     """
     # Here, since a server that evaluates nothing must not import transformers.
+    from fedllm.models.fast_paths import fast_paths
     from fedllm.models.packing import hidden_states
 
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = hidden_states(base, input_ids, attention_mask)
     # A token is scored by the state before it; a row's last state scores nothing.
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    require_known_tokens(base, input_ids)
+    paths = fast_paths(base)
+    if not paths.head:
+        scores = base(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).logits
+        chosen = following != -100
+        return torch.nn.functional.cross_entropy(
+            scores[chosen].float(), following[chosen], reduction="none"
+        )
+    hidden = hidden_states(base, input_ids, attention_mask, paths.packing)
     targets = following[attention_mask.bool()]
     chosen = targets != -100
     head = base.get_output_embeddings()

@@ -23,12 +23,12 @@ def use_fast_gradients(model: PreTrainedModel) -> None:
     A model that uses another implementation than torch's keeps it.
     """
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, _attend)
+        AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
 
 
-def _attend(
+def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -11,7 +11,21 @@ from fedllm.models.known import KNOWN_MODELS
 Shapes = dict[str, tuple[int, int]]
 
 # Families whose layers are named and shaped like Llama's.
-_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+
+_STATE_SPACE_NAMES = ("x_proj", "dt_proj", "out_proj")
+
+
+def is_read_past(parent: Any, name: str) -> bool:
+    """Return whether a layer's weight is read by its parent, past what stands for the layer.
+
+    So it is in state space layers, by transformers' code or by the kernels on a GPU.
+
+    Args:
+        parent: The module that holds the layer.
+        name: The layer's name in it.
+    """
+    return name in _STATE_SPACE_NAMES and hasattr(parent, "A_log")
 
 
 def linear_shapes(name: str) -> Shapes:
@@ -35,7 +49,7 @@ def linear_shapes(name: str) -> Shapes:
                 f"model.name: {name!r} is no folder with a config.json, and planning "
                 "fetches nothing; give the number of trained values by --trainable"
             ) from None
-    if numbers.get("model_type") not in _LIKE_LLAMA:
+    if numbers.get("model_type") not in LIKE_LLAMA:
         raise ModelError(
             f"model.name: layers of {numbers.get('model_type')!r} models are not known "
             "to the planner; give the number of trained values by --trainable"

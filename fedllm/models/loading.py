@@ -20,6 +20,7 @@ from fedllm.models.manifest import (
 from fedllm.models.quantization import (
     is_no_cast,
     keep_gradients_right,
+    layers_kept_wide,
     require_bitsandbytes,
 )
 
@@ -91,8 +92,8 @@ def load_base(
         device: "cuda", "cuda:1", "cpu"; by default a GPU if there is one.
         quantize_embeddings: Keep the input embeddings in NF4 and the output head in
             8 bit, whatever `quantization` is.
-        in_float32: Load and compute an unquantised base in float32 instead of
-            `compute_dtype`.
+        in_float32: Load and compute an unquantised base in float32, in which every saved
+            type is exact, instead of in `compute_dtype`.
 
     Raises:
         ModelError: It cannot be read, reached, quantised or held in memory, or its
@@ -147,7 +148,7 @@ def load_quantised(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_bitsandbytes(device)
-    options = _quantization_config(bits, device)
+    options = _quantization_config(location, bits, device)
     model: PreTrainedModel = _load(location, device, quantization_config=options)
     return model
 
@@ -181,7 +182,7 @@ def _load_quantised(location: str, bits: int, home: Path, device: str) -> Any:
             return _load(
                 location,
                 device,
-                quantization_config=_quantization_config(bits, device),
+                quantization_config=_quantization_config(location, bits, device),
             )
 
     def make(folder: Path) -> None:
@@ -232,14 +233,17 @@ def _read_not_mapped() -> Iterator[None]:
         modeling_utils.safe_open = mapped
 
 
-def _quantization_config(bits: int, device: str) -> Any:
+def _quantization_config(location: str, bits: int, device: str) -> Any:
     """Return transformers' settings of bitsandbytes."""
     from transformers import BitsAndBytesConfig
 
+    kept = layers_kept_wide(load_config(location), bits)
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        # The name is of both kinds.
+        llm_int8_skip_modules=kept,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype(device),

@@ -22,7 +22,10 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def hidden_states(
-    base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    base: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    packs: bool = True,
 ) -> torch.Tensor:
     """Return the last hidden states of all tokens but padding.
 
@@ -30,13 +33,14 @@ def hidden_states(
         base: A causal language model, without PEFT around it.
         input_ids: (batch, length) token ids, padded on the right.
         attention_mask: (batch, length), 0 on padding.
+        packs: Whether rows may be packed, if the model is known to allow it.
 
     Returns:
         (tokens, hidden), row after row. A model that is not known to allow packing
         computes the batch as it is, with its padding.
     """
     mask = attention_mask.bool()
-    inner, packs = base.base_model, _may_pack(base)
+    inner, packs = base.base_model, packs and may_pack(base)
     shared = _num_shared(base, input_ids, mask) if packs else 0
     if not packs or (not shared and mask.all()):
         states: torch.Tensor = inner(
@@ -62,7 +66,7 @@ def hidden_states(
     return packed[0][places[mask]]
 
 
-def _may_pack(base: Any) -> bool:
+def may_pack(base: Any) -> bool:
     """Return whether a model computes the same on packed rows."""
     config = base.config
     return (

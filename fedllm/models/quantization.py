@@ -6,10 +6,11 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fedllm.errors import ModelError
+from fedllm.models.layer_shapes import is_read_past
 from fedllm.models.load_errors import errors_only
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _BITSANDBYTES_REMEDY = (
     "reinstall it (`pip install bitsandbytes`) or set model.quantization=0"
@@ -89,6 +90,30 @@ def keep_gradients_right(model: "PreTrainedModel") -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def layers_kept_wide(config: "PretrainedConfig", bits: int) -> list[str] | None:
+    """Return the linear layers that bitsandbytes must leave as they are; None: its choice.
+
+    Those whose weight the model reads itself, and in 8 bit those of DeepSeek's attention
+    that get four dimensions, which bitsandbytes' kernel for a CPU computes wrongly.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    kept, heads = [], []
+    for name, module in model.named_modules():
+        parent, _, last = name.rpartition(".")
+        if is_read_past(model.get_submodule(parent), last) or (
+            bits == 8 and last == "kv_b_proj"
+        ):
+            kept.append(name)
+        elif module is model.get_output_embeddings():
+            heads.append(name)
+    # A list of ours takes the place of bitsandbytes' own, which is the head.
+    return [*kept, *heads] if kept else None
 
 
 def is_no_cast(record: logging.LogRecord) -> bool:

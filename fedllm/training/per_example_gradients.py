@@ -28,6 +28,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from fedllm.models.answer_loss import collate
+from fedllm.models.fast_paths import fast_paths
+from fedllm.models.limits import num_embeddings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -79,6 +81,9 @@ class PerExample:
     Args:
         model: The base model with the adapter on it, in the mode of the training.
         pad_token_id: Any token id.
+
+    Raises:
+        ModelError: transformers' own forward fails on this model.
     """
 
     def __init__(self, model: "PeftModel", pad_token_id: int) -> None:
@@ -87,9 +92,13 @@ class PerExample:
         self._pad_token_id = pad_token_id
         self._device = next(model.parameters()).device
         self._layers = _linear_layers(model, self.trained)
-        self._by_layers = getattr(
-            model.config, "model_type", None
-        ) in MODEL_TYPES and len(self._layers) == len(self.trained)
+        self._num_tokens = num_embeddings(model.get_base_model())
+        self._has_plain_head = fast_paths(model.get_base_model()).head
+        self._by_layers = (
+            getattr(model.config, "model_type", None) in MODEL_TYPES
+            and len(self._layers) == len(self.trained)
+            and self._has_plain_head
+        )
         self.num_unfit = 0
 
     def gradients(
@@ -152,8 +161,7 @@ class PerExample:
 
     def _try(self, length: int, size: int) -> bool:
         """Return whether public examples have the same bits at another place, in other company."""
-        vocabulary = int(self._model.get_base_model().config.vocab_size)
-        batch = [_public_example(i, length, vocabulary) for i in range(2 * size)]
+        batch = [_public_example(i, length, self._num_tokens) for i in range(2 * size)]
         half = (size + 1) // 2
         try:
             among = self._pass(batch[:size])
@@ -171,11 +179,11 @@ class PerExample:
 
         On an accelerator a token that it lacks would end the process.
         """
-        config = self._model.get_base_model().config
+        config = self._model.get_base_model().config.get_text_config()
         most = getattr(config, "max_position_embeddings", None)
         if config.model_type in MODEL_TYPES or not isinstance(most, int):
             most = math.inf
-        return max(example["input_ids"]) < config.vocab_size and (
+        return max(example["input_ids"]) < self._num_tokens and (
             _padded_length(example) <= most
         )
 
@@ -234,6 +242,11 @@ class PerExample:
         ids = pad(inputs["input_ids"], (0, extra), value=self._pad_token_id)
         targets = pad(inputs["labels"], (0, extra), value=-100)[:, 1:].to(self._device)
         base: Any = self._model.get_base_model()
+        if not self._has_plain_head:
+            scores = base(input_ids=ids.to(self._device), use_cache=False).logits
+            losses = map(_mean_loss, scores[:, :-1], targets)
+            torch.autograd.backward(torch.stack(list(losses)).sum())
+            return
         head = base.get_output_embeddings()
         hidden = base.base_model(
             input_ids=ids.to(self._device), use_cache=False
@@ -242,12 +255,18 @@ class PerExample:
         for row, target in enumerate(targets):
             chosen = target != -100
             states = hidden[row, :-1][chosen].detach().requires_grad_()
-            loss = torch.nn.functional.cross_entropy(
-                head(states).float(), target[chosen], reduction="sum"
-            ) / chosen.sum().clamp(min=1)
+            loss = _mean_loss(head(states), target[chosen])
             (back,) = torch.autograd.grad(loss, states)
             gradient[row, :-1][chosen] = back
         hidden.backward(gradient)
+
+
+def _mean_loss(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss of the targets that are not -100; 0 if there are none."""
+    total = torch.nn.functional.cross_entropy(
+        scores.float(), targets, reduction="sum", ignore_index=-100
+    )
+    return total / (targets != -100).sum().clamp(min=1)
 
 
 # A token or a position that the model does not have, among others.

@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+_ROUTING = ("output_router_logits", "router_aux_loss_coef")
+"""Settings of a mixture of experts that SFTTrainer overwrites."""
+_RECORDS = "_output_capturing_hooks_installed"
+"""transformers' mark on a model whose modules have the hooks by which it records outputs."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """The result of one client's training in one round.
@@ -40,10 +46,14 @@ def restoring(model: "PeftModel") -> Iterator[None]:
 
     Every SFTTrainer wraps `forward` once more and never unwraps it: after a thousand
     trainings that would be a RecursionError. With checkpointing it leaves checkpointing on,
-    and one more hook on the embedding for each trainer that was built.
+    and one more hook on the embedding for each trainer that was built. On a mixture of
+    experts it leaves the output of the routers switched on in the configuration.
     """
     base = model.get_base_model()
     forward = base.__dict__.get("forward")
+    text_config = base.config.get_text_config()
+    routing = {name: vars(text_config).get(name) for name in _ROUTING}
+    recording = {m for m in model.modules() if _RECORDS in vars(m)}
     hooks = {m: dict(m._forward_hooks) for m in model.modules() if m._forward_hooks}
     try:
         yield
@@ -56,5 +66,11 @@ def restoring(model: "PeftModel") -> Iterator[None]:
         for module in model.modules():
             for key in set(module._forward_hooks) - set(hooks.get(module, {})):
                 del module._forward_hooks[key]
+            if module not in recording:
+                # transformers would take the hooks by which it records to be there.
+                vars(module).pop(_RECORDS, None)
+        for name, value in routing.items():
+            if name in vars(text_config):
+                setattr(text_config, name, value)
         model.zero_grad(set_to_none=True)
         model.eval()

@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.config import TrainConfig
 from fedllm.models.answer_loss import answer_losses, collate
+from fedllm.models.limits import require_known_tokens
 from fedllm.training.activation_compression import compressed_activations
 from fedllm.training.mapped_weights import release_mapped_pages
 from fedllm.training.result import Trained, restoring
@@ -91,6 +92,7 @@ def train_adapter(
 
     Raises:
         AdapterError: The task's arrays are not those of this adapter.
+        ModelError: The model has no embedding for a row's token.
         TimeLimitError: The deadline passed before the last step.
     """
     return watched_training(adapted, examples, config, task, "constant_with_warmup", [])
@@ -116,6 +118,7 @@ def watched_training(
 
     Raises:
         AdapterError: The task's arrays are not those of this adapter.
+        ModelError: The model has no embedding for a row's token.
         TimeLimitError: The deadline passed before the last step.
     """
     model, tokenizer = adapted.model, adapted.tokenizer
@@ -123,6 +126,8 @@ def watched_training(
     # Else the trainer logs, each round, that it aligned them.
     base.config.pad_token_id = tokenizer.pad_token_id
     base.generation_config.pad_token_id = tokenizer.pad_token_id
+    # Here, and not in the step that meets the token: nothing is trained in vain.
+    require_known_tokens(base, torch.tensor([max(r["input_ids"]) for r in examples]))
     trained = [p for p in model.parameters() if p.requires_grad]
     sparing = release_mapped_pages(model) if config.gradient_checkpointing else None
     with (
@@ -196,6 +201,8 @@ def _sft_config(
         seed=task.seed,
         data_seed=task.seed,
         max_length=None,
+        # Routers are frozen: their balance is no matter of the answer's loss.
+        router_aux_loss_coef=0.0,
         # The base already computes in its own type and the adapter in float32: autocast
         # would only add casts.
         bf16=False,

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,18 @@ from fedllm.evaluation.multiple_choice import _wilson, load_questions, multiple_
 from tests.helpers.examples import plain_losses
 
 
+class LastToken(torch.nn.Module):
+    """Its state is the token."""
+
+    def __init__(self, num_embeddings: int) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        tokens = torch.nn.functional.one_hot(input_ids, self.num_embeddings)
+        return SimpleNamespace(last_hidden_state=tokens.float())
+
+
 class Bigram(torch.nn.Module):
     """A model whose next token depends on the last one by a table of our own."""
 
@@ -28,13 +41,14 @@ class Bigram(torch.nn.Module):
         self.head = torch.nn.Linear(len(table), len(table), bias=False)
         self.head.weight.data = table.T.contiguous()
 
-    def base_model(self, input_ids: torch.Tensor, **_: Any) -> Any:
-        class Output:
-            last_hidden_state = torch.nn.functional.one_hot(
-                input_ids, self.head.in_features
-            ).float()
+        self.base_model = LastToken(len(table))
 
-        return Output
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        states = self.base_model(input_ids=input_ids).last_hidden_state
+        return SimpleNamespace(logits=self.head(states))
+
+    def get_input_embeddings(self) -> Any:
+        return self.base_model
 
     def get_output_embeddings(self) -> Any:
         return self.head

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedllm.models.attention import NAME, _attend, use_fast_gradients
+from fedllm.models.attention import NAME, attend, use_fast_gradients
 from fedllm.models.loading import load_base
 
 BATCH, HEADS, LENGTH, SIZE = 3, 4, 9, 8
@@ -52,7 +52,7 @@ def by_definition(mask, groups, scale=SIZE**-0.5):
 
 def ours(mask, groups, **options):
     module = types.SimpleNamespace(num_key_value_groups=groups, is_causal=True)
-    return lambda q, k, v: _attend(module, q, k, v, mask, **options)[0]
+    return lambda q, k, v: attend(module, q, k, v, mask, **options)[0]
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -147,7 +147,7 @@ def test_keys_of_earlier_tokens_are_left_to_torch():
     query = query[:, :, -2:].requires_grad_()
     module = types.SimpleNamespace(is_causal=True)
     seen = torch.ones(2, LENGTH, dtype=torch.bool).tril(LENGTH - 2)
-    got, _ = _attend(module, query, key, value, seen)
+    got, _ = attend(module, query, key, value, seen)
     wanted = by_definition(seen, 1)(query, key, value)
     torch.testing.assert_close(got, wanted)
     (one,) = torch.autograd.grad(got.square().sum(), query)

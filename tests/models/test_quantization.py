@@ -13,6 +13,8 @@ from transformers import BitsAndBytesConfig
 from fedllm.errors import ModelError
 from fedllm.models import loading
 from fedllm.models.loading import load_base
+from fedllm.models.quantization import layers_kept_wide
+from tests.helpers.architectures import ARCHITECTURES
 from tests.helpers.passes import IDS, _gradient, _relative_error
 
 
@@ -195,3 +197,23 @@ def test_no_native_code_comes_from_a_hub_even_if_kernels_is_installed(tmp_path):
 
     assert done.stdout == "fetched nothing None\n", done.stderr
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "kept"),
+    [
+        ("Llama", 4, None),
+        ("Mamba", 4, {"x_proj", "dt_proj", "out_proj", "lm_head"}),
+        ("Falcon-H1", 8, {"out_proj", "lm_head"}),
+        ("DeepSeek V3", 8, {"kv_b_proj", "lm_head"}),
+        ("DeepSeek V3", 4, None),
+    ],
+)
+def test_layers_whose_weights_the_model_reads_itself_are_not_quantised(
+    name, bits, kept
+):
+    config = next(a for a in ARCHITECTURES if a.name == name).config()
+
+    names = layers_kept_wide(config, bits)
+
+    assert kept == (names and {name.rpartition(".")[2] for name in names})

@@ -17,6 +17,7 @@ from fedllm.config import AdapterConfig, DataConfig
 from fedllm.data.tokens import tokenize
 from fedllm.models import loading
 from fedllm.models.answer_loss import answer_losses, collate
+from fedllm.models.fast_paths import fast_paths
 from fedllm.models.loading import load_base, load_tokenizer
 from fedllm.models.location import load_config
 from fedllm.training import per_example_gradients
@@ -228,6 +229,8 @@ def test_a_pass_has_the_same_shape_and_no_mask_with_any_examples_in_the_batch(
     """In bfloat16 a larger model rounds by the shape of a batch."""
     monkeypatch.setattr(PerExample, "_try", lambda *_: True)
     model = make_model("lora")
+    # Its trial, at a model's first use, has a mask.
+    fast_paths(model.get_base_model())
     seen: list[Any] = []
 
     def note(module: Any, args: Any, kwargs: Any) -> None:

@@ -5,8 +5,13 @@ from typing import Any
 import pytest
 import torch
 
+from fedllm.adapters.peft_model import attach
+from fedllm.adapters.resolve import adapter_spec
+from fedllm.config import AdapterConfig
 from fedllm.errors import AdapterError
 from fedllm.training import sft
+from fedllm.training.result import restoring
+from tests.helpers.architectures import ARCHITECTURES
 from tests.helpers.clients import assert_same
 
 
@@ -57,3 +62,20 @@ def test_a_training_that_fails_leaves_the_forward_as_it_was(make_client, monkeyp
         client.train()
     assert "forward" not in client.model.get_base_model().__dict__
     assert not client.model.training
+
+
+def test_a_mixture_of_experts_records_its_routers_after_a_training_as_before():
+    architecture = next(a for a in ARCHITECTURES if a.name == "Mixtral")
+    base = architecture.model()
+    model = attach(base, adapter_spec(AdapterConfig(rank=2), base.config, 0))
+    ids = torch.arange(3, 19)[None]
+    for _ in range(2):
+        with restoring(model):
+            base.config.output_router_logits = True
+            base.config.router_aux_loss_coef = 0.0
+            model(input_ids=ids)
+
+        assert base.config.output_router_logits is False
+        assert base.config.router_aux_loss_coef == 0.001
+        asked = model(input_ids=ids, output_router_logits=True)
+        assert len(asked.router_logits) == 2
