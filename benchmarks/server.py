@@ -45,8 +45,8 @@ def declared(config: RunConfig) -> AdapterSpec:
     return resolve(
         config.adapter,
         linear_shapes(_MODEL),
-        (),
-        (("q_proj", "v_proj"), ()),
+        {},
+        "llama",
         config.seed,
     )
 

@@ -41,7 +41,7 @@ def count_bytes() -> bool:
     held = True
     for kind, bound in _BOUNDS.items():
         config = AdapterConfig(kind=kind, rank=8)
-        spec = resolve(config, shapes, (), (("q_proj", "v_proj"), ()), 0)
+        spec = resolve(config, shapes, {}, "llama", 0)
         arrays = {
             name: generator.standard_normal(shape).astype(np.float32)
             for name, shape in spec.trained_shapes.items()

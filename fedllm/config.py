@@ -113,9 +113,9 @@ class AdapterConfig:
     dropout: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training; `ia3` has none and allows only 0.0."""
     target_modules: Name = "auto"
-    """Names of linear layers, separated by commas, or `all-linear`. `auto`: `q_proj` and
-    `v_proj`; for `ia3` PEFT's choice for the architecture (Llama: `k_proj`, `v_proj` and
-    `down_proj`)."""
+    """Names of linear layers, separated by commas, or `all-linear`. `auto`: queries and
+    values, by PEFT's table or as the architecture names them; for `ia3` PEFT's choice (Llama:
+    `k_proj`, `v_proj` and `down_proj`)."""
     start_from: Text = ""
     """Folder of a PEFT adapter, on the server, that is round 0: one of an earlier run, whose
     client-level epsilon then counts in this run's, or any other; empty: an adapter that

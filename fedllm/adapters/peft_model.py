@@ -107,9 +107,13 @@ def check_arrays(spec: AdapterSpec, arrays: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence a warning that is for PEFT to mend: it uses a renamed attribute."""
+    """Silence warnings that nobody can act on.
+
+    PEFT uses a renamed attribute; and it sees by itself which way a layer's weight lies.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
         yield
 
 

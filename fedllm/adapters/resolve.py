@@ -1,11 +1,12 @@
 """Resolve an adapter's settings against a base model's linear layers, without weights."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedllm.adapters.kinds import KINDS
-from fedllm.adapters.kinds.kind import Shape
+from fedllm.adapters.kinds.kind import Shape, Targets
+from fedllm.adapters.linear_layers import linear_layers
 from fedllm.adapters.spec import AdapterSpec
 from fedllm.config import AdapterConfig, RunConfig
 from fedllm.errors import AdapterError, ConfigError
@@ -48,14 +49,14 @@ def adapter_spec(
     Raises:
         AdapterError: No module matches, or the rank is above a module's size.
     """
-    linears, heads = _linear_shapes(model_config)
-    return resolve(config, linears, heads, model_config.model_type, seed)
+    linears, excluded = linear_layers(model_config)
+    return resolve(config, linears, excluded, model_config.model_type, seed)
 
 
 def resolve(
     config: AdapterConfig,
     linears: Mapping[str, Shape],
-    heads: Collection[str],
+    excluded: Mapping[str, str],
     model_type: str,
     seed: int,
 ) -> AdapterSpec:
@@ -64,7 +65,7 @@ def resolve(
     Args:
         config: The adapter's settings, with a kind that is not `auto`.
         linears: Full name of every linear layer -> (out features, in features).
-        heads: Names of output heads, which are not adapted.
+        excluded: Those of them that are not adapted -> why not.
         model_type: The architecture, as in a model's config.json.
         seed: Public seed of what is fixed.
 
@@ -72,8 +73,9 @@ def resolve(
         AdapterError: No module matches, or the rank is above a module's size.
     """
     kind = KINDS[config.kind]
-    defaults, rescaled = kind.default_modules(model_type)
-    modules = _adapted_modules(_targets(config, defaults), linears, heads)
+    free = {name: shape for name, shape in linears.items() if name not in excluded}
+    defaults, rescaled = _first_that_exists(kind.default_modules(model_type), free)
+    modules = _adapted_modules(_targets(config, defaults), free, excluded)
     largest = kind.max_rank(modules.values())
     if largest is not None and config.rank > largest:
         raise AdapterError(
@@ -102,56 +104,49 @@ def _targets(config: AdapterConfig, defaults: Collection[str]) -> set[str]:
     return set(defaults) if targets == {"auto"} else targets
 
 
+def _first_that_exists(choices: Sequence[Targets], free: Collection[str]) -> Targets:
+    """Return the first choice whose modules the model all has; the first one if none."""
+    for targets, rescaled in choices:
+        if all(any(_matches(name, target) for name in free) for target in targets):
+            return targets, rescaled
+    return choices[0]
+
+
 def _adapted_modules(
-    targets: set[str], linears: Mapping[str, Shape], heads: Collection[str]
+    targets: set[str], free: Mapping[str, Shape], excluded: Mapping[str, str]
 ) -> dict[str, Shape]:
     """Return the linear layers that targets name, full name -> (out, in).
 
+    Args:
+        targets: Names, or last parts of names; `all-linear` alone means all that are free.
+        free: The layers that may be adapted.
+        excluded: The others -> why not.
+
     Raises:
-        AdapterError: A target names no layer or an output head, or nothing is left.
+        AdapterError: A target names no layer, or none that may be adapted.
     """
     if targets == {"all-linear"}:
-        modules = {name: shape for name, shape in linears.items() if name not in heads}
+        modules = dict(free)
     else:
-        matched = {t: [n for n in linears if _matches(n, t)] for t in targets}
+        matched = {t: [n for n in free if _matches(n, t)] for t in targets}
         missing = sorted(target for target, names in matched.items() if not names)
+        for target in missing:
+            for name, reason in excluded.items():
+                if _matches(name, target):
+                    raise AdapterError(f"adapter.target-modules: {target} {reason}")
         if missing or not targets:
-            known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            known = sorted({name.rsplit(".", 1)[-1] for name in free})
             raise AdapterError(
                 f"adapter.target-modules: {', '.join(missing) or 'nothing named'}: no "
                 f"such linear layer in this model; it has {', '.join(known)}"
             )
         chosen = {name for names in matched.values() for name in names}
-        if named_heads := sorted(chosen.intersection(heads)):
-            raise AdapterError(
-                f"adapter.target-modules: {', '.join(named_heads)} is the "
-                "output head, which is not adapted; leave it out"
-            )
-        modules = {name: linears[name] for name in chosen}
+        modules = {name: free[name] for name in chosen}
     if not modules:
         raise AdapterError(
             "adapter.target-modules: this model has no linear layer to adapt"
         )
     return modules
-
-
-def _linear_shapes(
-    model_config: "PretrainedConfig",
-) -> tuple[dict[str, Shape], set[str]]:
-    """Return every linear layer's (out, in), and the names of output heads."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
-    head = model.get_output_embeddings()
-    shapes, heads = {}, set()
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            shapes[name] = (module.out_features, module.in_features)
-            if module is head:
-                heads.add(name)
-    return shapes, heads
 
 
 def _peft_targets(chosen: set[str], linears: set[str]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedllm.adapters.linear_layers import linear_shape
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.config import RunConfig
 from fedllm.models.loading import compute_dtype
@@ -62,7 +63,7 @@ def memory_need(
     linear = sum(
         module.weight.numel()
         for module in model.modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        if linear_shape(module) is not None and module is not head
     )
     other = sum(parameter.numel() for parameter in model.parameters()) - linear
     wide = compute_dtype(device).itemsize
@@ -89,10 +90,11 @@ def _activations(
     A layer keeps about 8 values of the hidden size and 4 of the inner size for each
     token; with checkpointing only its input, and one layer is computed again at a time.
     """
-    hidden: int = model_config.hidden_size
-    inner: int = getattr(model_config, "intermediate_size", None) or 4 * hidden
-    layers: int = model_config.num_hidden_layers
-    vocabulary: int = model_config.vocab_size
+    text = model_config.get_text_config()
+    hidden: int = text.hidden_size
+    inner: int = getattr(text, "intermediate_size", None) or 4 * hidden
+    layers: int = text.num_hidden_layers
+    vocabulary: int = text.vocab_size
     tokens = config.train.batch_size * config.train.max_length
     layer = 8 * hidden + 4 * inner
     kept, bytes_each = layers * layer, float(wide)

@@ -34,7 +34,7 @@ def count_trainable(config: RunConfig) -> int:
     """
     shapes = linear_shapes(config.model.name)
     # Every model that `linear_shapes` knows has its layers named as Llama's.
-    return resolve(config.adapter, shapes, (), "llama", config.seed).num_trainable
+    return resolve(config.adapter, shapes, {}, "llama", config.seed).num_trainable
 
 
 def plan_run(config: RunConfig, settings: PrivacySettings) -> dict[str, Any]:

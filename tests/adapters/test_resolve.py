@@ -3,11 +3,10 @@
 import shutil
 
 import pytest
-from transformers import GPT2Config
 
 from fedllm.adapters.kinds import KINDS
 from fedllm.adapters.peft_model import attach
-from fedllm.adapters.resolve import adapter_spec, with_kind
+from fedllm.adapters.resolve import resolve, with_kind
 from fedllm.config import AdapterConfig, parse_run_config
 from fedllm.errors import AdapterError, ConfigError
 from tests.helpers.adapters import Q, load_base, make_config, make_spec
@@ -81,7 +80,7 @@ def test_a_module_named_in_full_is_the_only_one_adapted(tiny_llama):
 
 
 def test_all_linear_on_a_model_without_linear_layers_is_one_line():
-    config = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=20)
+    config = AdapterConfig(target_modules="all-linear")
 
     with pytest.raises(AdapterError, match="adapter.target-modules"):
-        adapter_spec(AdapterConfig(target_modules="all-linear"), config, 0)
+        resolve(config, {}, {}, "llama", 0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, Qwen3Config
 
-from fedllm.adapters.resolve import _linear_shapes
+from fedllm.adapters.linear_layers import linear_layers
 from fedllm.errors import ModelError
 from fedllm.models.known import BUILT_IN_MODEL, KNOWN_MODELS
 from fedllm.models.layer_shapes import linear_shapes
@@ -15,7 +15,7 @@ from fedllm.models.layer_shapes import linear_shapes
 @pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_known_models_have_the_shapes_that_transformers_makes(name):
     config = LlamaConfig(**KNOWN_MODELS[name].numbers)
-    shapes, heads = _linear_shapes(config)
+    shapes, heads = linear_layers(config)
 
     assert linear_shapes(name) == {k: v for k, v in shapes.items() if k not in heads}
 
@@ -41,7 +41,7 @@ def test_a_local_folder_with_heads_of_their_own_size(tmp_path):
         num_hidden_layers=2,
     )
     config.save_pretrained(tmp_path)
-    shapes, heads = _linear_shapes(config)
+    shapes, heads = linear_layers(config)
 
     got = linear_shapes(str(tmp_path))
 

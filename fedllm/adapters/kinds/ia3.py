@@ -11,15 +11,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedllm.adapters.kinds.kind import Shape
+from fedllm.adapters.kinds.kind import Shape, Targets
 from fedllm.adapters.spec import PREFIX, AdapterSpec, Arrays
 
 if TYPE_CHECKING:
     import torch
     from peft import IA3Config, PeftModel
 
-_LLAMA_MODULES = (["k_proj", "v_proj", "down_proj"], ["down_proj"])
+_LLAMA_MODULES: Targets = (["k_proj", "v_proj", "down_proj"], ["down_proj"])
 """PEFT's choice for Llama, which a planner without torch needs (a test compares)."""
+
+_OTHER_MODULES: Sequence[Targets] = (
+    _LLAMA_MODULES,
+    (["k_proj", "v_proj", "c_proj"], ["c_proj"]),
+    (["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
+    (["qkv_proj", "down_proj"], ["down_proj"]),
+    (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    (["Wqkv", "down_proj"], ["down_proj"]),
+    # Mixtures of experts, whose feed-forward part is no linear layer.
+    (["k_proj", "v_proj"], []),
+    (["kv_b_proj"], []),
+    (["in_proj"], []),
+)
 
 
 class IA3:
@@ -33,21 +46,21 @@ class IA3:
         "ia3_l": [("out", "1"), ("1", "in")]
     }
 
-    def default_modules(self, model_type: str) -> tuple[Sequence[str], Sequence[str]]:
-        """Return PEFT's (target modules, feed-forward ones) for an architecture.
+    def default_modules(self, model_type: str) -> Sequence[Targets]:
+        """Return PEFT's (target modules, feed-forward ones) for an architecture, then others.
 
-        An architecture that PEFT does not list gets Llama's. If its layers have other
-        names, resolving the adapter raises an error that lists them.
+        If its layers have none of these names, resolving the adapter raises an error that
+        lists those that it has.
         """
         if model_type == "llama":
-            return _LLAMA_MODULES
+            return [_LLAMA_MODULES]
         from peft.utils import constants
 
         targets = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
         inward = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
         if model_type not in inward:
-            return _LLAMA_MODULES
-        return list(targets[model_type]), list(inward[model_type])
+            return _OTHER_MODULES
+        return [(list(targets[model_type]), list(inward[model_type])), *_OTHER_MODULES]
 
     def max_rank(self, shapes: Iterable[Shape]) -> int | None:
         """Return None: there is no rank to check."""

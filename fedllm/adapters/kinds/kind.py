@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 Shape = tuple[int, int]
 """(out features, in features) of a linear layer."""
 
+Targets = tuple[Sequence[str], Sequence[str]]
+"""Last parts of the target modules' names, and of those whose input is rescaled."""
+
 
 class Kind(Protocol):
     """A kind of adapter: all that the rest of the package asks of it.
@@ -35,14 +38,15 @@ class Kind(Protocol):
     is_mean_exact: bool
     file_shapes: Mapping[str, Sequence[tuple[str, ...]]]
 
-    def default_modules(self, model_type: str) -> tuple[Sequence[str], Sequence[str]]:
+    def default_modules(self, model_type: str) -> Sequence[Targets]:
         """Return what `adapter.target-modules="auto"` means for an architecture.
 
         Args:
             model_type: As in a model's config.json.
 
         Returns:
-            Last parts of the target modules' names, and of those whose input is rescaled.
+            Choices, of which the first counts whose modules the model has: PEFT's own for
+            this architecture, then those by the names that such layers have elsewhere.
         """
 
     def max_rank(self, shapes: Iterable[Shape]) -> int | None:

@@ -6,12 +6,44 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedllm.adapters.kinds.kind import Shape
+from fedllm.adapters.kinds.kind import Shape, Targets
 from fedllm.adapters.spec import PREFIX, AdapterSpec, Arrays, generator_of
+from fedllm.models.layer_shapes import LIKE_LLAMA
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
+
+
+_QUERIES_AND_VALUES: Sequence[Targets] = (
+    (["q_proj", "v_proj"], []),
+    # Fused with the keys.
+    (["query_key_value"], []),
+    (["qkv_proj"], []),
+    (["c_attn"], []),
+    (["Wqkv"], []),
+    # DeepSeek's: queries and values through a narrow state.
+    (["q_b_proj", "kv_b_proj"], []),
+    (["q_proj", "kv_b_proj"], []),
+    # A state space model's only way in.
+    (["in_proj"], []),
+)
+
+
+def queries_and_values(model_type: str) -> Sequence[Targets]:
+    """Return the names of queries and values: PEFT's for an architecture, then others.
+
+    A planner without torch asks for models like Llama, which need no look into PEFT.
+    """
+    if model_type in LIKE_LLAMA:
+        return _QUERIES_AND_VALUES
+    from peft.utils import constants
+
+    table = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    known = table.get(model_type)
+    # For some it has a pattern, which names no module.
+    first: Sequence[Targets] = [(known, [])] if isinstance(known, list) else []
+    return [*first, *_QUERIES_AND_VALUES]
 
 
 class Lora:
@@ -26,9 +58,9 @@ class Lora:
         "lora_B": [("out", "r")],
     }
 
-    def default_modules(self, model_type: str) -> tuple[Sequence[str], Sequence[str]]:
+    def default_modules(self, model_type: str) -> Sequence[Targets]:
         """Return the attention's queries and values, the paper's choice."""
-        return ["q_proj", "v_proj"], []
+        return queries_and_values(model_type)
 
     def max_rank(self, shapes: Iterable[Shape]) -> int | None:
         """Return the smallest side: a product of rank r is no more than that."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedllm.adapters.kinds.kind import Shape
+from fedllm.adapters.kinds.kind import Shape, Targets
+from fedllm.adapters.kinds.lora import queries_and_values
 from fedllm.adapters.spec import AdapterSpec, Arrays, generator_of
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ class Vera:
         "vera_lambda_d": [("r",)],
     }
 
-    def default_modules(self, model_type: str) -> tuple[Sequence[str], Sequence[str]]:
+    def default_modules(self, model_type: str) -> Sequence[Targets]:
         """Return the attention's queries and values, as for LoRA."""
-        return ["q_proj", "v_proj"], []
+        return queries_and_values(model_type)
 
     def max_rank(self, shapes: Iterable[Shape]) -> int | None:
         """Return None: the factors are random, not a decomposition, so any rank fits."""
