@@ -39,6 +39,7 @@ UNMIRRORED = {
 # Test files without a module of their name, and what they test.
 EXTRA = {
     "adapters/kinds/test_contract.py": "every kind over one contract",
+    "models/test_architectures.py": "every architecture through models, training, adapters",
     "deployment/test_deploy_files.py": "the folder deploy/",
     "reporting/test_browser.py": "report.html in a browser",
     "server/test_faults.py": "faults across the server's modules",

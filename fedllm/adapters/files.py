@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from fedllm.adapters.kinds import KINDS, mend_layers
+from fedllm.adapters.linear_layers import linear_shape
 from fedllm.adapters.peft_model import peft_arrays, peft_config, quiet_peft
 from fedllm.adapters.spec import PREFIX, AdapterSpec
 from fedllm.errors import AdapterError
@@ -17,11 +18,13 @@ from fedllm.models.location import repository
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _WEIGHTS_FILE = "adapter_model.safetensors"
 _CONFIG_FILE = "adapter_config.json"
 _ORIGIN_FILE = "fedllm.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TEMPLATE_FILE = "chat_template.jinja"
 
 # Last part of a weight's name in PEFT -> the shapes that it may have.
 _FILE_SHAPES = {
@@ -150,6 +153,42 @@ def _known_keys(method: str) -> set[str]:
     return names | {"auto_mapping", "peft_version"}
 
 
+def load_adapter_tokenizer(folder: Path, base_name: str) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer that an adapter was trained with.
+
+    Args:
+        folder: The adapter. If it holds a tokenizer, or a chat template alone, they are its
+            own, else the base's.
+        base_name: What `read_base_name` returned.
+
+    Raises:
+        AdapterError: Its tokenizer has tokens that the base model has no embedding for.
+        ModelError: A tokenizer cannot be read.
+    """
+    from fedllm.models.loading import load_tokenizer
+    from fedllm.models.location import load_config
+
+    tokenizer = load_tokenizer(base_name)
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        known = tokenizer.get_vocab()
+        tokenizer = load_tokenizer(str(folder))
+        size = load_config(base_name).get_text_config().vocab_size
+        added = [
+            token
+            for token, number in tokenizer.get_vocab().items()
+            if number >= size and token not in known
+        ]
+        if added:
+            raise AdapterError(
+                f"{folder}: its tokenizer has {len(added)} tokens for which the base model "
+                f"has no embedding ({printable(', '.join(sorted(added)[:3]))}): resize and "
+                "save the base model first, and name that one in adapter_config.json"
+            )
+    elif (folder / _TEMPLATE_FILE).is_file():
+        tokenizer.chat_template = (folder / _TEMPLATE_FILE).read_text("utf-8")
+    return tokenizer
+
+
 def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
     """Attach a saved adapter, ours or plain PEFT's, to a base model for inference.
 
@@ -176,7 +215,8 @@ def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
         text = str(error).strip().splitlines()
         raise AdapterError(
             f"{folder}: PEFT cannot open it on this base model: "
-            f"{type(error).__name__}: {text[0] if text else ''}"
+            # The first line of torch's names only the class; the cause is in the next.
+            f"{type(error).__name__}: {' '.join(line.strip() for line in text[:2])}"
         ) from None
     mend_layers(model)
     return model
@@ -204,8 +244,7 @@ def _check_shapes(
                 f"{folder}: made for another base model: it adapts {module}, which "
                 "this one lacks"
             ) from None
-        inward = getattr(layer, "in_features", None)
-        outward = getattr(layer, "out_features", None)
+        outward, inward = linear_shape(layer) or (None, None)
         sizes = {"in": inward, "out": outward, "r": None, "1": 1}
         expected = [[sizes[word] for word in form] for form in _FILE_SHAPES[side]]
         if not any(_is_like(shape, form) for form in expected):

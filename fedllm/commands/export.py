@@ -70,19 +70,26 @@ def export(adapter: Path, out: Path, bits: int = 0) -> None:
         bits: 4 or 8 to quantise the merged model by bitsandbytes, else 0.
 
     Raises:
-        AdapterError: The adapter is missing or damaged, or `out` exists.
+        AdapterError: The adapter is missing or damaged, its tokenizer does not fit the base,
+            or `out` exists.
         ModelError: The base cannot be loaded, or not quantised on this machine.
         FedllmError: A file of the adapter's run is damaged.
     """
-    from fedllm.adapters.files import load_adapter, read_base_name
-    from fedllm.models.loading import load_base, load_quantised, load_tokenizer
+    from fedllm.adapters.files import (
+        load_adapter,
+        load_adapter_tokenizer,
+        read_base_name,
+    )
+    from fedllm.models.loading import load_base, load_quantised
 
     if out.exists():
         raise AdapterError(f"--out: {out} exists already: name a new folder")
     base_name = read_base_name(adapter)
+    tokenizer = load_adapter_tokenizer(adapter, base_name)
     card = _card(adapter.resolve())
-    # In bfloat16 small updates would be lost in rounding.
-    base = load_base(base_name, 0, fedllm_home()).float()
+    # In bfloat16 small updates would be lost in rounding, and so would digits of a base
+    # that is saved in float16 or float32.
+    base = load_base(base_name, 0, fedllm_home(), in_float32=True)
     merged = load_adapter(base, adapter).merge_and_unload()
     # Renamed at the end, so that a folder of this name is always complete.
     partial = out.with_name(out.name + ".partial")
@@ -92,7 +99,7 @@ def export(adapter: Path, out: Path, bits: int = 0) -> None:
         quantised = load_quantised(str(partial), bits)
         shutil.rmtree(partial)
         quantised.save_pretrained(str(partial))
-    load_tokenizer(base_name).save_pretrained(str(partial))
+    tokenizer.save_pretrained(str(partial))
     if card is not None:
         (partial / "README.md").write_text(card)
     partial.rename(out)

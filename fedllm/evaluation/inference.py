@@ -51,11 +51,14 @@ class ChatModel:
         # The log lines of transformers and bitsandbytes would run into the answers.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        from fedllm.adapters.files import load_adapter
+        from fedllm.adapters.files import load_adapter, load_adapter_tokenizer
         from fedllm.models.loading import load_base, load_tokenizer
 
         self.choice = choice
-        self.tokenizer = load_tokenizer(choice.base_name)
+        if choice.folder is None:
+            self.tokenizer = load_tokenizer(choice.base_name)
+        else:
+            self.tokenizer = load_adapter_tokenizer(choice.folder, choice.base_name)
         base = load_base(
             choice.base_name,
             choice.quantization,

@@ -22,12 +22,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fedllm.adapters.files import (
     load_adapter,
+    load_adapter_tokenizer,
     read_base_name,
     read_origin,
     save_adapter,
 )
 from fedllm.adapters.peft_model import attach, set_trained
 from fedllm.errors import AdapterError
+from fedllm.models.loading import load_tokenizer
 from tests.helpers.adapters import (
     IDS,
     KINDS,
@@ -262,3 +264,40 @@ def test_a_base_that_floats_under_a_name_is_not_fetched(saved, revision):
     with pytest.raises(AdapterError, match="revision must be a commit of 40") as caught:
         read_base_name(saved)
     assert str(caught.value).isprintable()
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(saved, tiny_llama):
+    tokenizer = load_adapter_tokenizer(saved, str(tiny_llama))
+
+    assert tokenizer.name_or_path == str(tiny_llama)
+    assert tokenizer.chat_template is None
+
+
+def test_a_template_beside_an_adapter_takes_the_place_of_the_base_s(saved, tiny_llama):
+    (saved / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+
+    tokenizer = load_adapter_tokenizer(saved, str(tiny_llama))
+
+    turns = [{"role": "user", "content": "asthma"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == "asthma"
+
+
+def test_a_tokenizer_beside_an_adapter_takes_the_place_of_the_base_s(
+    saved, tiny_chat_llama
+):
+    own = load_tokenizer(str(tiny_chat_llama))
+    own.add_special_tokens({"eos_token": "<0x01>"})
+    own.save_pretrained(saved)
+
+    tokenizer = load_adapter_tokenizer(saved, str(tiny_chat_llama))
+
+    assert tokenizer.eos_token == "<0x01>"
+
+
+def test_tokens_that_the_base_has_no_embedding_for_are_one_line(saved, tiny_chat_llama):
+    own = load_tokenizer(str(tiny_chat_llama))
+    own.add_tokens(["<ward>"])
+    own.save_pretrained(saved)
+
+    with pytest.raises(AdapterError, match=r"no embedding \(<ward>\)"):
+        load_adapter_tokenizer(saved, str(tiny_chat_llama))

@@ -1,6 +1,7 @@
 """The merged model says what base and adapter say together."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from fedllm.adapters.resolve import adapter_spec
 from fedllm.client.personal import make_personal
 from fedllm.commands.export import main
 from fedllm.config import parse_run_config
-from fedllm.models.loading import load_base
+from fedllm.models import loading
+from fedllm.models.loading import load_base, load_tokenizer
 from fedllm.models.location import load_config
 from tests.helpers.deliveries import deliver_to
 from tests.helpers.rows import write_rows
@@ -49,7 +51,7 @@ def test_merged_logits_are_those_of_base_and_adapter(
 
     ids = torch.arange(20).unsqueeze(0)
     with torch.inference_mode():
-        base = load_base(name, 0, tmp_path / "home").float()
+        base = load_base(name, 0, tmp_path / "home", in_float32=True)
         before = base(ids).logits
         together = load_adapter(base, folder)(ids).logits
         merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(ids)
@@ -152,3 +154,36 @@ def test_the_shared_adapter_of_a_node_needs_no_flag(
     main(["--peft-path", str(delivery.folder / "shared"), "--out", str(tmp_path / "m")])
 
     assert (tmp_path / "m/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("saved", [torch.float16, torch.float32])
+def test_a_base_in_another_type_than_the_computation_s_loses_no_digit(
+    saved, tiny_chat_llama, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(loading, "compute_dtype", lambda device: torch.bfloat16)
+    name = str(tmp_path / "base")
+    shutil.copytree(tiny_chat_llama, name)
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=saved)
+    base.save_pretrained(name)
+    folder, out = make_adapter(tmp_path / "peft", name, "lora"), tmp_path / "merged"
+
+    main(["--peft-path", str(folder), "--out", str(out)])
+
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    for part in ("lm_head.weight", "model.layers.0.mlp.up_proj.weight"):
+        assert torch.equal(merged.get_parameter(part), base.get_parameter(part).float())
+
+
+def test_the_tokenizer_of_an_adapter_goes_with_the_merged_model(
+    tiny_chat_llama, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
+    folder = make_adapter(tmp_path / "peft", str(tiny_chat_llama), "lora")
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    out = tmp_path / "merged"
+
+    main(["--peft-path", str(folder), "--out", str(out)])
+
+    template = load_tokenizer(str(out)).chat_template
+    assert template == "{{ messages[0]['content'] }}"
