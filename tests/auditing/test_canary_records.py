@@ -96,7 +96,7 @@ def test_training_without_noise_is_convicted(client):
 
     found = audited(client, replace(promised, noise_multiplier=1e-6, steps=30))
 
-    assert found.fall_planted > found.fall_others + 0.2
+    assert found.fall_planted > found.fall_others + 0.1
     assert found.certified.epsilon > found.accounted
     assert not found.passed and found.as_dict()["passed"] is False
 
@@ -159,7 +159,7 @@ def test_canaries_that_are_persons_pass_and_without_noise_they_convict(client):
         client, replace(promised, noise_multiplier=1e-6, steps=30), num_rows=2
     )
 
-    assert found.fall_planted > found.fall_others + 0.2
+    assert found.fall_planted > found.fall_others + 0.1
     assert not found.passed and found.certified.epsilon > found.accounted
 
 
