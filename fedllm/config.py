@@ -80,6 +80,18 @@ def _bits(value: int) -> int:
     return value
 
 
+def _function_name(value: str) -> str:
+    """Raise unless a text is empty or `module:function`."""
+    parts = value.split(":")
+    if value and (len(parts) != 2 or not all(_is_dotted(part) for part in parts)):
+        raise ValueError("must be 'module:function', or empty")
+    return value
+
+
+def _is_dotted(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("."))
+
+
 def fedllm_home() -> Path:
     """Return the folder that holds models and runs: FEDLLM_HOME, else ~/.fedllm."""
     return Path(os.environ.get("FEDLLM_HOME") or "~/.fedllm").expanduser().absolute()
@@ -214,6 +226,10 @@ class TrainConfig:
     """Adam's learning rate there, which falls by half a cosine."""
     proximal_mu: Amount = 0.0
     """FedProx: weight of the pull towards the round's global adapter."""
+    plugin: Annotated[Text, AfterValidator(_function_name)] = ""
+    """`module:function` of a package that is installed on every node: what it returns is a
+    trainer callback or a collator; empty: none. A node that runs the app of its owner's choice
+    demands the same in its own config (`train-plugin`)."""
 
     @property
     def expected_batch_size(self) -> int:
@@ -723,6 +739,11 @@ def _record_problems(config: RunConfig) -> list[str]:
         problems.append(
             "train.activation-compression: must be false under privacy.unit='record' (got "
             "true): examples that share a block would change one another's gradients"
+        )
+    if config.train.plugin:
+        problems.append(
+            "train.plugin: must be empty under privacy.unit='record' (got "
+            f"{config.train.plugin!r}): only fedllm's own step may touch an example's gradient"
         )
     if config.adapter.dropout > 0:
         problems.append(

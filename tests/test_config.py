@@ -272,6 +272,7 @@ def test_dropout_is_refused_where_the_kind_may_have_none(kind):
         ("adapter.dropout", 0.1, "must be 0.0 under privacy.unit='record'"),
         ("model.quantization", 8, "must be 0 or 4 under privacy.unit='record'"),
         ("train.activation-compression", True, "must be false under privacy.unit='rec"),
+        ("train.plugin", "ours:make", "must be empty under privacy.unit='record'"),
         ("strategy.fraction-evaluate", 0.5, "under privacy.unit='record'"),
         ("privacy.noise-multiplier", 1.0, "not both"),
         ("privacy.target-epsilon", 0.0, "must be above 0.0"),

@@ -27,6 +27,7 @@ LIMITS = (
     "model-name",
     "privacy-noise",
     "person-column",
+    "train-plugin",
     "least-trustees",
     "colluding-trustees",
 )
@@ -71,6 +72,8 @@ class NodeConfig:
             the owner's file names persons by; None: a run must have none.
         declared_persons: How many persons the owner declares as public; set with
             `person_column`.
+        train_plugin: The `train.plugin` that a run may have, of a package that the owner
+            installed; None: none, if the node runs an app of its owner's choice.
         least_trustees: Fewest trustees of a run, which then has to be sealed; None: any.
         colluding_trustees: How many of them a run must count as the server's; None: any.
         trusted_trustees: Name -> public identity key of the trustees that the owner knows,
@@ -93,6 +96,7 @@ class NodeConfig:
     declared_rows: int | None = None
     person_column: str | None = None
     declared_persons: int | None = None
+    train_plugin: str | None = None
     least_trustees: int | None = None
     colluding_trustees: int | None = None
     trusted_trustees: tuple[tuple[str, str], ...] = ()
@@ -144,7 +148,7 @@ def parse_node_config(values: Mapping[str, Any]) -> NodeConfig:
     _require_known_keys(values)
     partition_id, num_partitions = _partition(values)
     path, unit = values.get("data-path"), values.get("privacy-unit")
-    model_name = values.get("model-name")
+    model_name, plugin = values.get("model-name"), values.get("train-plugin")
     max_epsilon = _number(values, "max-epsilon")
     if max_epsilon is None and unit in ("client", "record"):
         # A unit of privacy without a bound would take any epsilon.
@@ -162,6 +166,7 @@ def parse_node_config(values: Mapping[str, Any]) -> NodeConfig:
         declared_rows=_declared_number(values, "declared-rows", "rows"),
         person_column=_person_column(values),
         declared_persons=_declared_number(values, "declared-persons", "persons"),
+        train_plugin=None if plugin is None else str(plugin),
         least_trustees=_declared_number(values, "least-trustees", "trustees"),
         colluding_trustees=_colluding(values),
         trusted_trustees=_pins(values),
@@ -193,6 +198,7 @@ def check_node_limits(node: NodeConfig, config: RunConfig) -> None:
     _check_epsilon(node, config)
     _check_model(node, config)
     _check_persons(node, config)
+    _check_plugin(node, config)
     _check_trust(node, config)
     privacy = config.privacy
     if node.delta is not None and not 0 < privacy.delta <= node.delta:
@@ -258,6 +264,20 @@ def _check_persons(node: NodeConfig, config: RunConfig) -> None:
                 if node.person_column is None
                 else ""
             )
+        )
+
+
+def _check_plugin(node: NodeConfig, config: RunConfig) -> None:
+    """Check that a run calls no function of an installed package but one the owner named.
+
+    An owner who lets the server choose the whole app has nothing to name.
+    """
+    plugin = config.train.plugin
+    if plugin and plugin != node.train_plugin and is_chosen():
+        raise ConfigError(
+            "train.plugin: this node's owner allows "
+            + ("none" if node.train_plugin is None else repr(node.train_plugin))
+            + f" (got {plugin!r}): train-plugin in the node config names one"
         )
 
 

@@ -18,6 +18,7 @@ from fedllm.models.answer_loss import answer_losses, collate
 from fedllm.models.limits import require_known_tokens
 from fedllm.training.activation_compression import compressed_activations
 from fedllm.training.mapped_weights import release_mapped_pages
+from fedllm.training.plugin import load_plugin
 from fedllm.training.result import Trained, restoring
 from fedllm.training.task import RoundTask
 
@@ -92,6 +93,7 @@ def train_adapter(
 
     Raises:
         AdapterError: The task's arrays are not those of this adapter.
+        ConfigError: `train.plugin` cannot be used.
         ModelError: The model has no embedding for a row's token.
         TimeLimitError: The deadline passed before the last step.
     """
@@ -118,6 +120,7 @@ def watched_training(
 
     Raises:
         AdapterError: The task's arrays are not those of this adapter.
+        ConfigError: `train.plugin` cannot be used.
         ModelError: The model has no embedding for a row's token.
         TimeLimitError: The deadline passed before the last step.
     """
@@ -129,6 +132,8 @@ def watched_training(
     # Here, and not in the step that meets the token: nothing is trained in vain.
     require_known_tokens(base, torch.tensor([max(r["input_ids"]) for r in examples]))
     trained = [p for p in model.parameters() if p.requires_grad]
+    plugin = load_plugin(config.plugin) if config.plugin else None
+    is_callback = isinstance(plugin, TrainerCallback)
     sparing = release_mapped_pages(model) if config.gradient_checkpointing else None
     with (
         restoring(model),
@@ -140,13 +145,17 @@ def watched_training(
             args=_sft_config(config, task, folder, model.device.type, schedule),
             train_dataset=Dataset.from_list([dict(row) for row in examples]),
             processing_class=tokenizer,
-            data_collator=lambda rows: collate(rows, adapted.pad_token_id),
+            data_collator=(
+                (lambda rows: collate(rows, adapted.pad_token_id))
+                if plugin is None or is_callback
+                else plugin
+            ),
             proximal_mu=config.proximal_mu,
             compress=config.activation_compression,
         )
         trainer.remove_callback(PrinterCallback)
         clock = _Deadline(task)
-        for callback in (clock, *callbacks):
+        for callback in (clock, *callbacks, *([plugin] if is_callback else [])):
             trainer.add_callback(callback)
         # On a quantised base SFTTrainer rounds the adapter to bfloat16, whose 8 bits
         # lose small updates; ours stays in float32.

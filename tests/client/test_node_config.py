@@ -11,6 +11,7 @@ from fedllm.client.node_config import (
 )
 from fedllm.config import RunConfig, parse_run_config
 from fedllm.errors import ConfigError
+from fedllm.node.delivered_app import ANY, CHOICE, INSTALLED
 from fedllm.wire.messages import ARRAYS
 from tests.helpers.client_replies import JOINT, NODE, RECORD, WITHOUT_DP, code_of
 
@@ -361,3 +362,20 @@ def test_a_node_with_a_floor_of_trustees_is_no_simulation():
         assert node_of(**limits).has_limits
     named = node_of(trustee_name="a", trustee_key="/key")
     assert not named.is_simulated
+
+
+def test_a_runs_plugin_is_the_one_that_the_owner_named(monkeypatch):
+    run = parse_run_config({"train.plugin": "ours.steps:make"})
+
+    monkeypatch.setenv(CHOICE, INSTALLED)
+    with pytest.raises(
+        ConfigError, match="train.plugin: this node's owner allows none"
+    ):
+        check_node_limits(node_of(), run)
+    with pytest.raises(ConfigError, match="allows 'ours.steps:other'"):
+        check_node_limits(node_of(train_plugin="ours.steps:other"), run)
+    check_node_limits(node_of(train_plugin="ours.steps:make"), run)
+    check_node_limits(node_of(train_plugin="ours.steps:make"), parse_run_config({}))
+    # A server that chooses the whole app has any function.
+    monkeypatch.setenv(CHOICE, ANY)
+    check_node_limits(node_of(), run)
