@@ -1,16 +1,18 @@
 """Folders of files: which of them a data set's split is made of.
 
 The names are read as the Hugging Face hub reads them: `train-00000-of-00002.parquet`,
-`data/test.jsonl`, `validation/part.csv`, and what `save_to_disk` writes. Rows of a split that
+`data/test.jsonl`, `validation/part.csv`, what `save_to_disk` writes, and what a README.md
+declares. Rows of a split that
 was not asked for are never trained on.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fedllm.config import DataConfig
+from fedllm.data.declared_folders import declared_patterns, matching
 from fedllm.errors import DataError
 
 _SPLITS = {
@@ -51,15 +53,16 @@ def files_of(
         DataError: There is no such split or config, or several and none is named.
         OSError: The folder cannot be read.
     """
+    declared = declared_patterns(folder, config.config)
+    if declared is not None:
+        return _declared_files(folder, declared, split, is_data, say)
     if config.config:
         folder = _subfolder(folder, config.config, "data.config")
     if (folder / "dataset_dict.json").is_file():
         folder = _subfolder(folder, split, "data.split")
     if (folder / "state.json").is_file():
         return _saved_files(folder)
-    found = sorted(
-        path for path in _visible(folder) if path.name not in _NO_ROWS and is_data(path)
-    )
+    found = _data_files(folder, is_data)
     by_split: dict[str | None, list[Path]] = {}
     for path in found:
         by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
@@ -78,6 +81,39 @@ def files_of(
     if by_split:
         say(f"{folder}: the split {split!r} is read, and of others nothing ({left})")
     return chosen
+
+
+def _declared_files(
+    folder: Path,
+    declared: Mapping[str, Sequence[str]],
+    split: str,
+    is_data: Callable[[Path], bool],
+    say: Say,
+) -> list[Path]:
+    """Return the files that the folder's own card declares as a split.
+
+    Raises:
+        DataError: It declares no such split, or no file of it is there.
+    """
+    splits = ", ".join(sorted(declared))
+    chosen = matching(folder, declared.get(split, ()), _data_files(folder, is_data))
+    if not chosen:
+        raise DataError(
+            f"{folder}: its README.md declares no file of the split {split!r} that is there "
+            f"(splits: {splits}): set data.split, or name a file"
+        )
+    if len(declared) > 1:
+        say(
+            f"{folder}: the split {split!r} is read, of {splits}, as README.md declares"
+        )
+    return chosen
+
+
+def _data_files(folder: Path, is_data: Callable[[Path], bool]) -> list[Path]:
+    """Return the files at any depth that may hold rows, in order of name."""
+    return sorted(
+        path for path in _visible(folder) if path.name not in _NO_ROWS and is_data(path)
+    )
 
 
 def _visible(folder: Path) -> Iterable[Path]:
