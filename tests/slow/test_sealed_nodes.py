@@ -24,7 +24,7 @@ NAMES = ("a", "b", "c")
 SETTINGS = {
     "num-server-rounds": 3,
     "strategy.num-clients": 3,
-    "strategy.round-timeout": 15.0,
+    "strategy.round-timeout": 40.0,
     "privacy.trust": "trustees",
     "privacy.trustees": ",".join(NAMES),
     "privacy.least-trustees": 2,
@@ -67,9 +67,10 @@ def test_a_trustee_that_is_killed_costs_its_round_and_the_others_go_on(
         for index in range(3):
             stack.enter_context(here.node(index))
         here.begin(**SETTINGS)
-        wait_until(lambda: len(here.lines()) >= 2, 240)
+        wait_until(lambda: len(here.lines()) >= 2 or here.finished())
+        assert len(here.lines()) >= 2, (tmp_path / "superlink.log").read_text()
         here.kill("flower-supernode", signal.SIGKILL, "hospital-2.jsonl")
-        wait_until(here.finished, 240)
+        wait_until(here.finished)
 
     first, second, third = here.usable()
     # The node may have opened round 2 before it died; then the last is the one that is lost.
