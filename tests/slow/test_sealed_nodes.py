@@ -67,8 +67,7 @@ def test_a_trustee_that_is_killed_costs_its_round_and_the_others_go_on(
         for index in range(3):
             stack.enter_context(here.node(index))
         here.begin(**SETTINGS)
-        wait_until(lambda: len(here.lines()) >= 2 or here.finished())
-        assert len(here.lines()) >= 2, (tmp_path / "superlink.log").read_text()
+        wait_until(lambda: len(here.lines()) >= 2)
         here.kill("flower-supernode", signal.SIGKILL, "hospital-2.jsonl")
         wait_until(here.finished)
 
