@@ -18,7 +18,8 @@ from fedllm.privacy.agreement import (
 )
 from fedllm.privacy.pads import SealingKey
 
-KEY = SealingKey.generate(post_quantum=False).public.hex()
+# No chance in these: tests are named by them.
+KEY = SealingKey(bytes(range(32))).public.hex()
 SETTINGS = SlotSettings(
     run="r" * 64,
     slot=2,
@@ -43,7 +44,7 @@ CHANGES = {
     "trustees": (("a", KEY), ("b", "11" * 32), ("c", "23" * 32)),
     "adapter": "1" * 64,
 }
-IDENTITY = Ed25519PrivateKey.generate()
+IDENTITY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PINS = {"a": pin_of(IDENTITY.public_key())}
 SIGNED = Certificate("r", "a", KEY, 1000).signed_by(IDENTITY)
 
