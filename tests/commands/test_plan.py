@@ -95,7 +95,7 @@ def test_the_probe_scores_noise_on_the_real_base(
         for _ in range(2)
     ]
 
-    assert quiet["noise_alone"] == pytest.approx(quiet["before"], abs=1e-4)
+    assert quiet["noise_alone"] == pytest.approx(quiet["before"], abs=2e-4)
     # On a random model noise is as good as anything, but it moves the loss; of two draws
     # one may come back to where it was.
     assert max(abs(p["noise_alone"] - p["before"]) for p in loud) > 2e-4
