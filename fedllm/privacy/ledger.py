@@ -129,7 +129,7 @@ class Ledger(ReleaseLedger[PrivacySettings]):
         return self._epsilons(self.settings.noise_multiplier, num_releases)
 
     def epsilons_of_adapters(self) -> Epsilons:
-        """Return the epsilons so far against whoever sees the released adapters alone."""
+        """Return the epsilons spent so far against an observer of the adapters alone."""
         return self._epsilons(self.settings.opened_noise, len(self._releases))
 
     def _epsilons(self, noise_multiplier: float, num_releases: int) -> Epsilons:

@@ -1,4 +1,4 @@
-"""The server of a sealed round opens the sum or nothing, whoever vanishes or cheats."""
+"""A sealed round yields its whole sum or nothing, even if a party drops out or cheats."""
 
 import json
 

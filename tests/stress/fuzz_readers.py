@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    # Readers warn of what is malformed, which most files here are.
     warnings.simplefilter("ignore")
     found = fuzz(args.files, args.seed)
     for outcome, count in found.most_common():
