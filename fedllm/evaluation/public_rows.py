@@ -139,14 +139,7 @@ class PublicRows:
         """Return the run's model, loaded at the first call; its values are overwritten."""
         if self._adapted is None:
             from fedllm.adapters.adapted_model import load_adapted_model
-            from fedllm.data.overlap import judged_by_embedded
 
             logger.info("loading the base model to evaluate on public rows")
-            if judged_by_embedded(self._config.data):
-                logger.info(
-                    "public rows of %s, which come with fedllm, judge this run; where clients "
-                    "train on rows of their own (data-path), set data.name='own'",
-                    self._config.data.name,
-                )
             self._adapted = load_adapted_model(self._config, self._home)
         return self._adapted

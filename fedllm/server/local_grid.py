@@ -90,3 +90,8 @@ class LocalGrid(Grid):
     ) -> Iterable[Message]:
         """Raise: this would hold all replies at once."""
         raise NotImplementedError("pull one reply at a time")
+
+
+def is_simulation(grid: Grid) -> bool:
+    """Return whether a grid's clients are virtual, and so have partitions of one data set."""
+    return isinstance(grid, LocalGrid) or type(grid).__name__ == "InMemoryGrid"

@@ -13,6 +13,7 @@ from fedllm.adapters.resolve import adapter_spec
 from fedllm.adapters.spec import AdapterSpec
 from fedllm.config import RunConfig, fedllm_home, flat
 from fedllm.data.overlap import (
+    judged_by_embedded,
     require_no_public_row_trains,
     require_public_rows_apart,
 )
@@ -30,6 +31,7 @@ from fedllm.runs.resume import Resumed, open_run
 from fedllm.server.account import AccountTerms, PrivacyAccount
 from fedllm.server.declared_rows import ask_declared_rows
 from fedllm.server.federation import Federation, instructions_of
+from fedllm.server.local_grid import is_simulation
 from fedllm.server.population import LEAST_CLIENTS, wait_for_clients
 from fedllm.server.privacy_account import open_account
 from fedllm.server.saving import BestRound, Progress, RunIdentity, RunSaver
@@ -113,6 +115,7 @@ def _assemble(
     require_positions(config.train.max_length, model_config)
     digest = base_digest(base_name, home)
     _log_unpinned(config, digest)
+    _log_judges(config, grid)
     if config.adapter.kind != "auto":
         # An adapter that does not fit fails before anybody is waited for.
         adapter_spec(config.adapter, model_config, config.seed)
@@ -197,6 +200,16 @@ def _trustees_of(resumed: Resumed | None) -> int:
     path = resumed.directory.path / PRIVACY_FILE
     # The account reads it again, and distrusts it.
     return int(read_json(path).get("trustees") or 0)
+
+
+def _log_judges(config: RunConfig, grid: Grid) -> None:
+    """Log if the package's own public rows judge a run whose clients may have other rows."""
+    if judged_by_embedded(config.data) and not is_simulation(grid):
+        logger.info(
+            "public rows of %s, which come with fedllm, judge this run: if its clients have "
+            "rows of their own (data-path), set data.name='own'",
+            config.data.name,
+        )
 
 
 def _log_unpinned(config: RunConfig, digest: str) -> None:

@@ -15,7 +15,7 @@ from fedllm.errors import AdapterError, ConfigError, PrivacyError
 from fedllm.models.location import base_digest
 from fedllm.planning.adapter_choice import Choice
 from fedllm.privacy.released_rounds import ReleasedRounds
-from fedllm.server.startup import _log_unpinned
+from fedllm.server.startup import _log_judges, _log_unpinned
 from fedllm.wire.masking import masked
 from fedllm.wire.messages import ARRAYS
 from tests.helpers.federations import (
@@ -177,3 +177,17 @@ def test_a_hub_id_without_a_commit_is_a_warning_that_names_it(caplog, pin):
     assert ("owner/base is not pinned" in caplog.text) == (not pin)
     assert (f"model.name='owner/base@{'b' * 40}'" in caplog.text) == (not pin)
     assert "data.name: a/b is not pinned" in caplog.text
+
+
+def test_the_package_s_rows_are_named_as_judges_if_clients_may_have_others(caplog):
+    class InMemoryGrid:
+        """A simulation's."""
+
+    own, embedded = parse_run_config({"data.name": "own"}), parse_run_config({})
+    with caplog.at_level(logging.INFO):
+        _log_judges(own, object())
+        _log_judges(embedded, InMemoryGrid())
+        assert not caplog.messages
+        _log_judges(embedded, object())
+
+    assert "wordnet-medical, which come with fedllm, judge this run" in caplog.text
