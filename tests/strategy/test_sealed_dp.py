@@ -259,6 +259,30 @@ def test_a_client_whose_packets_do_not_open_costs_a_round_and_is_left_out(
     assert federation.strategy.round.rejected == [(103, "malformed", "")]
 
 
+def test_a_client_that_sends_another_s_packets_is_left_out_and_the_round_opens(
+    sealed, silent
+):
+    federation = sealed()
+    federation.updates = dict.fromkeys(range(4), 0.02)
+    federation.begin()
+    packets = []
+
+    def answer(message, context):
+        reply = message_handler.reply_to(message, context)
+        if is_train(message) and number(context) == 0:
+            packets.extend(sealed_by(reply))
+        if is_train(message) and number(context) == 3:
+            reply.content.config_records[SEALED][PACKETS] = packets
+        return reply
+
+    federation.answer = answer
+
+    moved = federation.round(1)
+
+    assert moved == pytest.approx(np.full(SIZE, 0.02 * 3 / 4), abs=5e-6)
+    assert federation.strategy.round.rejected == [(103, "malformed", "")]
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -17,7 +17,7 @@ from fedllm.config import AdapterConfig, DataConfig
 from fedllm.data.tokens import tokenize
 from fedllm.models import loading
 from fedllm.models.answer_loss import answer_losses, collate
-from fedllm.models.fast_paths import fast_paths
+from fedllm.models.fast_paths import FastPaths, fast_paths
 from fedllm.models.loading import load_base, load_tokenizer
 from fedllm.models.location import load_config
 from fedllm.training import per_example_gradients
@@ -343,6 +343,23 @@ def test_a_model_that_is_not_on_the_list_gets_one_example_a_pass(
     rows = list(PerExample(model, PAD).gradients(examples[:3], 4))
 
     assert [len(row) for row in rows] == [1, 1, 1]
+
+
+def test_a_head_that_changes_its_scores_gets_one_example_a_pass(
+    make_model, examples, monkeypatch
+):
+    monkeypatch.setattr(
+        per_example_gradients,
+        "fast_paths",
+        lambda base: FastPaths(head=False, packing=False),
+    )
+    model = make_model("ffa-lora")
+
+    rows = list(PerExample(model, PAD).gradients(examples[:3], 4))
+
+    assert [len(part) for part in rows] == [1, 1, 1]
+    wanted = alone(model, sorted_by_length(examples[:3]))
+    assert relative_error(torch.cat(rows), wanted) < 1e-4
 
 
 @pytest.mark.parametrize("where", ["place", "company"])

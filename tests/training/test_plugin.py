@@ -107,7 +107,7 @@ def test_the_page_s_example_halves_the_rate_after_ten_steps(installed, client):
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("os:abort", "'os' is no package"),
+        ("os:getcwd", "'os' is no package"),
         ("delivered:Counter", "'delivered' is no package"),
         ("fedllm.training.sft:train_adapter", "'fedllm' is no package"),
         ("missing_package:make", "'missing_package' is no package"),
