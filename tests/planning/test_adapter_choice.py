@@ -74,6 +74,16 @@ def test_the_kind_with_the_best_expected_gain_is_taken(clients, more, kind):
     assert choose_adapter(make_config(**more), clients, FRONTIER).kind == kind
 
 
+def test_only_what_was_measured_with_as_many_local_steps_counts():
+    steps = make_config().train.local_steps
+    other = replace(row("ffa-lora", 20, 8.0, 3.01), local_steps=steps + 1)
+    frontier = replace(FRONTIER, rows=(*FRONTIER.rows, other))
+    more = make_config(**{"train.local-steps": steps + 1})
+
+    assert choose_adapter(make_config(), 20, frontier).kind == "lora-core"
+    assert choose_adapter(more, 20, frontier).kind == "ffa-lora"
+
+
 def test_a_gain_with_less_noise_is_not_held_against_one_with_this_noise():
     loud = row("ffa-lora", 20, 2.0, 3.9)
     frontier = replace(FRONTIER, rows=(*FRONTIER.rows, loud))
