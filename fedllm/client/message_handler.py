@@ -17,7 +17,8 @@ from fedllm.client.base_model import require_same_base
 from fedllm.client.cache import client_records, client_rows, resident_model
 from fedllm.client.delivery import keep_delivery
 from fedllm.client.failures import failure
-from fedllm.client.node_config import check_node_limits, parse_node_config
+from fedllm.client.node_config import parse_node_config
+from fedllm.client.node_limits import check_node_limits
 from fedllm.client.record_steps import declare_rows, fit_privately, sum_batch
 from fedllm.client.refusals import Refusals
 from fedllm.client.run_client import RunClient, Times, log_training
