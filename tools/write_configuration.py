@@ -101,6 +101,7 @@ Each SuperNode has a config of its own, `fedllm supernode --node-config '...'`. 
 | `trusted-trustees` | The trustees whom the owner knows, `name:KEY,name:KEY`, each KEY the 43 characters of `fedllm keys --add-trustee`, brought by a way that is not the server's. Without it the node takes part in no run with `privacy.trust='trustees'`. |
 | `least-trustees` | Limit: a run must be sealed by `privacy.trust='trustees'`, and by this many trustees at least. |
 | `colluding-trustees` | Limit: a sealed run must keep its epsilon even if this many of its trustees help the server. |
+| `adapter-rank` | Largest rank that this node trains. A run of `adapter.kind='ffa-lora'` of a larger rank has it train the first columns of B alone, and its update of the others is zero; its reply is no smaller. Runs of another kind and a larger rank are rejected. |
 | `trustee-name`, `trustee-key` | This node is the trustee of that name in runs that name it; the file is its private key, for its owner's eyes alone. |
 
 A run outside a limit gets no update from that node: code `bad-config`, or `budget-spent` if it is one run too many;

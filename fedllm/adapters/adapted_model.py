@@ -1,10 +1,11 @@
 """A run's base model with its adapter: the one place that loads and joins them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedllm.adapters.nested import train_first_columns
 from fedllm.adapters.peft_model import (
     attach,
     get_trained,
@@ -31,11 +32,14 @@ class AdaptedModel:
         model: The base with the adapter attached; only the trained values need grad.
         tokenizer: The base model's tokenizer.
         spec: The adapter.
+        rest: Name -> the columns of a trained factor that this node holds and does not
+            train; empty if it trains the whole rank.
     """
 
     model: "PeftModel"
     tokenizer: Any
     spec: AdapterSpec
+    rest: "Mapping[str, torch.Tensor]" = field(default_factory=dict, kw_only=True)
 
     @property
     def pad_token_id(self) -> int:
@@ -48,11 +52,11 @@ class AdaptedModel:
         Raises:
             AdapterError: A name is missing or foreign, or a shape differs.
         """
-        set_trained(self.model, self.spec, arrays)
+        set_trained(self.model, self.spec, arrays, self.rest)
 
     def get(self) -> Arrays:
-        """Copy the trained values out of the model."""
-        return get_trained(self.model, self.spec)
+        """Copy the values that travel out of the model, those that it holds included."""
+        return get_trained(self.model, self.spec, self.rest)
 
     def parameters(self) -> "dict[str, torch.nn.Parameter]":
         """Return the trained parameters under the names that travel."""
@@ -60,7 +64,10 @@ class AdaptedModel:
 
 
 def load_adapted_model(
-    config: "RunConfig", home: Path, device: str | None = None
+    config: "RunConfig",
+    home: Path,
+    device: str | None = None,
+    rank: int | None = None,
 ) -> AdaptedModel:
     """Load a run's base model and attach a fresh adapter, which leaves it unchanged.
 
@@ -68,6 +75,8 @@ def load_adapted_model(
         config: The run config, with an adapter kind that is not `auto`.
         home: The program's folder, where models are cached.
         device: As in `load_base`.
+        rank: How many columns of each factor are trained, below the adapter's rank, of a
+            kind with nested ranks; None: all.
 
     Raises:
         AdapterError: The adapter does not fit the model.
@@ -83,4 +92,6 @@ def load_adapted_model(
         device,
         quantize_embeddings=config.model.quantize_embeddings,
     )
-    return AdaptedModel(attach(base, spec), load_tokenizer(location), spec)
+    model = attach(base, spec)
+    rest = {} if rank is None else train_first_columns(model, spec, rank)
+    return AdaptedModel(model, load_tokenizer(location), spec, rest=rest)

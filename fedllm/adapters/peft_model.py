@@ -7,6 +7,7 @@ every process makes the same ones.
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,9 +65,18 @@ def attach(base: "PreTrainedModel", spec: AdapterSpec) -> "PeftModel":
 
 
 def set_trained(
-    model: "PeftModel", spec: AdapterSpec, arrays: Mapping[str, npt.NDArray[Any]]
+    model: "PeftModel",
+    spec: AdapterSpec,
+    arrays: Mapping[str, npt.NDArray[Any]],
+    rest: "Mapping[str, torch.Tensor]" = MappingProxyType({}),
 ) -> None:
     """Copy trained values into the model.
+
+    Args:
+        model: The base model with the adapter attached.
+        spec: The adapter.
+        arrays: The values that travel.
+        rest: Name -> the last columns, where a node trains the first ones alone.
 
     Raises:
         AdapterError: A name is missing or foreign, or a shape differs.
@@ -76,15 +86,28 @@ def set_trained(
     check_arrays(spec, arrays)
     with torch.no_grad():
         for name, parameter in trained_parameters(model, spec).items():
-            parameter.copy_(torch.from_numpy(np.array(arrays[name], np.float32)))
+            value = torch.from_numpy(np.array(arrays[name], np.float32))
+            if name in rest:
+                rest[name].copy_(value[:, parameter.shape[1] :])
+                value = value[:, : parameter.shape[1]]
+            parameter.copy_(value)
 
 
-def get_trained(model: "PeftModel", spec: AdapterSpec) -> Arrays:
-    """Copy the trained values out of the model."""
-    return {
-        name: parameter.detach().to("cpu").numpy().astype(np.float32, copy=True)
-        for name, parameter in trained_parameters(model, spec).items()
-    }
+def get_trained(
+    model: "PeftModel",
+    spec: AdapterSpec,
+    rest: "Mapping[str, torch.Tensor]" = MappingProxyType({}),
+) -> Arrays:
+    """Copy the trained values out of the model; arguments as in `set_trained`."""
+    import torch
+
+    arrays = {}
+    for name, parameter in trained_parameters(model, spec).items():
+        value = parameter.detach()
+        if name in rest:
+            value = torch.cat([value, rest[name]], dim=1)
+        arrays[name] = value.to("cpu").numpy().astype(np.float32, copy=True)
+    return arrays
 
 
 def check_arrays(spec: AdapterSpec, arrays: Mapping[str, Any]) -> None:

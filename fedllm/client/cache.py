@@ -72,15 +72,19 @@ _WITHOUT: "dict[Part, str]" = {
 }
 
 
-def resident_model(config: RunConfig) -> ResidentModel:
+def resident_model(config: RunConfig, rank: int | None = None) -> ResidentModel:
     """Return the resident base model with this run's adapter on it.
+
+    Args:
+        config: The run config, with a kind of adapter that is not `auto`.
+        rank: How many columns of each factor are trained; None: all.
 
     Raises:
         FedllmError: The model cannot be loaded, or has too few positions.
     """
     from fedllm.data.model_limits import require_positions
 
-    key = (config.model, config.adapter, config.seed)
+    key = (config.model, config.adapter, config.seed, rank)
     if key not in _resident:
         from fedllm.adapters.adapted_model import load_adapted_model
 
@@ -92,7 +96,8 @@ def resident_model(config: RunConfig) -> ResidentModel:
         )
         # Another adapter kind would wrap the same base twice: keep one at a time.
         _resident.clear()
-        _resident[key] = ResidentModel(load_adapted_model(config, fedllm_home()))
+        adapted = load_adapted_model(config, fedllm_home(), rank=rank)
+        _resident[key] = ResidentModel(adapted)
         # Every trainer that is built collects garbage, which walks all that imports and
         # the model left: a good part of a short training. None of it is garbage.
         gc.collect()

@@ -18,7 +18,7 @@ from fedllm.client.cache import client_records, client_rows, resident_model
 from fedllm.client.delivery import keep_delivery
 from fedllm.client.failures import failure
 from fedllm.client.node_config import parse_node_config
-from fedllm.client.node_limits import check_node_limits
+from fedllm.client.node_limits import check_node_limits, rank_line, trained_rank
 from fedllm.client.record_steps import declare_rows, fit_privately, sum_batch
 from fedllm.client.refusals import Refusals
 from fedllm.client.run_client import RunClient, Times, log_training
@@ -124,7 +124,7 @@ def _answer_sealed(message: Message, client: RunClient) -> RecordDict:
         case "query.tally":
             return tally(message, client)
         case "train":
-            _require_base(message, client)
+            _require_fit(message, client)
             return sealed_reply(message, client, lambda: _update_alone(message, client))
     raise ConfigError(
         "privacy.trust: under 'trustees' a node answers no message of type "
@@ -170,7 +170,7 @@ class _Round:
 def _train(message: Message, client: RunClient) -> RecordDict:
     """Fine-tune from the server's arrays and return the trained ones."""
     config = client.config
-    _require_base(message, client)
+    _require_fit(message, client)
     _charge(client, _server_round(message))
     taken = _take_up(message, client)
     if config.is_joint:
@@ -203,10 +203,17 @@ def _update_alone(
     return trained.arrays, taken.task.arrays
 
 
-def _require_base(message: Message, client: RunClient) -> None:
-    """Raise if the server has another base model: before anything is charged."""
+def _require_fit(message: Message, client: RunClient) -> None:
+    """Raise if base model or rank are not this node's: before anything is charged.
+
+    Raises:
+        ConfigError: The server has another base model, or the rank is above the node's.
+    """
     record = message.content.config_records[CONFIG]
     require_same_base(client.config.model.name, record.get(BASE_MODEL))
+    adapter = with_kind(client.config, record.get(ADAPTER_KIND)).adapter
+    if line := rank_line(client.node, adapter):
+        client.log.write(f"client {client.log.number}: {line}")
 
 
 def _server_round(message: Message) -> int:
@@ -225,7 +232,8 @@ def _take_up(message: Message, client: RunClient) -> _Round:
         message
     )
     learning_rate = float(record["learning-rate"])  # type: ignore[arg-type]
-    resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
+    config = with_kind(config, record.get(ADAPTER_KIND))
+    resident = resident_model(config, trained_rank(node, config.adapter))
     loaded = time.monotonic()
     examples: Sequence[Record | None]
     if config.privacy.unit == "record":
@@ -344,7 +352,9 @@ def _evaluate(message: Message, client: RunClient) -> RecordDict:
         )
     record = message.content.config_records[CONFIG]
     require_same_base(config.model.name, record.get(BASE_MODEL))
-    resident = resident_model(with_kind(config, record.get(ADAPTER_KIND)))
+    resolved = with_kind(config, record.get(ADAPTER_KIND))
+    rank = trained_rank(client.node, resolved.adapter)
+    resident = resident_model(resolved, rank)
     held = client_rows(resident, client.node, config, client.log, "evaluation")
     adapted = resident.adapted
     adapted.set(_received(message, adapted, config))

@@ -37,6 +37,7 @@ KEYS = (
     "trusted-trustees",
     "trustee-name",
     "trustee-key",
+    "adapter-rank",
     *LIMITS,
 )
 
@@ -75,6 +76,8 @@ class NodeConfig:
         colluding_trustees: How many of them a run must count as the server's; None: any.
         trusted_trustees: Name -> public identity key of the trustees that the owner knows,
             in order; empty: the node takes part in no sealed run.
+        adapter_rank: Largest rank that the node trains, of a run's adapter whose ranks are
+            nested; None: the run's.
         trustee_name: Its own name, if it is a trustee; set with `trustee_key`.
         trustee_key: File of its identity key.
         is_partition: Whether the config names a number of partitions, as every node of a
@@ -97,6 +100,7 @@ class NodeConfig:
     least_trustees: int | None = None
     colluding_trustees: int | None = None
     trusted_trustees: tuple[tuple[str, str], ...] = ()
+    adapter_rank: int | None = None
     trustee_name: str | None = None
     trustee_key: str | None = None
     is_partition: bool = False
@@ -167,6 +171,7 @@ def parse_node_config(values: Mapping[str, Any]) -> NodeConfig:
         least_trustees=_declared_number(values, "least-trustees", "trustees"),
         colluding_trustees=_colluding(values),
         trusted_trustees=_pins(values),
+        adapter_rank=_declared_number(values, "adapter-rank", "columns"),
         trustee_name=_trustee(values)[0],
         trustee_key=_trustee(values)[1],
         is_partition="num-partitions" in values,

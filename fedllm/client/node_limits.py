@@ -1,7 +1,8 @@
 """Check a run against the limits that the owner of a node sets."""
 
+from fedllm.adapters.kinds import kind_of
 from fedllm.client.node_config import DEFAULT_DELTA, NodeConfig
-from fedllm.config import RunConfig
+from fedllm.config import AdapterConfig, RunConfig
 from fedllm.errors import ConfigError
 from fedllm.models.known import BUILT_IN_MODEL
 from fedllm.node.delivered_app import is_chosen
@@ -25,6 +26,41 @@ def check_node_limits(node: NodeConfig, config: RunConfig) -> None:
             f"privacy.delta: this node demands a set value of at most {node.delta} "
             f"(got {privacy.delta})"
         )
+
+
+def trained_rank(node: NodeConfig, adapter: AdapterConfig) -> int | None:
+    """Return how many columns of each factor this node trains; None: the run's whole rank.
+
+    Args:
+        node: The node config, of which `adapter-rank` is the most.
+        adapter: The run's adapter, with a kind that is not `auto`.
+
+    Raises:
+        ConfigError: The run's rank is above that, and its kind has no smaller one inside.
+    """
+    kind, most = kind_of(adapter.kind), node.adapter_rank
+    if most is None or not kind.has_rank or adapter.rank <= most:
+        return None
+    if kind.why_not_nested:
+        raise ConfigError(
+            f"adapter.rank: this node trains {most} at most (got {adapter.rank}), and "
+            f"adapter.kind={adapter.kind!r} has no smaller rank inside: "
+            f"{kind.why_not_nested}; 'ffa-lora' has"
+        )
+    return most
+
+
+def rank_line(node: NodeConfig, adapter: AdapterConfig) -> str:
+    """Return what the node's `adapter-rank` makes of a run, for its own log; empty: nothing."""
+    most, rank = node.adapter_rank, trained_rank(node, adapter)
+    if most is None:
+        return ""
+    if rank is None:
+        return f"adapter-rank {most} is not below the run's, which is trained whole"
+    return (
+        f"adapter-rank: it trains the first {rank} of the run's {adapter.rank} columns, and "
+        "its update of the others is zero"
+    )
 
 
 def _check_unit(node: NodeConfig, config: RunConfig) -> None:

@@ -29,6 +29,7 @@ from fedllm.client.delivery import (
     write_adapter,
 )
 from fedllm.client.log import ClientLog
+from fedllm.client.node_limits import trained_rank
 from fedllm.config import fedllm_home
 from fedllm.errors import NodeError
 from fedllm.reporting.personal_card import personal_card
@@ -153,7 +154,8 @@ def candidates(delivery: Delivery) -> tuple[AdaptedModel, dict[str, Arrays]]:
     """
     config = delivery.config
     require_same_base(config.model.name, delivery.base_digest)
-    adapted: AdaptedModel = resident_model(config).adapted
+    rank = trained_rank(delivery.node, config.adapter)
+    adapted: AdaptedModel = resident_model(config, rank).adapted
     return adapted, {
         "base": initial_arrays(adapted.spec),
         "shared": read_trained(delivery.folder / SHARED_FOLDER),
@@ -169,7 +171,7 @@ def _fill(folder: Path, delivery: Delivery) -> None:
     config, node = delivery.config, delivery.node
     require_same_base(config.model.name, delivery.base_digest)
     log = ClientLog(node.partition_id, delivery.run_id)
-    resident = resident_model(config)
+    resident = resident_model(config, trained_rank(node, config.adapter))
     adapted: AdaptedModel = resident.adapted
     rows = personal_rows(resident, node, config, log)
     shared_folder = delivery.folder / SHARED_FOLDER

@@ -7,6 +7,8 @@ integers of a grid that the whole federation shares, without noise and without a
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.config import RunConfig
 from fedllm.privacy.joint_sum import record_units
@@ -64,11 +66,14 @@ def batch_sum(
         for an empty batch.
     """
     generator, norm = SecureGenerator(), config.privacy.max_grad_norm
-    size = adapted.spec.num_trainable
-    units = record_units(size, plan.noise_multiplier, plan.expected_batch_size)
-    total = FixedPointSum(size, norm, units)
+    # The grid is the whole federation's, whatever rank this node trains.
+    units = record_units(
+        adapted.spec.num_trainable, plan.noise_multiplier, plan.expected_batch_size
+    )
     with ready_for_gradients(adapted, config, task):
         per_example = PerExample(adapted.model, adapted.pad_token_id)
+        size = sum(parameter.numel() for parameter in per_example.trained)
+        total = FixedPointSum(size, norm, units)
         batch = drawn(examples, plan.sampling_probability, generator)
         add_clipped(total, per_example, batch, config.train.batch_size, norm)
     named = _named(total.integers(), per_example, adapted)
@@ -78,11 +83,17 @@ def batch_sum(
 def _named(
     integers: Integers, per_example: PerExample, adapted: AdaptedModel
 ) -> dict[str, Integers]:
-    """Return a flat sum, in the order of the model, by the names that travel."""
+    """Return a flat sum, in the order of the model, by the names that travel.
+
+    A column that this node does not train adds zero.
+    """
     parts: dict[int, Integers] = {}
     start = 0
     for parameter in per_example.trained:
         part = integers[start : start + parameter.numel()]
         parts[id(parameter)] = part.reshape(tuple(parameter.shape))
         start += parameter.numel()
-    return {name: parts[id(p)] for name, p in adapted.parameters().items()}
+    named = {name: parts[id(p)] for name, p in adapted.parameters().items()}
+    for name, held in adapted.rest.items():
+        named[name] = np.pad(named[name], ((0, 0), (0, held.shape[1])))
+    return named

@@ -306,7 +306,7 @@ def _chunks(
 def _linear_layers(
     model: torch.nn.Module, trained: Sequence[torch.nn.Parameter]
 ) -> dict[torch.nn.Parameter, tuple[torch.nn.Module, torch.Tensor | None]]:
-    """Return the linear layer whose weight, or left @ weight, each parameter is."""
+    """Return the linear layer whose weight, left @ weight or first columns each parameter is."""
     trained_set = set(trained)
     layers: dict[torch.nn.Parameter, tuple[torch.nn.Module, torch.Tensor | None]] = {}
     for module in model.modules():
@@ -318,7 +318,7 @@ def _linear_layers(
         if chain is not None and "weight" in chain:
             weight = chain.weight.original if len(chain.weight) == 1 else None
             left = getattr(chain.weight[0], "left", None)
-            if left is None:
+            if left is None and not hasattr(chain.weight[0], "rest"):
                 continue
         if weight is not None and weight in trained_set:
             if weight in layers:
@@ -332,7 +332,8 @@ def _tap_hook(rows: torch.Tensor, left: torch.Tensor | None) -> Any:
     """Return the forward hook that adds a layer's per-example gradients to `rows`.
 
     Args:
-        rows: (b, out, in), or (b, r, in) if the weight is left (out, r) @ core.
+        rows: (b, out, in), or (b, r, in) if the weight is left (out, r) @ core; of a weight
+            whose first columns are trained, those.
         left: The fixed left factor of a core.
     """
 
@@ -341,6 +342,7 @@ def _tap_hook(rows: torch.Tensor, left: torch.Tensor | None) -> Any:
             gradient = gradient @ left
         # Everything between the example and the last dimension is summed over.
         one, two = gradient.float().flatten(1, -2), x.float().flatten(1, -2)
+        two = two[..., : rows.shape[-1]]
         rows.add_(torch.bmm(one.transpose(1, 2), two))
 
     def hook(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:

@@ -235,3 +235,42 @@ def test_a_training_that_passes_the_deadline_stops_with_a_code_of_its_own(answer
 
     assert code_of(reply) == "time-limit"
     assert ("strategy.round-timeout" in text_of(reply)) == (unit == "none")
+
+
+@pytest.mark.parametrize("changes", [{}, WITHOUT_DP, RECORD])
+def test_a_node_of_a_smaller_rank_sends_zero_for_the_columns_that_it_does_not_train(
+    answer, arrays, home, changes
+):
+    """Its reply has the same form, so that nothing of the node is in its size."""
+    whole = values(answer(changes), arrays)
+    got = values(answer(changes, {**NODE, "adapter-rank": 1}), arrays)
+
+    for name, value in got.items():
+        assert value.shape == whole[name].shape
+        update = value - arrays[name]
+        assert np.abs(update[:, 0]).max() > 0
+        assert not update[:, 1:].any()
+        assert np.abs((whole[name] - arrays[name])[:, 1:]).max() > 0
+    log = (home / "logs" / "client-0.log").read_text()
+    assert "adapter-rank: it trains the first 1 of the run's 2 columns" in log
+
+
+def test_weight_decay_and_a_start_leave_the_other_columns_as_they_were(answer, arrays):
+    start = {name: value + np.float32(0.5) for name, value in arrays.items()}
+    adam = {"train.optimizer": "adamw", "train.weight-decay": 0.1}
+    instructed = train_instruction(start, learning_rate=0.01)
+
+    got = values(answer(adam, {**NODE, "adapter-rank": 1}, instructed), arrays)
+
+    for name, value in got.items():
+        assert (value[:, 1:] == start[name][:, 1:]).all()
+        assert (value[:, :1] != start[name][:, :1]).any()
+
+
+def test_a_run_of_another_kind_and_a_larger_rank_is_refused_before_it_is_charged(
+    answer, arrays, home
+):
+    node = {**NODE, "adapter-rank": 1, "max-epsilon": 8.0}
+
+    assert code_of(answer({"adapter.kind": "lora"}, node)) == "bad-config"
+    assert not (home / "ledgers").exists()

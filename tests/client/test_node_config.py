@@ -196,3 +196,12 @@ def test_a_node_with_a_floor_of_trustees_is_no_simulation():
         assert node_of(**limits).has_limits
     named = node_of(trustee_name="a", trustee_key="/key")
     assert not named.is_simulated
+
+
+@pytest.mark.parametrize("rank", [0, -2, 1.5, "all"])
+def test_a_bound_of_rank_is_a_number_of_columns(rank):
+    with pytest.raises(ConfigError, match="adapter-rank: must be a"):
+        node_of(adapter_rank=rank)
+    assert node_of(adapter_rank=4).adapter_rank == 4
+    # What a machine can do is no word of an owner on what leaves it.
+    assert node_of(adapter_rank=4).is_simulated

@@ -2,9 +2,10 @@
 
 import pytest
 
+from fedllm.adapters.kinds import KINDS
 from fedllm.client.node_config import parse_node_config
-from fedllm.client.node_limits import check_node_limits
-from fedllm.config import RunConfig, parse_run_config
+from fedllm.client.node_limits import check_node_limits, rank_line, trained_rank
+from fedllm.config import AdapterConfig, RunConfig, parse_run_config
 from fedllm.errors import ConfigError
 from fedllm.node.delivered_app import ANY, CHOICE, INSTALLED
 from fedllm.wire.messages import ARRAYS
@@ -171,3 +172,28 @@ def test_a_runs_plugin_is_the_one_that_the_owner_named(monkeypatch):
     # A server that chooses the whole app has any function.
     monkeypatch.setenv(CHOICE, ANY)
     check_node_limits(node_of(), run)
+
+
+def adapter(kind: str = "ffa-lora", rank: int = 8) -> AdapterConfig:
+    return AdapterConfig(kind=kind, rank=rank)
+
+
+def test_a_node_trains_its_own_rank_of_a_run_of_a_larger_one():
+    assert trained_rank(node_of(adapter_rank=2), adapter()) == 2
+    assert "first 2 of the run's 8" in rank_line(node_of(adapter_rank=2), adapter())
+    for most in (8, 64):
+        node = node_of(adapter_rank=most)
+        assert trained_rank(node, adapter()) is None
+        assert f"adapter-rank {most} is not below" in rank_line(node, adapter())
+    assert trained_rank(node_of(), adapter()) is None
+    assert not rank_line(node_of(), adapter())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ffa-lora"])
+def test_a_kind_without_nested_ranks_is_refused_only_above_the_nodes_rank(kind):
+    assert trained_rank(node_of(adapter_rank=8), adapter(kind)) is None
+    if kind == "ia3":
+        assert trained_rank(node_of(adapter_rank=1), adapter(kind)) is None
+        return
+    with pytest.raises(ConfigError, match=f"trains 7 at most .got 8., and .*'{kind}'"):
+        trained_rank(node_of(adapter_rank=7), adapter(kind))

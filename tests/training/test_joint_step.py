@@ -1,11 +1,27 @@
 """The sum that leaves a client un-noised: what one record changes, and that nothing else tells."""
 
 import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
 
+from fedllm.adapters.adapted_model import AdaptedModel
+from fedllm.adapters.nested import train_first_columns
+from fedllm.adapters.peft_model import attach, initial_arrays
 from fedllm.privacy.discrete_gaussian import integer_sensitivity
 from fedllm.privacy.joint_sum import record_units
 from fedllm.privacy.record_ledger import RecordPlan
-from tests.helpers.batch_sums import B, Z, client, examples, length, sum_of
+from fedllm.training.joint_step import batch_sum
+from fedllm.training.task import RoundTask
+from tests.helpers.batch_sums import (
+    CONFIG,
+    EVERY,
+    B,
+    Z,
+    client,
+    examples,
+    length,
+    sum_of,
+)
 
 __all__ = ["client", "examples", "sum_of"]
 
@@ -52,3 +68,25 @@ def test_every_row_has_a_coin_of_its_own(examples, sum_of):
     sums = {sum_of(examples, half).tobytes() for _ in range(12)}
 
     assert len(sums) > 6
+
+
+def test_a_node_of_a_smaller_rank_adds_zero_to_the_columns_that_it_does_not_train(
+    client, examples, tiny_chat_llama
+):
+    """On the same grid as all others, and with records of the same bound."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_chat_llama, dtype=torch.float32)
+    model = attach(base.requires_grad_(False), client.spec).eval()
+    rest = train_first_columns(model, client.spec, 1)
+    narrow = AdaptedModel(model, client.tokenizer, client.spec, rest=rest)
+    task = RoundTask(initial_arrays(client.spec), 1.0)
+
+    sums = [
+        batch_sum(narrow, records, CONFIG, EVERY, task).integers
+        for records in (examples, examples[1:])
+    ]
+
+    assert {k: v.shape for k, v in sums[0].items()} == client.spec.trained_shapes
+    assert not any(value[:, 1:].any() for value in sums[0].values())
+    change = np.concatenate([(sums[0][n] - sums[1][n]).ravel() for n in sums[0]])
+    units = record_units(client.spec.num_trainable, Z, B)
+    assert 0.99 * units < length(change) <= units + 1

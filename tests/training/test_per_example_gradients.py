@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fedllm.adapters.nested import train_first_columns
 from fedllm.adapters.peft_model import attach, initial_arrays, set_trained
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.config import AdapterConfig, DataConfig
@@ -484,3 +485,24 @@ def test_running_out_of_memory_is_about_the_machine_and_is_raised(
 
     with pytest.raises(torch.OutOfMemoryError):
         list(per_example.gradients(examples, 4))
+
+
+def test_of_a_node_that_trains_the_first_columns_they_are_the_gradients_of_those(
+    make_model, examples, tiny_chat_llama, monkeypatch
+):
+    whole, model = make_model("ffa-lora"), make_model("ffa-lora")
+    config = load_config(str(tiny_chat_llama))
+    spec = adapter_spec(AdapterConfig(kind="ffa-lora", rank=4), config, 5)
+    train_first_columns(model, spec, 1)
+    monkeypatch.setattr(PerExample, "_one", None)  # all of them in one pass
+
+    got = together(model, examples, 4)
+
+    wanted, start = alone(whole, examples), 0
+    kept = []
+    for shape in spec.trained_shapes.values():
+        size = shape[0] * shape[1]
+        columns = wanted[:, start : start + size].reshape(-1, *shape)
+        kept.append(columns[:, :, 0])
+        start += size
+    assert relative_error(got, torch.cat(kept, 1)) < 1e-4

@@ -42,6 +42,7 @@ class IA3:
     has_rank = False
     has_dropout = False
     is_mean_exact = True
+    why_not_nested = "it has no rank"
     file_shapes: Mapping[str, Sequence[tuple[str, ...]]] = {
         "ia3_l": [("out", "1"), ("1", "in")]
     }

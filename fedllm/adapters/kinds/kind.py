@@ -28,6 +28,8 @@ class Kind(Protocol):
         has_dropout: Whether `adapter.dropout` may be above 0.
         is_mean_exact: Whether the mean of clients' trained values is the adapter of their
             mean update.
+        why_not_nested: Why a node cannot train a smaller rank than the run's; empty: it can,
+            by the first columns of each trained array.
         file_shapes: Last part of a weight's name in PEFT's file -> the shapes that it may
             have, in the words "r", "in", "out" and "1".
     """
@@ -36,6 +38,7 @@ class Kind(Protocol):
     has_rank: bool
     has_dropout: bool
     is_mean_exact: bool
+    why_not_nested: str
     file_shapes: Mapping[str, Sequence[tuple[str, ...]]]
 
     def default_modules(self, model_type: str) -> Sequence[Targets]:

@@ -53,6 +53,7 @@ class Lora:
     has_rank = True
     has_dropout = True
     is_mean_exact = False
+    why_not_nested = "the mean of its two factors is not the mean of the updates"
     file_shapes: Mapping[str, Sequence[tuple[str, ...]]] = {
         "lora_A": [("r", "in")],
         "lora_B": [("out", "r")],
@@ -129,8 +130,7 @@ class Lora:
     def parameter(self, layer: Any, side: str) -> "torch.nn.Parameter":
         """Return the parameter of an adapted layer that travels as `side`."""
         factor = getattr(layer, side.removesuffix(".weight"))["default"]
-        weight: torch.nn.Parameter = factor.weight
-        return weight
+        return _trained_of(factor)
 
     def _factors(
         self, spec: AdapterSpec, module: str, trained: Mapping[str, npt.NDArray[Any]]
@@ -144,6 +144,7 @@ class FFALora(Lora):
     """B is trained, A is fixed."""
 
     is_mean_exact = True
+    why_not_nested = ""
 
     def trained_tensors(
         self, spec: AdapterSpec, module: str
@@ -170,6 +171,8 @@ class FFALora(Lora):
 
 class LoraCore(FFALora):
     """A core between two fixed factors is trained; PEFT sees it folded into B."""
+
+    why_not_nested = "its core of rank x rank values is small on any node"
 
     def trained_tensors(
         self, spec: AdapterSpec, module: str
@@ -202,15 +205,21 @@ class LoraCore(FFALora):
 
     def parameter(self, layer: Any, side: str) -> "torch.nn.Parameter":
         """Return the core of an adapted layer."""
-        b = layer.lora_B["default"]
-        core: torch.nn.Parameter = b.parametrizations.weight.original
-        return core
+        return _trained_of(layer.lora_B["default"])
 
     def _factors(
         self, spec: AdapterSpec, module: str, trained: Mapping[str, npt.NDArray[Any]]
     ) -> tuple[Any, Any]:
         core = trained[f"{PREFIX}{module}.lora_core.weight"]
         return _fixed_a(spec, module), _fixed_left(spec, module) @ core
+
+
+def _trained_of(factor: Any) -> "torch.nn.Parameter":
+    """Return what is trained of a factor: its weight, or what the weight is made of."""
+    chain = getattr(factor, "parametrizations", None)
+    weight: torch.nn.Parameter
+    weight = factor.weight if chain is None else chain.weight.original
+    return weight
 
 
 def _orthonormal_columns(seed: int, name: str, rows: int, columns: int) -> Any:

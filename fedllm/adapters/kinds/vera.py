@@ -30,6 +30,7 @@ class Vera:
     has_rank = True
     has_dropout = True
     is_mean_exact = False
+    why_not_nested = "the mean of its two vectors is not the mean of the updates"
     file_shapes: Mapping[str, Sequence[tuple[str, ...]]] = {
         "vera_lambda_b": [("out",)],
         "vera_lambda_d": [("r",)],
