@@ -70,9 +70,9 @@ def trained(monkeypatch) -> list[bool]:
     asked: list[bool] = []
     real = message_handler.resident_model
 
-    def note(config: Any) -> Any:
+    def note(config: Any, rank: int | None) -> Any:
         asked.append(True)
-        return real(config)
+        return real(config, rank)
 
     monkeypatch.setattr(message_handler, "resident_model", note)
     return asked
@@ -168,7 +168,7 @@ KILLED = """
 import json, os, signal, sys
 from fedllm.client import message_handler
 from tests.helpers.flower_messages import context, train_instruction
-def die(config):
+def die(config, rank):
     os.kill(os.getpid(), signal.SIGKILL)
 message_handler.resident_model = die
 settings, node = json.loads(sys.argv[1])
