@@ -81,7 +81,8 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 def _list(args: argparse.Namespace) -> list[str]:
     """Return what waits and what is approved."""
     from fedllm.node.approvals import Request, approvals, differences, pending
-    from fedllm.node.reviews import fingerprint, reviewers
+    from fedllm.node.reviews import reviewers
+    from fedllm.signatures import fingerprint
 
     approved = approvals()
     last = approved[-1].request if approved else Request("", {})
@@ -123,7 +124,8 @@ def _revoke(args: argparse.Namespace) -> list[str]:
 
 
 def _trust(args: argparse.Namespace) -> list[str]:
-    from fedllm.node.reviews import fingerprint, reviewers, trust
+    from fedllm.node.reviews import reviewers, trust
+    from fedllm.signatures import fingerprint
 
     name = trust(Path(args.of))
     return [f"trusted: {name} {fingerprint(reviewers()[name])}"]

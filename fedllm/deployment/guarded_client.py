@@ -35,13 +35,22 @@ from fedllm.node.delivered_app import (
     require_chosen,
 )
 from fedllm.node.log import append
-from fedllm.wire.messages import ERROR, error_content
+from fedllm.wire.messages import (
+    CONFIG,
+    ERROR,
+    LEDGER_HEAD,
+    LEDGER_KEY,
+    LEDGER_SIGNATURE,
+    error_content,
+)
 from fedllm.wire.resumed_run import original_context
 
 logger = logging.getLogger("fedllm.deployment.guarded_client")
 
 # Set by the programs of other names in `programs/`.
 _REFUSED_PROGRAM = "FEDLLM_REFUSED"
+_LEDGER_ENTRIES = (LEDGER_HEAD, LEDGER_KEY, LEDGER_SIGNATURE)
+_MOST_OF_AN_END = 500
 
 _Client = Callable[[Message, Context], Message]
 
@@ -161,12 +170,27 @@ class _Guard:
             "app": self._app_hash,
             "config": hashlib.sha256(settings.encode()).hexdigest(),
             "refused": None if self._refusal is None else str(self._refusal),
+            **_ledger_end(message),
         }
 
 
 def _refuse(message: Message, context: Context) -> Message:
     """Answer in the place of an app that the owner has not chosen."""
     return Message(error_content("not-approved", None), reply_to=message)
+
+
+def _ledger_end(message: Message) -> dict[str, Any]:
+    """Return the round that is asked for, and what the server signs of its ledger, unchecked.
+
+    With it the node's owner can show which rounds a dossier of that run must have.
+    """
+    record = message.content.config_records.get(CONFIG) or {}
+    server_round = record.get("server-round")
+    known = {"round": server_round} if type(server_round) is int else {}
+    ends = {name: record.get(name) for name in _LEDGER_ENTRIES}
+    if all(isinstance(e, str) and len(e) <= _MOST_OF_AN_END for e in ends.values()):
+        known |= ends
+    return known
 
 
 def _answer(reply: Message) -> dict[str, Any]:

@@ -8,8 +8,6 @@ message, so an approval ends when its owner stops trusting the key, and whoever 
 rounds or its end voids it. Who brings the signature to a node does not matter.
 """
 
-import base64
-import hashlib
 import re
 from pathlib import Path
 
@@ -19,8 +17,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PublicKey,
 )
 from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
     load_ssh_private_key,
     load_ssh_public_key,
 )
@@ -28,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 from fedllm.atomic_files import write_atomic
 from fedllm.errors import NodeError
 from fedllm.node.log import node_folder
+from fedllm.signatures import fingerprint, public_line
 from fedllm.strict_modes import require_strict_modes
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
@@ -119,8 +116,7 @@ def trust(path: Path) -> str:
         raise NodeError(
             f"{path.stem}: is trusted with another key: fedllm node distrust {path.stem}"
         )
-    line = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    write_atomic(target, line + b"\n", 0o600)
+    write_atomic(target, f"{public_line(key)}\n".encode(), 0o600)
     return path.stem
 
 
@@ -135,13 +131,6 @@ def distrust(name: str) -> None:
         known = ", ".join(reviewers()) or "nobody"
         raise NodeError(f"{name!r}: no such reviewer (trusted: {known})")
     path.unlink()
-
-
-def fingerprint(key: Ed25519PublicKey) -> str:
-    """Return a key's fingerprint as `ssh-keygen -l` prints it."""
-    line = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    digest = hashlib.sha256(base64.b64decode(line.split()[1])).digest()
-    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
 def _public_key(path: Path) -> Ed25519PublicKey:

@@ -159,6 +159,7 @@ class JointLedger(ReleaseLedger[JointSettings]):
             "sampling_probability": settings.sampling_probability,
             "num_rounds": len(self._releases),
             "releases": self._releases,
+            "chain": self._links,
             "noise_to_signal": self.noise_to_signal,
             "noise_probe": self._noise_probe,
             "accountant": record_accountant(events, settings.delta),

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedllm.errors import PrivacyError
 from fedllm.privacy.accounting import Sampling
+from fedllm.privacy.chain import Chain, Head, chain_fault, read_chain
 from fedllm.privacy.protected_record import persons_not_covered, protected, relation
 from fedllm.privacy.release_ledger import write_privacy_file
 from fedllm.privacy.wording import delta_caution, plain, rounds_text, strength
@@ -90,6 +91,7 @@ class RecordClaims:
         self._earlier: list[float] = []
         self._floor = 0.0
         self._releases: list[int] = []
+        self._chain: Chain | None = Chain(run, settings)
 
     @classmethod
     def create(
@@ -117,6 +119,7 @@ class RecordClaims:
             settings = replace(settings, start_note=note)
             claims = cls(path, settings, str(content["run"]))
             claims._releases = [int(r) for r in content["releases"]]
+            claims._chain = read_chain(claims.run, settings, content)
             count = int(content["num_clients_reported"])
             worst, median = _limit(content["epsilon"]), _limit(
                 content["epsilon_median"]
@@ -131,6 +134,8 @@ class RecordClaims:
             raise PrivacyError(f"{path}: cannot be read: {error}") from None
         if changed:
             raise PrivacyError("privacy settings have changed: " + "; ".join(changed))
+        if fault := chain_fault(claims._chain, claims._releases):
+            raise PrivacyError(f"{path}: was edited: {fault}")
         middle = min(count, count // 2 + 1)
         claims._earlier = [median] * middle + [worst] * (count - middle)
         claims._floor = worst if count else 0.0
@@ -162,7 +167,14 @@ class RecordClaims:
             self._claims[node_id] = max(self._claims.get(node_id, 0.0), epsilon)
         if claims:
             self._releases.append(server_round)
+            if self._chain is not None:
+                self._chain.append(server_round, epsilon=self.worst)
         self._write()
+
+    @property
+    def head(self) -> Head | None:
+        """The end of the chain of rounds; None: an older version began the file."""
+        return None if self._chain is None else self._chain.head
 
     @property
     def worst(self) -> float | None:
@@ -215,6 +227,7 @@ class RecordClaims:
             / settings.population_size,
             "num_rounds": len(self._releases),
             "releases": self._releases,
+            "chain": None if self._chain is None else self._chain.links,
             "noise_to_signal": None,
             "noise_probe": None,
             "accountant": "each client's own: exact Gaussian without sampling, else PLD, or "

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from fedllm.atomic_files import write_atomic
 from fedllm.errors import PrivacyError
+from fedllm.privacy.chain import Chain, Head, chain_fault, read_chain
 from fedllm.privacy.released_rounds import ReleasedRounds
 
 
@@ -66,12 +67,14 @@ class ReleaseLedger(ABC, Generic[SettingsT]):
         releases: list[int],
         noise_probe: Mapping[str, float] | None,
         run: str = "",
+        chain: Chain | None = None,
     ) -> None:
         self.settings = settings
         self.run = run
         self._path = path
         self._releases = releases
         self._noise_probe = noise_probe
+        self._chain = chain
         self._released: ReleasedRounds | None = None
 
     @classmethod
@@ -90,7 +93,7 @@ class ReleaseLedger(ABC, Generic[SettingsT]):
             raise PrivacyError(
                 f"{path}: there is a ledger already; a run keeps its own"
             )
-        ledger = cls(path, settings, [], None, run)
+        ledger = cls(path, settings, [], None, run, Chain(run, settings))
         ledger._write()
         return ledger
 
@@ -113,7 +116,8 @@ class ReleaseLedger(ABC, Generic[SettingsT]):
             settings = cls.settings_type(**values)
             releases = [int(r) for r in content["releases"]]
             run = str(content.get("run", ""))
-            ledger = cls(path, settings, releases, content["noise_probe"], run)
+            chain = read_chain(run, settings, content)
+            ledger = cls(path, settings, releases, content["noise_probe"], run, chain)
             edited = ledger._contradiction(content)
         except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
             raise PrivacyError(f"{path}: the ledger cannot be read: {error}") from None
@@ -151,6 +155,8 @@ class ReleaseLedger(ABC, Generic[SettingsT]):
         missing = sorted(set(released.read()) - set(self._releases))
         if missing:
             self._releases = sorted([*self._releases, *missing])
+            for server_round in missing:
+                self._enter(server_round)
             self._write()
         self._released = released
         return missing
@@ -169,10 +175,13 @@ class ReleaseLedger(ABC, Generic[SettingsT]):
             raise PrivacyError("one more release would pass the budget")
         known = self.releases
         self._releases.append(server_round)
+        self._enter(server_round)
         try:
             self._write()
         except BaseException:
             self._releases.pop()
+            if self._chain is not None:
+                self._chain.pop()
             raise
         if self._released is not None:
             self._released.add(server_round, known)
@@ -203,6 +212,20 @@ class ReleaseLedger(ABC, Generic[SettingsT]):
     @abstractmethod
     def noise_to_signal(self) -> float:
         """R: the norm of the noise in a step over the largest norm of the step."""
+
+    @property
+    def head(self) -> Head | None:
+        """The end of the chain of rounds; None: an older version began the ledger."""
+        return None if self._chain is None else self._chain.head
+
+    @property
+    def _links(self) -> list[dict[str, Any]] | None:
+        """The chain, as privacy.json has it."""
+        return None if self._chain is None else self._chain.links
+
+    def _enter(self, server_round: int) -> None:
+        if self._chain is not None:
+            self._chain.append(server_round)
 
     def note_probe(self, probe: Mapping[str, float]) -> None:
         """Record what noise alone did to the loss on public rows."""
@@ -235,7 +258,7 @@ class ReleaseLedger(ABC, Generic[SettingsT]):
                 same = math.isclose(stated, true, rel_tol=1e-6, abs_tol=1e-9)
             if not same:
                 return f"{name} is {stated!r}, but settings and rounds give {true!r}"
-        return None
+        return chain_fault(self._chain, releases)
 
     def _write(self) -> None:
         try:

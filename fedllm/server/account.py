@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from fedllm.config import RunConfig
+from fedllm.privacy.chain import Head
 from fedllm.privacy.joint_ledger import JointLedger
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.released_rounds import ReleasedRounds
@@ -88,6 +89,11 @@ class PrivacyAccount(ABC):
     def releases(self) -> list[int]:
         """The rounds that were paid for."""
 
+    @property
+    def head(self) -> Head | None:
+        """The end of the ledger's chain; None: it has none."""
+        return None
+
     def may_start(self, server_round: int, last_round: int) -> bool:
         """Return whether the budget allows a round after `last_round`; log why not."""
         return True
@@ -148,6 +154,11 @@ class LedgerAccount(PrivacyAccount, Generic[LedgerT]):
     def releases(self) -> list[int]:
         """The rounds that were paid for."""
         return self._ledger.releases
+
+    @property
+    def head(self) -> Head | None:
+        """The end of the ledger's chain; None: an older version began it."""
+        return self._ledger.head
 
     def may_start(self, server_round: int, last_round: int) -> bool:
         """Return whether a round stays within `privacy.max-epsilon`; log if not."""

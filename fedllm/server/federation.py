@@ -24,6 +24,7 @@ from fedllm.runs.record import ANSWERS_FILE
 from fedllm.server.account import PrivacyAccount
 from fedllm.server.announcement import announce
 from fedllm.server.delivery import deliver
+from fedllm.server.ledger_head import HeadSigner
 from fedllm.server.noise_probe import require_harmless_noise
 from fedllm.server.population import replace_departed
 from fedllm.server.reply_stream import ReplyStream
@@ -70,6 +71,7 @@ class Federation:
         saver: Writes adapters and checkpoints.
         monitor: Shows the run while it runs.
         progress: How far the run has come.
+        heads: Signs the ledger's end for the nodes.
     """
 
     config: RunConfig
@@ -86,6 +88,7 @@ class Federation:
     saver: RunSaver
     monitor: RunMonitor
     progress: Progress
+    heads: HeadSigner
 
     def run(self) -> dict[str, Any]:
         """Train, save and report.
@@ -209,9 +212,10 @@ class Federation:
 
     def _instructions(self) -> ConfigRecord:
         """Return what every message holds besides its round."""
-        return instructions_of(
+        record = instructions_of(
             self.config, self.run_id, self.spec, self.base_digest, self.resumed
         )
+        return ConfigRecord({**record, **self.heads.entries(self.account.head)})
 
     def _evaluate_clients(self, server_round: int) -> Mapping[str, Any]:
         """Return the clients' losses on their held-out rows; empty under DP."""

@@ -12,6 +12,7 @@ from typing import Self
 from fedllm.planning.advice import ledger_advice
 from fedllm.planning.noise import privacy_settings
 from fedllm.planning.record_noise import record_settings
+from fedllm.privacy.chain import Head
 from fedllm.privacy.ledger import Ledger, PrivacySettings, no_privacy
 from fedllm.privacy.protected_record import relation
 from fedllm.privacy.record_claims import RecordClaims
@@ -155,6 +156,11 @@ class RecordAccount(PrivacyAccount):
     def releases(self) -> list[int]:
         """The rounds in which a client sent an update."""
         return self.claims.releases
+
+    @property
+    def head(self) -> Head | None:
+        """The end of the chain of rounds; None: an older version began it."""
+        return self.claims.head
 
     def note_round(
         self, server_round: int, stats: Round, population: Sequence[int]

@@ -31,6 +31,7 @@ from fedllm.runs.resume import Resumed, open_run
 from fedllm.server.account import AccountTerms, PrivacyAccount
 from fedllm.server.declared_rows import ask_declared_rows
 from fedllm.server.federation import Federation, instructions_of
+from fedllm.server.ledger_head import HeadSigner
 from fedllm.server.local_grid import is_simulation
 from fedllm.server.population import LEAST_CLIENTS, wait_for_clients
 from fedllm.server.privacy_account import open_account
@@ -190,6 +191,7 @@ def _assemble(
         saver=saver,
         monitor=monitor,
         progress=progress,
+        heads=HeadSigner(home),
     )
 
 

@@ -35,6 +35,15 @@ BASE_MODEL = "base-model"
 WIRE_FORMAT_KEY = "wire-format"
 """Entry of a message's config: the format in which the server reads replies."""
 
+LEDGER_HEAD = "ledger-head"
+"""Entry of a message's config: the end of the run's ledger, as `privacy.chain.Head` writes it."""
+
+LEDGER_KEY = "ledger-key"
+"""Entry beside it: the public key of the server that signed it."""
+
+LEDGER_SIGNATURE = "ledger-signature"
+"""Entry beside it: that signature, in hex digits."""
+
 NOISE_MULTIPLIER = "noise-multiplier"
 """Entry of a message's config under `privacy.noise="joint"`: z, which the server will add."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedllm.deployment import guarded_client
 from fedllm.deployment.guarded_client import _Guard
@@ -107,6 +107,20 @@ def test_the_installed_app_is_run_without_unpacking_the_delivered_one(
     guard.stand_before(flower)
     flower.install_from_fab(b"", skip_prompt=True)
     assert flower.unpacked == []
+
+
+def test_the_log_keeps_the_round_and_the_signed_end_of_the_ledger(flower):
+    end = {"ledger-head": "run 4 ab", "ledger-key": "k", "ledger-signature": "s"}
+    sent = {"server-round": 5, **end}
+    guard = _Guard("any", "")
+    for config in (sent, {**end, "ledger-head": "x" * 501}, {**end, "ledger-key": 7}):
+        message = instruction(RecordDict({"config": ConfigRecord(config)}))
+        guard._around(lambda: flower.client)(message, context({}))
+    asked = [line for line in read_lines(log_path()) if line["event"] == "asked"]
+
+    kept = [{name: line.get(name) for name in end} for line in asked]
+    assert kept == [end, dict.fromkeys(end), dict.fromkeys(end)]
+    assert [line.get("round") for line in asked] == [5, None, None]
 
 
 def test_another_program_is_refused_with_an_answer(flower, tmp_path):

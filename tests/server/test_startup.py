@@ -87,9 +87,14 @@ def test_noise_after_a_crash_is_fresh(quick, tmp_path):
     [
         ({"noise_multiplier": 9.0}, "edited: epsilon is"),
         ({"releases": [1]}, "edited: num_rounds is 2"),
-        ({"run": "of-another-run"}, "is of the run 'of-another-run'"),
+        ({"clipping_norm": 9.0}, "edited: chain: its round 1 does not follow"),
+        # Of an older version, without a chain.
         (
-            {"clipping_norm": 9.0},
+            {"run": "of-another-run", "chain": None},
+            "is of the run 'of-another-run'",
+        ),
+        (
+            {"clipping_norm": 9.0, "chain": None},
             "privacy settings have changed: clipping_norm was 9.0 and is now 1.5",
         ),
     ],
