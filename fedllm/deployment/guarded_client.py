@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -184,9 +184,11 @@ def _ledger_end(message: Message) -> dict[str, Any]:
 
     With it the node's owner can show which rounds a dossier of that run must have.
     """
-    record = message.content.config_records.get(CONFIG) or {}
+    record: Mapping[str, Any] = message.content.config_records.get(CONFIG) or {}
     server_round = record.get("server-round")
-    known = {"round": server_round} if type(server_round) is int else {}
+    known: dict[str, Any] = {}
+    if type(server_round) is int:
+        known["round"] = server_round
     ends = {name: record.get(name) for name in _LEDGER_ENTRIES}
     if all(isinstance(e, str) and len(e) <= _MOST_OF_AN_END for e in ends.values()):
         known |= ends

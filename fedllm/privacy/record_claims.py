@@ -114,6 +114,21 @@ class RecordClaims:
         """
         try:
             content = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise PrivacyError(f"{path}: cannot be read: {error}") from None
+        return cls.of_content(path, content, settings)
+
+    @classmethod
+    def of_content(
+        cls, path: Path, content: Any, settings: RecordSettings
+    ) -> "RecordClaims":
+        """Make the claims of a file's content.
+
+        Raises:
+            PrivacyError: As `load`.
+        """
+        try:
+            content = dict(content)
             # The start adapter may be gone, and is not looked at again.
             note = str(content.setdefault("start_note", ""))
             settings = replace(settings, start_note=note)
@@ -130,11 +145,11 @@ class RecordClaims:
                 # A file from before there were persons has no column of them.
                 if content.get(key, "") != value
             ]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise PrivacyError(f"{path}: cannot be read: {error}") from None
         if changed:
             raise PrivacyError("privacy settings have changed: " + "; ".join(changed))
-        if fault := chain_fault(claims._chain, claims._releases):
+        if fault := claims._contradiction(content["epsilon"]):
             raise PrivacyError(f"{path}: was edited: {fault}")
         middle = min(count, count // 2 + 1)
         claims._earlier = [median] * middle + [worst] * (count - middle)
@@ -200,6 +215,14 @@ class RecordClaims:
     def releases(self) -> list[int]:
         """The rounds in which a client sent an update."""
         return list(self._releases)
+
+    def _contradiction(self, epsilon: float | None) -> str | None:
+        """Return what contradicts the chain: a link, a round, or the epsilon after it."""
+        fault = chain_fault(self._chain, self._releases)
+        links = [] if fault or self._chain is None else self._chain.links
+        if links and links[-1].get("epsilon") != epsilon:
+            return f"epsilon is {epsilon!r}, and its chain has {links[-1]['epsilon']!r}"
+        return fault
 
     @property
     def _every(self) -> list[float]:

@@ -107,6 +107,18 @@ class ReleaseLedger(ABC, Generic[SettingsT]):
         """
         try:
             content = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise PrivacyError(f"{path}: the ledger cannot be read: {error}") from None
+        return cls.of_content(path, content)
+
+    @classmethod
+    def of_content(cls, path: Path, content: Any) -> Self:
+        """Make a ledger of a file's content.
+
+        Raises:
+            PrivacyError: As `load`.
+        """
+        try:
             # A run of an older version lacks the settings that have a default.
             values = {
                 f.name: content[f.name]
@@ -119,7 +131,7 @@ class ReleaseLedger(ABC, Generic[SettingsT]):
             chain = read_chain(run, settings, content)
             ledger = cls(path, settings, releases, content["noise_probe"], run, chain)
             edited = ledger._contradiction(content)
-        except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+        except (ValueError, KeyError, TypeError, ArithmeticError) as error:
             raise PrivacyError(f"{path}: the ledger cannot be read: {error}") from None
         if edited is not None:
             raise PrivacyError(f"{path}: the ledger was edited: {edited}")
@@ -212,6 +224,11 @@ class ReleaseLedger(ABC, Generic[SettingsT]):
     @abstractmethod
     def noise_to_signal(self) -> float:
         """R: the norm of the noise in a step over the largest norm of the step."""
+
+    @property
+    def chain(self) -> Chain | None:
+        """The chain of rounds; None: an older version began the ledger."""
+        return self._chain
 
     @property
     def head(self) -> Head | None:

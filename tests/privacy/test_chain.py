@@ -146,6 +146,16 @@ def test_a_claim_of_clients_that_is_lowered_shows(tmp_path):
         RecordClaims.load(path, RECORD)
 
 
+def test_an_epsilon_of_claims_that_is_not_the_chains_shows(tmp_path):
+    path = tmp_path / "privacy.json"
+    RecordClaims.create(path, RECORD, "run").note_round(1, {5: 2.0})
+    content = json.loads(path.read_text()) | {"epsilon": 1.0}
+    path.write_text(json.dumps(content))
+
+    with pytest.raises(PrivacyError, match="epsilon is 1.0, and its chain has 2.0"):
+        RecordClaims.load(path, RECORD)
+
+
 @pytest.mark.parametrize("text", ["", "run", "run x 00", "run 1 00 ", "run -1 00"])
 def test_what_is_no_head_is_none(text):
     assert Head.parse(text) is None
