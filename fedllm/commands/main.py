@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "what a privacy budget costs, before a run",
     "audit": "attack the privacy of a run's settings",
     "runs": "list the runs of this machine, or show one",
+    "dossier": "a run's facts, signed, for those who must sign",
     "doctor": "check whether this machine can run a config",
     "export": "merge an adapter into its base model",
     "demo": "a page where base and tuned model answer side by side",

@@ -11,6 +11,7 @@
     fedllm node budget
     fedllm node renew
     fedllm node end RUN
+    fedllm node dossier
     fedllm node personal RUN
 
 `list` shows each run that waits, with what differs from the one approved last. Over TLS, or
@@ -20,6 +21,10 @@ machine, of a request: a file of the node's folder `requests`.
 
 `budget` shows what client-level runs have promised to spend, in this period and the lifetime.
 `renew` begins a new period, and `end` ends a run: what it did not ask for is given back.
+
+`dossier` writes a page of what this node was asked and answered, and JSON with which others
+can check a run's dossier (`fedllm dossier --verify --head`). Both stay here until you give them
+away.
 
 `personal` trains on from the adapter that a run delivered, on this node's own rows, and keeps
 the result here; without RUN the newest run's. No server learns of it.
@@ -196,6 +201,17 @@ def _end(args: argparse.Namespace) -> list[str]:
     return end_lines(args.of)
 
 
+def _dossier(args: argparse.Namespace) -> list[str]:
+    from fedllm.client.node_budget import node_ledger_folder
+    from fedllm.commands.node_budget import budget_report
+    from fedllm.config import fedllm_home
+    from fedllm.reporting.node_dossier import write_node_dossier
+
+    is_charged = node_ledger_folder(fedllm_home()).exists()
+    paths = write_node_dossier(budget_report() if is_charged else {})
+    return [f"written: {path}" for path in paths]
+
+
 def _personal(args: argparse.Namespace) -> list[str]:
     """Train the personal adapters of a run, and return what chose among them."""
     from fedllm.client.personal import make_personal, wanted_deliveries
@@ -235,6 +251,7 @@ _WHAT = {
     "budget": _budget,
     "renew": _renew,
     "end": _end,
+    "dossier": _dossier,
     "personal": _personal,
 }
 

@@ -98,6 +98,14 @@ li { margin: .25rem 0; }
 .answer dd { margin: 0; overflow-wrap: anywhere; }
 .answer .tuned { border-left: .25rem solid var(--s1); margin-left: -1.25rem;
   padding-left: 1rem; }
+.facts { margin: .6rem 0; max-width: 56rem; }
+.facts div { display: grid; grid-template-columns: minmax(9rem, 1fr) minmax(0, 2fr);
+  gap: .2rem 1.4rem; padding: .5rem 0; border-bottom: 1px solid var(--rule); }
+.facts dt { color: var(--soft); overflow-wrap: anywhere; }
+.facts dd { margin: 0; overflow-wrap: anywhere; }
+.facts .source { display: block; color: var(--soft); font-size: .8rem; }
+.facts .unknown { font-style: italic; }
+@media (max-width: 34rem) { .facts div { grid-template-columns: minmax(0, 1fr); } }
 details { margin: .6rem 0; }
 summary { cursor: pointer; font-weight: 600; padding: .3rem 0; }
 @media print { body { background: none; } figure, .answer { break-inside: avoid; } }

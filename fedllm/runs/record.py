@@ -18,6 +18,7 @@ from fedllm.runs.state import STATE_FILE, State, read_state
 
 ANSWERS_FILE = "answers.json"
 AUDIT_FILE = "audit.json"
+MEMORISED_FILE = "memorised.json"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class RunRecord:
         result: result.json; None before the end.
         answers: answers.json: sample answers to public questions; None if there are none.
         audit: audit.json; None if the run was not audited.
+        memorised: memorised.json; None if no rehearsal tested what such a run memorises.
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class RunRecord:
     result: dict[str, Any] | None
     answers: dict[str, Any] | None
     audit: dict[str, Any] | None
+    memorised: dict[str, Any] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -96,6 +99,7 @@ def read_run(folder: Path) -> RunRecord:
         result=result,
         answers=_optional(folder / ANSWERS_FILE),
         audit=_optional(folder / AUDIT_FILE),
+        memorised=_optional(folder / MEMORISED_FILE),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,17 @@ def test_the_log_is_printed_and_checked_against_a_head(capsys, tmp_path):
     log_path().write_text(log_path().read_text().splitlines(True)[0])
     with pytest.raises(SystemExit, match="were taken out"):
         node.main(["log", "--check", "--head", head.hash])
+
+
+def test_the_nodes_page_is_written_beside_its_log(capsys):
+    append("asked", run_id=5, message_type="train", refused=None, superlink="s")
+    node.main(["dossier"])
+
+    page, content = (
+        line.split(": ")[1] for line in capsys.readouterr().out.splitlines()
+    )
+    assert page == str(log_path().with_name("dossier.html"))
+    assert json.loads(Path(content).read_text())["log"]["number"] == 1
 
 
 def test_a_reviewer_signs_a_request_and_the_owner_brings_it(

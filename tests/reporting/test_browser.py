@@ -1,4 +1,4 @@
-"""report.html in a headless Chromium: no complaint, nothing cut off, readable in the dark.
+"""report.html and dossier.html in a headless Chromium: no complaint, nothing cut off, readable in the dark.
 
 FEDLLM_CHROMIUM names the program where it is not on the path. FEDLLM_SCREENSHOTS names a
 folder that is to hold pictures for a person to look at.
@@ -9,11 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from fedllm.reporting.dossier_file import write_dossier
 from fedllm.reporting.report import write_report
 from fedllm.runs.state import RunState
+from fedllm.signatures import server_key
 from tests.helpers.sample_runs import SECRET_COHORTS, write_run
 
 pytestmark = pytest.mark.browser
+NAMES = [
+    *("finished", "secret", "none", "many", "failed"),
+    *("finished-dossier", "none-dossier"),
+]
 _SIZES = {"phone": (390, 844), "desk": (1280, 900)}
 # Contrast that WCAG 2 asks of large text and of drawings.
 _LEAST_CONTRAST = 3.0
@@ -34,10 +40,14 @@ def folders(tmp_path_factory):
     RunState(found["failed"]).fail("FederationError: nobody came")
     for folder in found.values():
         write_report(folder)
-    return found
+    pages = {name: folder / "report.html" for name, folder in found.items()}
+    key = server_key(home / "server")
+    for name in ("finished", "none"):
+        pages[f"{name}-dossier"], _ = write_dossier(found[name], key)
+    return pages
 
 
-@pytest.mark.parametrize("name", ["finished", "secret", "none", "many", "failed"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", _SIZES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_shows_without_complaint(browser, folders, name, size, scheme):
@@ -50,7 +60,7 @@ def test_the_page_shows_without_complaint(browser, folders, name, size, scheme):
     page.on("pageerror", lambda error: messages.append(str(error)))
     asked = []
     page.on("request", lambda request: asked.append(request.url))
-    page.goto((folders[name] / "report.html").as_uri())
+    page.goto(folders[name].as_uri())
     if pictures := os.environ.get("FEDLLM_SCREENSHOTS"):
         path = Path(pictures) / f"{name}-{size}-{scheme}.png"
         page.screenshot(path=str(path), full_page=True)
