@@ -6,6 +6,8 @@ facts, each with the file and key that it comes from; it claims neither that a m
 nor that anything is lawful.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fedllm.privacy.wording import plain
@@ -36,7 +38,9 @@ def dossier_sections(run: RunRecord) -> list[Section]:
 def _claim(run: RunRecord) -> Section:
     privacy = run.privacy
     is_private = privacy.get("unit") != "none"
-    epsilon = plain(privacy.get("epsilon")) if is_private else None
+    epsilon = (
+        plain(privacy.get("epsilon")) if is_private else "none: nothing is bounded"
+    )
     lines = [
         fact("Statement", privacy.get("statement"), f"{_PRIVACY}: statement"),
         fact("Epsilon", epsilon, f"{_PRIVACY}: epsilon"),
@@ -44,7 +48,7 @@ def _claim(run: RunRecord) -> Section:
         of_file("Releases", privacy, _PRIVACY, "num_rounds"),
         fact(
             "Epsilon against who sees the adapters alone",
-            _plain(privacy.get("epsilon_adapters")),
+            _plain(privacy, "epsilon_adapters"),
             f"{_PRIVACY}: epsilon_adapters",
         ),
         of_file("Strength, in words", privacy, _PRIVACY, "strength"),
@@ -58,12 +62,17 @@ def _claim(run: RunRecord) -> Section:
     return Section("1. The claim", lines)
 
 
-def _plain(value: Any) -> str | None:
-    return None if value is None else plain(value)
+def _plain(privacy: Mapping[str, Any], key: str) -> str | None:
+    """Return an epsilon in words; a null is of another unit or kind of run."""
+    if key not in privacy:
+        return None
+    return plain(privacy[key]) if privacy[key] is not None else "does not apply"
 
 
 def _recommended(run: RunRecord) -> str | None:
-    return None if run.result is None else str(run.result.get("recommended"))
+    """Return the name of the recommended adapter, without the machine's own path."""
+    name = (run.result or {}).get("recommended")
+    return None if name is None else Path(str(name)).name
 
 
 def _unit(run: RunRecord) -> Section:
@@ -74,19 +83,15 @@ def _unit(run: RunRecord) -> Section:
         "none": "nothing is protected: no noise was added",
     }.get(str(unit))
     if run.privacy.get("person_column"):
-        meaning = "all rows of one person in one client"
+        column = run.privacy["person_column"]
+        meaning = f"all rows of one person in one client, by the column {column!r}"
     return Section(
         "2. Unit of privacy",
         [
             of_file("Unit", run.privacy, _PRIVACY, "unit"),
             fact("It stands for", meaning, f"{_PRIVACY}: unit, person_column"),
-            of_file("Column of persons", run.privacy, _PRIVACY, "person_column"),
             of_file("Clients", run.privacy, _PRIVACY, "population_size"),
-            fact(
-                "Whether one person has rows at several clients",
-                None,
-                "",
-            ),
+            Line("Whether one person has rows at several clients", NOT_KNOWN),
         ],
     )
 
@@ -99,12 +104,12 @@ def _relation(run: RunRecord) -> Section:
             of_file("Relation", privacy, _PRIVACY, "neighbouring_relation"),
             fact(
                 "Epsilon, replace-one",
-                _plain(privacy.get("epsilon_replace_one")),
+                _plain(privacy, "epsilon_replace_one"),
                 f"{_PRIVACY}: epsilon_replace_one",
             ),
             fact(
                 "Epsilon of a person with rows at two clients",
-                _plain(privacy.get("epsilon_two_clients")),
+                _plain(privacy, "epsilon_two_clients"),
                 f"{_PRIVACY}: epsilon_two_clients",
             ),
             of_file("Sampling", privacy, _PRIVACY, "sampling"),
@@ -136,10 +141,7 @@ def _trust(run: RunRecord) -> Section:
         "4. Trust model",
         [
             fact("Who adds the noise", noise, f"{_PRIVACY}: unit, noise, trustees"),
-            Line(
-                "Which code ran at the nodes",
-                NOT_KNOWN,
-            ),
+            Line("Which code ran at the nodes", NOT_KNOWN),
             Line(
                 "Whether each node's owner approved the run",
                 "not known here: each node's own page has it (fedllm node dossier)",
@@ -170,7 +172,9 @@ def _correctness(run: RunRecord) -> Section:
         "5. Correctness of the implementation",
         [
             of_file("Accountant", privacy, _PRIVACY, "accountant"),
-            of_file("Noise multiplier", privacy, _PRIVACY, "noise_multiplier"),
+            of_file(
+                "Noise multiplier", privacy, _PRIVACY, "noise_multiplier", "{:.4g}"
+            ),
             of_file("Clipping norm", privacy, _PRIVACY, "clipping_norm"),
             fact("Chain of rounds in the ledger", links, f"{_PRIVACY}: chain"),
             fact("Audit of this run's settings", verdict, "audit.json: passed"),
@@ -193,7 +197,7 @@ def _data(run: RunRecord) -> Section:
         "6. Data",
         [
             *(
-                fact(name, settings.get(key), f"{where}{key}")
+                fact(name, _setting(settings, key), f"{where}{key}")
                 for name, key in (
                     ("Data set", "data.name"),
                     (
@@ -212,6 +216,11 @@ def _data(run: RunRecord) -> Section:
         ],
         "The program sees rows, and neither where they come from nor why they may be used.",
     )
+
+
+def _setting(settings: Mapping[str, Any], key: str) -> str | None:
+    value = settings.get(key)
+    return "none set" if value == "" else value
 
 
 def _side_channels(run: RunRecord) -> Section:

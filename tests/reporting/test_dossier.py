@@ -45,8 +45,22 @@ def test_epsilon_is_the_ledgers_and_a_run_without_privacy_has_none(tmp_path):
     line = lines_of(private)["Epsilon"]
     assert line.source == "privacy.json: epsilon"
     assert float(line.value) == pytest.approx(content["epsilon"], abs=0.01)
-    assert lines_of(bare)["Epsilon"].value == NOT_KNOWN
+    assert lines_of(bare)["Epsilon"].value == "none: nothing is bounded"
     assert lines_of(bare)["Unit"].value == "none"
+
+
+def test_what_was_not_set_and_what_does_not_apply_is_no_gap(tmp_path):
+    folder = finished(tmp_path / "run", data__public_test="", data__name="own")
+    lines = lines_of(folder)
+
+    assert lines["Rows declared public, which trained"].value == "none set"
+    apart = "Epsilon of a person with rows at two clients"
+    assert lines[apart].value == "does not apply"
+    assert lines["Released"].value == "peft_best"
+    content = json.loads((folder / "privacy.json").read_text())
+    del content["epsilon_two_clients"]
+    (folder / "privacy.json").write_text(json.dumps(content))
+    assert lines_of(folder)[apart].value == NOT_KNOWN
 
 
 def test_nothing_says_that_the_model_is_anonymous_or_the_use_lawful(tmp_path):

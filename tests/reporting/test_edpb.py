@@ -2,7 +2,6 @@
 
 import json
 
-
 from fedllm.reporting.facts import NOT_KNOWN
 from tests.helpers.dossiers import finished
 from tests.reporting.test_dossier import lines_of
