@@ -364,6 +364,9 @@ class OutputConfig:
     """Where the lines of metrics.jsonl go as well, in the run folder: `mlflow` keeps a
     local folder, `wandb` is offline unless WANDB_MODE is `online`. `pip install` the
     package, or `fedllm[trackers]`."""
+    metrics_port: Annotated[int, Strict(), Field(ge=0, le=65_535)] = 0
+    """Port of 127.0.0.1 where Prometheus reads the run's numbers while it lasts; 0: none.
+    `pip install prometheus-client`, or `fedllm[metrics]`."""
 
 
 @dataclass(frozen=True, config=_SECTION)

@@ -1,4 +1,4 @@
-"""The monitor of a run: its state, its page and a tracker, kept up to date.
+"""The monitor of a run: its state, its page, a tracker and served numbers, kept up to date.
 
 Nothing here may end a run: a failure is logged in one line, and the run continues.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedllm.reporting.metrics_server import MetricsServer
 from fedllm.reporting.report import write_report
 from fedllm.reporting.trackers import (
     TrackerName,
@@ -49,8 +50,22 @@ class RunMonitor:
         require_tracker(tracker)
         self._tracker = _harmless(lambda: make_tracker(tracker, folder), "the tracker")
         self._state = _harmless(lambda: RunState(folder), "its state")
+        self._metrics: MetricsServer | None = None
         self._seconds = 0.0
         self._not_before = 0.0
+
+    def serve(self, port: int, rounds: int) -> None:
+        """Serve the run's numbers to Prometheus until it ends.
+
+        Args:
+            port: On 127.0.0.1; 0: nothing is served.
+            rounds: Rounds that the run planned.
+
+        Raises:
+            ConfigError: The port is in use, or prometheus-client is not installed.
+        """
+        if port:
+            self._metrics = MetricsServer(port, rounds, self._secret_cohorts)
 
     def note(self, line: Mapping[str, Any]) -> None:
         """Show a round that metrics.jsonl holds."""
@@ -59,6 +74,8 @@ class RunMonitor:
             self._held.append(line)
         else:
             self._track(line)
+        if (metrics := self._metrics) is not None:
+            _harmless(lambda: metrics.note(line), "the served numbers")
         if began >= self._not_before:
             write_report(self._folder)
         ended = time.monotonic()
@@ -105,6 +122,9 @@ class RunMonitor:
         self._held.clear()
         if self._tracker is not None:
             _harmless(self._tracker.close, "the tracker")
+        if self._metrics is not None:
+            _harmless(self._metrics.close, "the served numbers")
+            self._metrics = None
         write_report(self._folder)
 
 

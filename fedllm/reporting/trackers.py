@@ -14,6 +14,9 @@ from fedllm.errors import ConfigError
 
 TrackerName = Literal["none", "tensorboard", "mlflow", "wandb"]
 
+_PROJECT = "fedllm"
+"""Name of project and experiment, unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME has one."""
+
 _PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "wandb": "wandb"}
 
 
@@ -55,6 +58,23 @@ def make_tracker(name: TrackerName, folder: Path) -> Tracker | None:
     return None if name == "none" else makers[name](folder)
 
 
+_NAMES = {
+    "train_loss": "train/loss",
+    "learning_rate": "train/learning_rate",
+    "validation_loss": "eval/loss",
+    "client_loss": "clients/loss",
+    "client_loss_best": "clients/loss_best",
+    "client_loss_worst": "clients/loss_worst",
+    "clients_asked": "clients/asked",
+    "clients_answered": "clients/answered",
+    "clients_rejected": "clients/rejected",
+    "clients_evaluated": "clients/evaluated",
+    "megabytes_down": "megabytes/down",
+    "megabytes_up": "megabytes/up",
+}
+"""Names by which trackers group their charts, as Hugging Face's trainers write them."""
+
+
 def numbers(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Return the numbers of a line of metrics.jsonl; nulls are left out."""
     out: dict[str, float] = {}
@@ -62,7 +82,7 @@ def numbers(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         if isinstance(value, Mapping):
             out.update(numbers(value, f"{prefix}{key}/"))
         elif isinstance(value, int | float) and key != "server_round":
-            out[prefix + key] = float(value)
+            out[prefix + _NAMES.get(key, key)] = float(value)
     return out
 
 
@@ -95,9 +115,11 @@ class _MLflow:
 
         self._client: Any = MlflowClient((folder / "mlflow").as_uri())
         # A resumed run reuses its folder, so the experiment may be there.
-        known = self._client.get_experiment_by_name("fedllm")
+        # `MlflowClient` alone does not look at MLflow's own variable.
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or _PROJECT
+        known = self._client.get_experiment_by_name(name)
         experiment_id = (
-            known.experiment_id if known else self._client.create_experiment("fedllm")
+            known.experiment_id if known else self._client.create_experiment(name)
         )
         run = self._client.create_run(experiment_id, run_name=folder.name)
         self._run_id = run.info.run_id
@@ -131,7 +153,7 @@ class _Wandb:
         # wandb checks its own variable.
         mode: Any = os.environ.get("WANDB_MODE", "offline")
         self._run: Any = wandb.init(
-            project="fedllm",
+            project=os.environ.get("WANDB_PROJECT") or _PROJECT,
             name=folder.name,
             dir=str(folder),
             mode=mode,

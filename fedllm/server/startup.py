@@ -89,6 +89,7 @@ def set_up(
             directory.path, config.output.tracker, config.cohorts_are_secret
         )
         with monitor.showing_failure():
+            monitor.serve(config.output.metrics_port, config.num_server_rounds)
             return _assemble(
                 config, grid, run_id, least_clients, directory, monitor, resumed
             )

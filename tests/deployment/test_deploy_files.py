@@ -1,5 +1,6 @@
 """What deploy/ promises: who may read which key, and which port the network sees."""
 
+import json
 import re
 import shlex
 import shutil
@@ -274,3 +275,17 @@ def test_systemd_understands_a_unit_and_finds_little_exposed(unit, tmp_path):
     exposure = ["systemd-analyze", "security", "--offline=true", "--threshold=15"]
     checked = subprocess.run([*exposure, str(here)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
+
+
+def test_the_dashboard_shows_the_names_that_a_run_serves():
+    board = json.loads((DEPLOY / "grafana.json").read_text())
+    source = (DEPLOY.parent / "fedllm/reporting/metrics_server.py").read_text()
+    shown = {
+        name.removesuffix("_total")
+        for panel in board["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"fedllm_\w+", target["expr"])
+    }
+
+    assert shown == set(re.findall(r'"(fedllm_\w+)"', source))
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
