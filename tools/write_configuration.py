@@ -102,6 +102,9 @@ Each SuperNode has a config of its own, `fedllm supernode --node-config '...'`. 
 | `least-trustees` | Limit: a run must be sealed by `privacy.trust='trustees'`, and by this many trustees at least. |
 | `colluding-trustees` | Limit: a sealed run must keep its epsilon even if this many of its trustees help the server. |
 | `adapter-rank` | Largest rank that this node trains. A run of `adapter.kind='ffa-lora'` of a larger rank has it train the first columns of B alone, and its update of the others is zero; its reply is no smaller. Runs of another kind and a larger rank are rejected. |
+| `batch-size` | Largest micro-batch of this node. Accumulation keeps the step of the run. |
+| `max-memory` | GB that a training may need here, by the estimate of `fedllm doctor` for the longest rows: the node takes the largest micro-batch that fits, and rejects a run of which one example does not. |
+| `max-seconds` | Seconds that this node works on a round: it makes as many local steps as fit, at least one, and its update counts as any other. Under `privacy.unit='record'` the steps are the plan's: the node times a micro-batch of public tokens, and takes part or declines before it reads a row. |
 | `trustee-name`, `trustee-key` | This node is the trustee of that name in runs that name it; the file is its private key, for its owner's eyes alone. |
 
 A run outside a limit gets no update from that node: code `bad-config`, or `budget-spent` if it is one run too many;

@@ -4,6 +4,7 @@ The order: the limits of the node's owner, before anything is loaded; the base m
 the tokenised rows; the training; the reply.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,11 @@ from fedllm.client.base_model import require_same_base
 from fedllm.client.cache import client_records, client_rows, resident_model
 from fedllm.client.delivery import keep_delivery
 from fedllm.client.failures import failure
+from fedllm.client.machine_limits import (
+    fitted_to_machine,
+    micro_batch_line,
+    require_time,
+)
 from fedllm.client.node_config import parse_node_config
 from fedllm.client.node_limits import check_node_limits, rank_line, trained_rank
 from fedllm.client.record_steps import declare_rows, fit_privately, sum_batch
@@ -124,8 +130,10 @@ def _answer_sealed(message: Message, client: RunClient) -> RecordDict:
         case "query.tally":
             return tally(message, client)
         case "train":
-            _require_fit(message, client)
-            return sealed_reply(message, client, lambda: _update_alone(message, client))
+            config = _fitted_config(message, client)
+            return sealed_reply(
+                message, client, lambda: _update_alone(message, client, config)
+            )
     raise ConfigError(
         "privacy.trust: under 'trustees' a node answers no message of type "
         f"{message.metadata.message_type!r}"
@@ -152,6 +160,8 @@ class _Round:
 
     Attributes:
         server_round: The round.
+        config: The run config, its adapter's kind resolved and its micro-batches fitted to
+            this machine.
         adapted: The model with its adapter.
         examples: The client's rows, or its records under record level.
         task: Where the training starts, and until when.
@@ -160,6 +170,7 @@ class _Round:
     """
 
     server_round: int
+    config: RunConfig
     adapted: "AdaptedModel"
     examples: "Sequence[Record | None]"
     task: RoundTask
@@ -170,12 +181,14 @@ class _Round:
 def _train(message: Message, client: RunClient) -> RecordDict:
     """Fine-tune from the server's arrays and return the trained ones."""
     config = client.config
-    _require_fit(message, client)
+    fitted = _fitted_config(message, client)
     _charge(client, _server_round(message))
-    taken = _take_up(message, client)
+    taken = _take_up(message, client, fitted)
     if config.is_joint:
         record = message.content.config_records[CONFIG]
-        return sum_batch(client, record, taken.adapted, taken.examples, taken.task)
+        return sum_batch(
+            client, record, taken.adapted, taken.examples, taken.task, fitted
+        )
     trained, metrics, times = _fitted(client, taken)
     received, server_round = taken.task.arrays, taken.server_round
     sent = _encoded(
@@ -193,27 +206,34 @@ def _train(message: Message, client: RunClient) -> RecordDict:
 
 
 def _update_alone(
-    message: Message, client: RunClient
+    message: Message, client: RunClient, fitted: RunConfig
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Fine-tune, and return the trained arrays and those that were received."""
-    taken = _take_up(message, client)
+    taken = _take_up(message, client, fitted)
     trained, _, times = _fitted(client, taken)
     created_at = message.metadata.created_at
     log_training(client, taken.server_round, trained, times, created_at)
     return trained.arrays, taken.task.arrays
 
 
-def _require_fit(message: Message, client: RunClient) -> None:
-    """Raise if base model or rank are not this node's: before anything is charged.
+def _fitted_config(message: Message, client: RunClient) -> RunConfig:
+    """Return the run config as this node trains it, before anything is charged.
 
     Raises:
-        ConfigError: The server has another base model, or the rank is above the node's.
+        ConfigError: The server has another base model, the rank is above the node's, or the
+            memory is.
     """
     record = message.content.config_records[CONFIG]
     require_same_base(client.config.model.name, record.get(BASE_MODEL))
-    adapter = with_kind(client.config, record.get(ADAPTER_KIND)).adapter
-    if line := rank_line(client.node, adapter):
+    config = with_kind(client.config, record.get(ADAPTER_KIND))
+    fitted = fitted_to_machine(config, client.node)
+    lines = (
+        rank_line(client.node, config.adapter),
+        micro_batch_line(config.train, fitted.train),
+    )
+    for line in filter(None, lines):
         client.log.write(f"client {client.log.number}: {line}")
+    return fitted
 
 
 def _server_round(message: Message) -> int:
@@ -222,28 +242,32 @@ def _server_round(message: Message) -> int:
     return int(record["server-round"])  # type: ignore[arg-type]
 
 
-def _take_up(message: Message, client: RunClient) -> _Round:
+def _take_up(message: Message, client: RunClient, config: RunConfig) -> _Round:
     """Load the model, the rows and the server's arrays."""
-    started = time.monotonic()
-    config, node = client.config, client.node
+    started, node = time.monotonic(), client.node
     # The message's own clock is the server's, which may be wrong here by any amount.
-    deadline = started + config.strategy.round_timeout
+    deadline = started + config.strategy.reply_seconds
     record, server_round = message.content.config_records[CONFIG], _server_round(
         message
     )
     learning_rate = float(record["learning-rate"])  # type: ignore[arg-type]
-    config = with_kind(config, record.get(ADAPTER_KIND))
     resident = resident_model(config, trained_rank(node, config.adapter))
     loaded = time.monotonic()
     examples: Sequence[Record | None]
+    stop_at = math.inf if node.max_seconds is None else started + node.max_seconds
     if config.privacy.unit == "record":
+        # Its steps are the plan's, so that the limit decides before a row is read.
+        require_time(resident.adapted, client, config, record, stop_at)
+        stop_at = math.inf
         examples = client_records(resident, node, config, client.log)
     else:
         examples = client_rows(resident, node, config, client.log)
     arrays = _received(message, resident.adapted, config)
     seed = training_seed(config.seed, server_round, node.partition_id)
-    task = RoundTask(arrays, learning_rate, seed, deadline)
-    return _Round(server_round, resident.adapted, examples, task, started, loaded)
+    task = RoundTask(arrays, learning_rate, seed, deadline, stop_at)
+    return _Round(
+        server_round, config, resident.adapted, examples, task, started, loaded
+    )
 
 
 def _fitted(
@@ -251,7 +275,7 @@ def _fitted(
 ) -> tuple["Trained", dict[str, Any], Times]:
     """Train, and return the result, the metrics that may leave beside it, and times."""
     ready = time.monotonic()
-    trained, metrics = _fit(client, taken.adapted, taken.examples, taken.task)
+    trained, metrics = _fit(client, taken)
     ended = time.monotonic()
     began = ready if trained.began is None else trained.began
     times = Times(taken.started, taken.loaded, ready, began, ended, ended)
@@ -290,20 +314,16 @@ def _charge(client: RunClient, server_round: int | None) -> None:
         charge_run(config, client.node, asked, client.log)
 
 
-def _fit(
-    client: RunClient,
-    adapted: "AdaptedModel",
-    examples: "Sequence[Record | None]",
-    task: RoundTask,
-) -> tuple["Trained", dict[str, Any]]:
+def _fit(client: RunClient, taken: _Round) -> tuple["Trained", dict[str, Any]]:
     """Train, and return the result with the metrics that may leave beside it."""
+    adapted, examples, task = taken.adapted, taken.examples, taken.task
     if client.config.privacy.unit == "record":
-        trained, epsilon = fit_privately(client, adapted, examples, task)
+        trained, epsilon = fit_privately(client, adapted, examples, task, taken.config)
         return trained, {"epsilon": epsilon}
     from fedllm.training.sft import train_adapter
 
     usable = [e for e in examples if e is not None and not isinstance(e, tuple)]
-    trained = train_adapter(adapted, usable, client.config.train, task)
+    trained = train_adapter(adapted, usable, taken.config.train, task)
     if client.config.privacy.unit != "none":
         return trained, {}
     return trained, {"num-examples": trained.num_examples, "train-loss": trained.loss}

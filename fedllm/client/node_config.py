@@ -38,6 +38,9 @@ KEYS = (
     "trustee-name",
     "trustee-key",
     "adapter-rank",
+    "max-seconds",
+    "max-memory",
+    "batch-size",
     *LIMITS,
 )
 
@@ -78,6 +81,10 @@ class NodeConfig:
             in order; empty: the node takes part in no sealed run.
         adapter_rank: Largest rank that the node trains, of a run's adapter whose ranks are
             nested; None: the run's.
+        max_seconds: Seconds that a round may take of this machine; None: the run's
+            `strategy.round-timeout` alone.
+        max_memory: GiB that a training may need, by an estimate; None: any.
+        batch_size: Largest micro-batch; None: the run's.
         trustee_name: Its own name, if it is a trustee; set with `trustee_key`.
         trustee_key: File of its identity key.
         is_partition: Whether the config names a number of partitions, as every node of a
@@ -101,6 +108,9 @@ class NodeConfig:
     colluding_trustees: int | None = None
     trusted_trustees: tuple[tuple[str, str], ...] = ()
     adapter_rank: int | None = None
+    max_seconds: float | None = None
+    max_memory: float | None = None
+    batch_size: int | None = None
     trustee_name: str | None = None
     trustee_key: str | None = None
     is_partition: bool = False
@@ -172,6 +182,9 @@ def parse_node_config(values: Mapping[str, Any]) -> NodeConfig:
         colluding_trustees=_colluding(values),
         trusted_trustees=_pins(values),
         adapter_rank=_declared_number(values, "adapter-rank", "columns"),
+        max_seconds=_positive(values, "max-seconds"),
+        max_memory=_positive(values, "max-memory"),
+        batch_size=_declared_number(values, "batch-size", "examples"),
         trustee_name=_trustee(values)[0],
         trustee_key=_trustee(values)[1],
         is_partition="num-partitions" in values,
@@ -305,7 +318,7 @@ def _colluding(values: Mapping[str, Any]) -> int | None:
 
 
 def _declared_number(values: Mapping[str, Any], key: str, what: str) -> int | None:
-    """Return how many rows or persons the owner declares; None if it is not set.
+    """Return how many of something the owner declares or allows; None if it is not set.
 
     Raises:
         ConfigError: It is no whole number of them.
@@ -372,6 +385,18 @@ def _budget_period(
             "privacy-unit='record' max-epsilon is for all runs"
         )
     return days
+
+
+def _positive(values: Mapping[str, Any], key: str) -> float | None:
+    """Return a number above 0, None if it is not set.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    number = _number(values, key)
+    if number is not None and number <= 0:
+        raise ConfigError(f"node config: {key}: must be above 0 (got {number:g})")
+    return number
 
 
 def _number(values: Mapping[str, Any], key: str) -> float | None:

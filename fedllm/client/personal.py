@@ -29,6 +29,7 @@ from fedllm.client.delivery import (
     write_adapter,
 )
 from fedllm.client.log import ClientLog
+from fedllm.client.machine_limits import fitted_to_machine
 from fedllm.client.node_limits import trained_rank
 from fedllm.config import fedllm_home
 from fedllm.errors import NodeError
@@ -180,7 +181,8 @@ def _fill(folder: Path, delivery: Delivery) -> None:
     def score(examples: Any) -> float:
         return held_out(adapted.model, examples, adapted.pad_token_id).loss
 
-    made = train_personal(adapted, rows, shared, config, score)
+    fitted = fitted_to_machine(config, node)
+    made = train_personal(adapted, rows, shared, fitted, score)
     origin = {
         "model": config.model.name,
         "quantization": config.model.quantization,

@@ -8,6 +8,7 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fedllm.client.cache import num_partition_records
 from fedllm.client.run_client import RunClient
+from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.training.task import RoundTask
 from fedllm.wire.messages import ARRAYS, DECLARED_ROWS, METRICS, array_record
@@ -57,8 +58,16 @@ def fit_privately(
     adapted: "AdaptedModel",
     records: "Sequence[Record | None]",
     task: RoundTask,
+    fitted: RunConfig,
 ) -> tuple["Trained", float]:
     """Train by DP-SGD, and pay on this client's disk before anything leaves.
+
+    Args:
+        client: The client; its run config makes the plan.
+        adapted: The resident model.
+        records: The client's records.
+        task: Where the training starts, and until when.
+        fitted: The run config whose micro-batches fit this machine.
 
     Returns:
         The result, and the epsilon of all that this client has released.
@@ -76,7 +85,7 @@ def fit_privately(
     number = public_number(client, records)
     budget = open_budget(config, client.node, client.run_id, number, client.log)
     budget.require()
-    trained = train_privately(adapted, records, config, budget.plan, task)
+    trained = train_privately(adapted, records, fitted, budget.plan, task)
     return trained, budget.spend()
 
 
@@ -86,10 +95,11 @@ def sum_batch(
     adapted: "AdaptedModel",
     records: "Sequence[Record | None]",
     task: RoundTask,
+    fitted: RunConfig,
 ) -> RecordDict:
     """Return the sum of a batch's clipped gradients, paid for before its coins are tossed.
 
-    A step that fails afterwards stays paid for: its cost is no function of rows.
+    `fitted` is the run config whose micro-batches fit this machine. A step that fails afterwards stays paid for: its cost is no function of rows.
 
     Raises:
         BudgetError: The step would pass the node's or the run's limit.
@@ -105,7 +115,7 @@ def sum_batch(
     budget = open_joint_budget(config, node, client.run_id, record, client.log)
     task.check_deadline(0)
     epsilon = budget.spend()
-    summed = batch_sum(adapted, records, config, budget.plan, task)
+    summed = batch_sum(adapted, records, fitted, budget.plan, task)
     client.log.write(
         f"client {node.partition_id}: step {record['server-round']!r}: sum of a batch after "
         f"{time.monotonic() - began:.1f} s; {summed.num_unfit} of the examples drawn could "

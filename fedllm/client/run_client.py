@@ -78,6 +78,12 @@ def log_training(
         f"the message was made, {times.began - times.started:.1f} s after it was taken "
         "up)"
     )
+    if trained.is_cut:
+        client.log.write(
+            f"client {client.node.partition_id}: round {server_round}: max-seconds "
+            f"{client.node.max_seconds:g} ended the training after {trained.num_steps} steps; "
+            "its update counts as any other"
+        )
     if trained.num_unfit:
         client.log.write(
             f"client {client.node.partition_id}: round {server_round}: the model could not "

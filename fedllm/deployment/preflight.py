@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 Level = Literal["ok", "note", "warn", "FAIL"]
 _GB = 1e9
-
-# Of a process that has imported torch, transformers, peft and trl.
-_PROCESS_BYTES = 0.6 * _GB
 _HUB_SECONDS = 5.0
 
 
@@ -319,7 +316,7 @@ def _memory(config: RunConfig) -> Check:
     if base is None:
         text = f"not known: {config.model.name} has not been fetched"
         return Check("memory", "note", text)
-    from fedllm.planning.memory import memory_need
+    from fedllm.planning.memory import PROCESS_BYTES, memory_need
 
     device = _kind()
     need = memory_need(config, base, device)
@@ -327,7 +324,7 @@ def _memory(config: RunConfig) -> Check:
     # Flower gives a virtual client two cores.
     at_once = max(1, cores // 2) if device == "cpu" else 1
     fixed = need.base + need.adapter
-    each = fixed + (_PROCESS_BYTES if device == "cpu" else 0)
+    each = fixed + (PROCESS_BYTES if device == "cpu" else 0)
     # The server scores public rows with a base of its own.
     least = at_once * each + (each if device == "cpu" else fixed)
     most = least + at_once * need.activations

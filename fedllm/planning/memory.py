@@ -20,6 +20,9 @@ _NF4_PLAIN_BYTES = 4.5 / 8
 # A compressed activation, or the head's value, with its share of a float32 scale for 256.
 _COMPRESSED_BYTES = 1 + 4 / 256
 
+PROCESS_BYTES = 0.6e9
+"""What a process takes on the CPU that has imported torch, transformers, peft and trl."""
+
 
 @dataclass(frozen=True)
 class MemoryNeed:
@@ -78,8 +81,19 @@ def memory_need(
     return MemoryNeed(
         base=linear * narrow + other * wide + small,
         adapter=trained * 4.0 * copies,
-        activations=_activations(config, model_config, wide),
+        activations=_activations(config, model_config, wide)
+        + _example_gradients(config, trained),
     )
+
+
+def _example_gradients(config: RunConfig, trained: int) -> float:
+    """Return the bytes of the gradients of single examples, which record level clips.
+
+    They are made on the device and copied to the CPU.
+    """
+    if config.privacy.unit != "record":
+        return 0.0
+    return 2.0 * 4 * config.train.batch_size * trained
 
 
 def _activations(

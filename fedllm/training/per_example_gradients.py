@@ -76,6 +76,7 @@ class PerExample:
 
     Attributes:
         trained: The parameters that require a gradient, in the model's order.
+        num_tokens: How many tokens the model has an embedding for.
         num_unfit: Examples so far, counted at each draw, that the model could not take.
 
     Args:
@@ -92,7 +93,7 @@ class PerExample:
         self._pad_token_id = pad_token_id
         self._device = next(model.parameters()).device
         self._layers = _linear_layers(model, self.trained)
-        self._num_tokens = num_embeddings(model.get_base_model())
+        self.num_tokens = num_embeddings(model.get_base_model())
         self._has_plain_head = fast_paths(model.get_base_model()).head
         self._by_layers = (
             getattr(model.config, "model_type", None) in MODEL_TYPES
@@ -161,7 +162,7 @@ class PerExample:
 
     def _try(self, length: int, size: int) -> bool:
         """Return whether public examples have the same bits at another place, in other company."""
-        batch = [_public_example(i, length, self._num_tokens) for i in range(2 * size)]
+        batch = [public_example(i, length, self.num_tokens) for i in range(2 * size)]
         half = (size + 1) // 2
         try:
             among = self._pass(batch[:size])
@@ -183,7 +184,7 @@ class PerExample:
         most = getattr(config, "max_position_embeddings", None)
         if config.model_type in MODEL_TYPES or not isinstance(most, int):
             most = math.inf
-        return max(example["input_ids"]) < self._num_tokens and (
+        return max(example["input_ids"]) < self.num_tokens and (
             _padded_length(example) <= most
         )
 
@@ -280,7 +281,7 @@ def _raise_if_of_memory(error: Exception) -> None:
         raise error
 
 
-def _public_example(index: int, length: int, vocabulary: int) -> dict[str, list[int]]:
+def public_example(index: int, length: int, vocabulary: int) -> dict[str, list[int]]:
     """Return tokens that depend on no data, as many as are padded to `length`."""
     size = length - index % (_LENGTH_STEP - 4)
     tokens = [

@@ -28,6 +28,7 @@ class Trained:
         num_examples: Examples that the client holds.
         num_steps: Optimiser steps taken.
         began: `time.monotonic()` when the first step began; None if not recorded.
+        is_cut: Whether the node's own limit of time ended it before its last step.
         num_unfit: Under `privacy.unit="record"`, examples that the model could not take,
             counted at each draw; for the client's own log.
     """
@@ -38,6 +39,7 @@ class Trained:
     num_steps: int
     began: float | None = None
     num_unfit: int = 0
+    is_cut: bool = False
 
 
 @contextlib.contextmanager

@@ -170,20 +170,30 @@ def watched_training(
         num_examples=len(examples),
         num_steps=int(trainer.state.global_step),
         began=clock.began,
+        is_cut=clock.is_cut,
     )
 
 
 class _Deadline(TrainerCallback):  # type: ignore[misc] # transformers has no types
-    """Raise when a result would come too late; record when the first step began."""
+    """Stop a training whose time is up, and record when its first step began."""
 
     def __init__(self, task: RoundTask) -> None:
         self._task = task
         self.began: float | None = None
+        self.is_cut = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._task.check_deadline(state.global_step)
         if self.began is None:
+            self._task.require_a_step()
             self.began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        num_steps = state.global_step
+        if self.began is None or num_steps == state.max_steps:
+            return
+        if self._task.is_last_step(num_steps, self.began):
+            self.is_cut = control.should_training_stop = True
 
 
 def _sft_config(

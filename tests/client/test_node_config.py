@@ -205,3 +205,16 @@ def test_a_bound_of_rank_is_a_number_of_columns(rank):
     assert node_of(adapter_rank=4).adapter_rank == 4
     # What a machine can do is no word of an owner on what leaves it.
     assert node_of(adapter_rank=4).is_simulated
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        *({"max_seconds": value} for value in (0, -1.0, "long")),
+        *({"max_memory": value} for value in (0, -1.0, "much")),
+        *({"batch_size": value} for value in (0, 1.5)),
+    ],
+)
+def test_a_limit_of_the_machine_that_leaves_nothing_is_refused(typed):
+    with pytest.raises(ConfigError, match="-(seconds|memory|size): must be"):
+        node_of(**typed)
