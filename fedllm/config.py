@@ -253,7 +253,14 @@ class StrategyConfig:
     """Share of the clients that evaluate on their own held-out rows after a round (without
     DP only; with data.held-out-fraction)."""
     round_timeout: PositiveAmount = 1800.0
-    """Seconds to wait for the replies of a round; later ones count as zero."""
+    """Seconds to wait for the replies of a round; later ones count as zero, or as
+    strategy.late-replies says."""
+    late_replies: Literal["drop", "next-round"] = "drop"
+    """`drop`, or `next-round`: a reply that comes too late, and within another round-timeout,
+    counts in the round that is open then; its client is not asked meanwhile. Those of the last
+    round are dropped."""
+    min_replies: Count = 0
+    """Close a round once this many usable replies have come; 0: wait for all. Without DP only."""
     aggregator: Literal["mean", "median", "trimmed-mean", "krum"] = "mean"
     """How updates are combined; under client-level DP always the mean."""
     malicious_share: Annotated[float, Strict(), Field(ge=0, lt=0.5)] = 0.2
@@ -270,6 +277,11 @@ class StrategyConfig:
     """Public validation rows scored after a round; 0: none."""
     evaluate_every: Positive = 1
     """Rounds between two evaluations; the last round is always evaluated."""
+
+    @property
+    def reply_seconds(self) -> float:
+        """Seconds after its message in which a client's reply can still count."""
+        return self.round_timeout * (2 if self.late_replies == "next-round" else 1)
 
     def num_sampled(self, population_size: int) -> int:
         """Return how many clients a round asks under `all` and `fixed`, at least 1."""
@@ -555,6 +567,7 @@ def _contradictions(config: RunConfig) -> list[str]:
         *_adapter_problems(config.adapter),
         *_train_problems(config.train),
         *_strategy_problems(config.strategy),
+        *_late_problems(config),
         *_data_problems(config.data),
         *_evaluation_problems(config),
         *_personal_problems(config),
@@ -632,6 +645,35 @@ def _strategy_problems(strategy: StrategyConfig) -> list[str]:
         )
     if strategy.num_clients == 1:
         problems.append("strategy.num-clients: must be 0 or at least 2 (got 1)")
+    return problems
+
+
+def _late_problems(config: RunConfig) -> list[str]:
+    """Return what does not go with replies that count later, or with a round that closes early."""
+    strategy, unit, problems = config.strategy, config.privacy.unit, []
+    why = ""
+    if config.is_joint:
+        why = "privacy.noise='joint' (a step's noise is for the batches of that step)"
+    elif unit == "record":
+        why = "privacy.unit='record' (a client pays for an update of the round it was made for)"
+    elif config.is_sealed:
+        why = (
+            "privacy.trust='trustees' (what comes after a round is opened stays sealed)"
+        )
+    elif unit == "client" and strategy.sampling == "poisson":
+        why = (
+            "strategy.sampling='poisson' (no coin of the later round drew that client)"
+        )
+    if strategy.late_replies != "drop" and why:
+        problems.append(
+            f"strategy.late-replies: must be 'drop' under {why} (got "
+            f"{strategy.late_replies!r})"
+        )
+    if strategy.min_replies and unit != "none":
+        problems.append(
+            f"strategy.min-replies: must be 0 under privacy.unit={unit!r} (got "
+            f"{strategy.min_replies}): one client less would let another's reply in"
+        )
     return problems
 
 

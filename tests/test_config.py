@@ -346,3 +346,36 @@ def test_two_tenths_that_are_held_out_leave_rows_to_train_on():
     parse_run_config(held)
     with pytest.raises(ConfigError, match=r"must be below 0\.9 if personal\.epochs"):
         parse_run_config({**held, "personal.epochs": 1.0})
+
+
+LATE, FEW = {"strategy.late-replies": "next-round"}, {"strategy.min-replies": 2}
+TRUSTED = {"privacy.trust": "trustees", "privacy.trustees": "a,b"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {**LATE, "strategy.sampling": "poisson", "strategy.fraction-train": 0.5},
+            "strategy.late-replies: must be 'drop' under strategy.sampling='poisson'",
+        ),
+        ({**LATE, "privacy.unit": "record"}, "under privacy.unit='record'"),
+        (
+            {**LATE, "privacy.unit": "record", "privacy.noise": "joint"},
+            "strategy.late-replies: must be 'drop' under privacy.noise='joint'",
+        ),
+        ({**LATE, **TRUSTED}, "must be 'drop' under privacy.trust='trustees'"),
+        (FEW, "strategy.min-replies: must be 0 under privacy.unit='client'"),
+        ({**FEW, "privacy.unit": "record"}, "must be 0 under privacy.unit='record'"),
+    ],
+)
+def test_a_round_whose_close_a_client_could_decide_is_refused(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        parse_run_config(changes)
+
+
+@pytest.mark.parametrize("sampling", ["all", "fixed"])
+def test_late_replies_count_at_client_level_and_without_dp(sampling):
+    parse_run_config({**LATE, "strategy.sampling": sampling})
+    without = {"privacy.unit": "none", "strategy.sampling": "poisson"}
+    parse_run_config({**LATE, **FEW, **without})

@@ -7,7 +7,7 @@ early and loses its result if anything raises.
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import ConfigRecord
@@ -24,9 +24,10 @@ from fedllm.runs.record import ANSWERS_FILE
 from fedllm.server.account import PrivacyAccount
 from fedllm.server.announcement import announce
 from fedllm.server.delivery import deliver
+from fedllm.server.late_replies import LateReplies
 from fedllm.server.ledger_head import HeadSigner
 from fedllm.server.noise_probe import require_harmless_noise
-from fedllm.server.population import replace_departed
+from fedllm.server.population import present_population, replace_departed
 from fedllm.server.reply_stream import ReplyStream
 from fedllm.server.round_log import (
     RoundReport,
@@ -72,6 +73,7 @@ class Federation:
         monitor: Shows the run while it runs.
         progress: How far the run has come.
         heads: Signs the ledger's end for the nodes.
+        late: The messages of earlier rounds whose replies still count.
     """
 
     config: RunConfig
@@ -89,6 +91,10 @@ class Federation:
     monitor: RunMonitor
     progress: Progress
     heads: HeadSigner
+    late: LateReplies = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.late = LateReplies(self.config)
 
     def run(self) -> dict[str, Any]:
         """Train, save and report.
@@ -158,12 +164,10 @@ class Federation:
         """Send, receive, aggregate, evaluate, save and log one round."""
         config, progress = self.config, self.progress
         started = time.monotonic()
-        self.population = replace_departed(
-            self.population, set(self.grid.get_node_ids())
-        )
-        self.strategy.averaging.population = self.population
+        self._update_population()
         replies = self._ask(server_round)
         record, _ = self.strategy.aggregate_train(server_round, replies)
+        self.late.end_round(replies)
         aggregated = time.monotonic()
         stats = self.strategy.round
         log_failures(config, server_round, stats)
@@ -195,6 +199,18 @@ class Federation:
         self._write_checkpoint()
         log_round(config, report, self.account)
 
+    def _update_population(self) -> None:
+        """Take up who joined or left; under DP the population stays what was promised."""
+        before, connected = self.population, set(self.grid.get_node_ids())
+        if self.config.privacy.unit == "none":
+            most = self.config.strategy.num_clients
+            self.population = present_population(before, connected, most)
+        else:
+            self.population = replace_departed(before, connected)
+        self.strategy.averaging.population = self.population
+        self.late.begin_round(before, self.population)
+        self.strategy.averaging.expect_late(self.late.messages)
+
     def _ask(self, server_round: int) -> ReplyStream:
         """Send the round's messages and return the stream of replies."""
         messages = list(
@@ -205,7 +221,10 @@ class Federation:
                 self.grid,
             )
         )
-        replies = ReplyStream(self.grid, messages, self.config.strategy.round_timeout)
+        enough, strategy = self.config.strategy.min_replies, self.strategy
+        replies = self.late.stream(
+            self.grid, messages, lambda: 0 < enough <= strategy.round.usable
+        )
         if not self.config.cohorts_are_secret:
             replies.show_progress(server_round, self.config.num_server_rounds)
         return replies

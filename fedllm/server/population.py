@@ -28,6 +28,25 @@ def replace_departed(
     return [n if n in connected else next(fresh, n) for n in population]
 
 
+def present_population(
+    population: Sequence[int], connected: Collection[int], num_clients: int
+) -> list[int]:
+    """Return the clients of the next round of a run without DP: those that are there now.
+
+    Args:
+        population: Node ids of the round before, whose order is kept.
+        connected: Node ids of all that are connected.
+        num_clients: `strategy.num-clients`, the most; 0: any number.
+
+    Returns:
+        Who stayed, with new nodes in the places of those that left, then who else joined; the
+        population as it was if nobody is there.
+    """
+    kept = [n for n in replace_departed(population, connected) if n in connected]
+    present = kept + sorted(set(connected) - set(kept))
+    return present[: num_clients or None] or list(population)
+
+
 def wait_for_clients(
     grid: Grid,
     config: RunConfig,

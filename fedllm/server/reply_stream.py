@@ -5,7 +5,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
@@ -60,6 +62,21 @@ class _Fetch(threading.Thread):
             self.stop = stop
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """A message that a client has not answered.
+
+    Attributes:
+        message: The message.
+        sent_at: `time.monotonic()` when it was sent.
+        fetch: The fetch of its reply that is under way, if one is.
+    """
+
+    message: Message
+    sent_at: float
+    fetch: _Fetch | None = None
+
+
 class ReplyStream:
     """Replies of one round, yielded as they arrive.
 
@@ -71,9 +88,27 @@ class ReplyStream:
         Who replied is who was asked. A reply bears its own metadata, which a client
         writes and the SuperLink does not hold against the sender, so none of it is
         kept: under another node's name it would take that node's place.
+
+    Args:
+        grid: Flower's way to the clients.
+        messages: The round's messages.
+        timeout: Seconds until the round is closed.
+        late: Id -> message of an earlier round whose reply counts in this one.
+        waits_for_late: Whether the round stays open for those: then which replies count is
+            decided by the time limit alone, since it closes earlier only if none can come.
+            Otherwise it closes once its own messages are answered.
+        is_enough: Asked after each reply; closes the round.
     """
 
-    def __init__(self, grid: Grid, messages: list[Message], timeout: float) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        messages: list[Message],
+        timeout: float,
+        late: Mapping[str, Waiting] = MappingProxyType({}),
+        waits_for_late: bool = False,
+        is_enough: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._grid = grid
         self._timeout = timeout
         self._started = time.monotonic()
@@ -82,10 +117,14 @@ class ReplyStream:
         simulated = type(grid).__name__ == "InMemoryGrid"
         self._most = _STORED_IN_SIMULATION if simulated else len(messages)
         self._in_process = isinstance(grid, LocalGrid)
-        self._pending: dict[str, Message] = {}
-        self._send()
-        self._fetching: dict[str, _Fetch] = {}
         self._asked = len(messages)
+        self._late = dict(late)
+        # With nobody to ask, a round is there for the late ones.
+        self._waits_for_late = waits_for_late or not messages
+        self._is_enough = is_enough
+        self._pending: dict[str, Waiting] = {}
+        self._send()
+        self._fetching = {i: w.fetch for i, w in late.items() if w.fetch is not None}
         self._title: str | None = None
         self.seconds = 0.0
         """Seconds spent waiting for clients, as opposed to aggregating."""
@@ -102,39 +141,58 @@ class ReplyStream:
             ids = self._grid.push_messages(sent)
             for message_id, message in zip(ids, sent, strict=False):
                 if message_id is not None:
-                    self._pending[message_id] = message
+                    self._pending[message_id] = Waiting(message, time.monotonic())
 
     def __iter__(self) -> Iterator[Message]:
         """Yield replies until all are there or the time is up."""
         pause, answered, logged = 0.05, 0, self._started
-        while self._pending:
+        while self._is_open():
             arrived = False
-            for message_id, asked in list(self._pending.items()):
+            for message_id, waiting in [*self._pending.items(), *self._late.items()]:
                 began = time.monotonic()
                 content = self._pull(message_id)
                 self.seconds += time.monotonic() - began
                 if content is None:
                     continue
-                del self._pending[message_id]
+                is_own = self._pending.pop(message_id, None) is not None
+                self._late.pop(message_id, None)
                 arrived = True
-                answered += 1
-                yield Message(content, reply_to=asked)
+                answered += is_own
+                yield Message(content, reply_to=waiting.message)
                 del content
+                if self._is_enough():
+                    return
                 now = time.monotonic()
-                if self._title and (
-                    answered == 1
-                    or answered == self._asked
-                    or now - logged > _SECONDS_BETWEEN_LINES
+                if (
+                    self._title
+                    and is_own
+                    and (
+                        answered == 1
+                        or answered == self._asked
+                        or now - logged > _SECONDS_BETWEEN_LINES
+                    )
                 ):
                     self._log_progress(answered, now)
                     logged = now
             self._send()
             left = self._started + self._timeout - time.monotonic()
-            if left <= 0 or not self._pending:
+            if left <= 0 or not self._is_open():
                 return
             pause = 0.05 if arrived else min(1.0, pause * 1.5)
             time.sleep(min(pause, left))
             self.seconds += min(pause, left)
+
+    def unanswered(self) -> dict[str, Waiting]:
+        """Return id -> message that was sent, in this round or before, and not answered."""
+        waiting = {**self._late, **self._pending}
+        return {
+            message_id: replace(one, fetch=self._fetching.get(message_id))
+            for message_id, one in waiting.items()
+        }
+
+    def _is_open(self) -> bool:
+        """Return whether a reply may come for which the round is kept open."""
+        return bool(self._pending) or (self._waits_for_late and bool(self._late))
 
     def _log_progress(self, answered: int, now: float) -> None:
         """Log how many answered, and how long the others may take."""

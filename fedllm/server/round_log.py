@@ -62,6 +62,7 @@ def metrics_line(
         "server_round": server_round,
         "clients_asked": stats.asked if known else None,
         "clients_answered": stats.answered if known else None,
+        "clients_late": stats.late if known else None,
         "clients_rejected": len(stats.rejected) if known else None,
         "train_loss": stats.train_loss,
         "validation_loss": report.loss,
@@ -86,7 +87,8 @@ def log_round(config: RunConfig, report: RoundReport, account: PrivacyAccount) -
     known, stats, clients = not config.cohorts_are_secret, report.stats, report.clients
     parts = [f"round {report.server_round}/{config.num_server_rounds}"]
     if known:
-        parts.append(f"{stats.usable} of {stats.asked} clients")
+        late = f" (late ones: {stats.late})" if stats.late else ""
+        parts.append(f"{stats.usable} of {stats.asked} clients{late}")
     if stats.train_loss is not None:
         parts.append(f"train loss {stats.train_loss:.3f}")
     if clients:
@@ -119,15 +121,21 @@ def log_failures(config: RunConfig, server_round: int, stats: Round) -> None:
             code,
             f": {text}" if text else where_to_look(code),
         )
-    missing = stats.asked - stats.answered
-    if missing:
-        logger.warning(
-            "round %d: %d clients did not answer within strategy.round-timeout %g s "
-            "and count as zero",
-            server_round,
-            missing,
-            config.strategy.round_timeout,
-        )
+    missing = stats.asked - (stats.answered - stats.late)
+    if not missing:
+        return
+    if stats.usable >= config.strategy.min_replies > 0:
+        when = f"before strategy.min-replies {config.strategy.min_replies} had"
+    else:
+        when = f"within strategy.round-timeout {config.strategy.round_timeout:g} s"
+    is_kept = config.strategy.late_replies == "next-round"
+    logger.warning(
+        "round %d: %d clients did not answer %s and count %s",
+        server_round,
+        missing,
+        when,
+        "later, if they do" if is_kept else "as zero",
+    )
 
 
 def require_training(trained: bool, failures: Counter[str]) -> None:

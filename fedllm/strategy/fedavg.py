@@ -78,6 +78,9 @@ class AdapterFedAvg(FedAvg):
         self.round = Round()
         self.fraction_evaluate = config.strategy.fraction_evaluate
         self.generator = SecureGenerator()
+        self._server_round = 0
+        self._busy: set[int] = set()
+        self._earlier: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
 
     @property
     def averaging(self) -> "AdapterFedAvg":
@@ -107,9 +110,25 @@ class AdapterFedAvg(FedAvg):
         cohort = choose_cohort(
             self.config, self.population, server_round, self.generator
         )
+        # Drawn from all: who is drawn depends on nobody's reply.
+        cohort = [node for node in cohort if node not in self._busy]
+        self._server_round = server_round
+        if self.config.strategy.late_replies == "next-round":
+            self._earlier[server_round] = dict(self.reference)
         size = sum(len(array.data) for array in sent.values())
         self.round = Round(asked=len(cohort), bytes_down=size * len(cohort))
         return self._messages(content, cohort, MessageType.TRAIN, server_round)
+
+    def expect_late(self, messages: Iterable[Message]) -> None:
+        """Ask these messages' nodes for nothing more until their replies are there.
+
+        Args:
+            messages: Those of earlier rounds whose replies still count.
+        """
+        waiting = list(messages)
+        self._busy = {message.metadata.dst_node_id for message in waiting}
+        rounds = {int(message.metadata.group_id) for message in waiting}
+        self._earlier = {r: a for r, a in self._earlier.items() if r in rounds}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -214,11 +233,7 @@ class AdapterFedAvg(FedAvg):
 
     def read(self, replies: Iterable[Message]) -> Iterator[Reply]:
         """Decode replies one at a time, and count them; yield those with values."""
-        encoding = self.config.wire.encoding
-        for reply in self.decoded(
-            replies, lambda message: read_reply(message, self.shapes, encoding)
-        ):
-            yield self._as_values(reply)
+        yield from self.decoded(replies, self._read)
 
     def decoded(
         self, replies: Iterable[Message], decode: Callable[[Message], Reply]
@@ -235,6 +250,7 @@ class AdapterFedAvg(FedAvg):
         for message in replies:
             reply = decode(message)
             self.round.answered += 1
+            self.round.late += self._is_late(message)
             self.round.bytes_up += reply.num_bytes
             if reply.node_id in answered:
                 self.reject(reply, "malformed")
@@ -257,6 +273,37 @@ class AdapterFedAvg(FedAvg):
         # Rounding what was released is post-processing: it may be done again.
         generator = np.random.default_rng([self.config.seed, server_round])
         return encoded_record(named, encoding, generator)
+
+    def _read(self, message: Message) -> Reply:
+        """Return a reply whose arrays are values on top of the present adapter; total."""
+        reply = read_reply(message, self.shapes, self.config.wire.encoding)
+        if self._is_late(message):
+            return self._on_present(reply, int(message.metadata.group_id))
+        return self._as_values(reply)
+
+    def _is_late(self, message: Message) -> bool:
+        """Return whether a reply answers a message of an earlier round.
+
+        Its metadata is that of our own message (`server.reply_stream`), not the client's.
+        """
+        sent_in = message.metadata.group_id
+        return bool(self._earlier) and sent_in != str(self._server_round)
+
+    def _on_present(self, reply: Reply, server_round: int) -> Reply:
+        """Return a late reply's update on top of the present adapter.
+
+        The update is what the client changed of the adapter that it was sent.
+        """
+        if self.config.wire.encoding != "float32" or reply.arrays is None:
+            return self._as_values(reply)
+        sent = self._earlier[server_round]
+        with np.errstate(all="ignore"):
+            values = {
+                name: self.reference[name].astype(np.float64)
+                + (value.astype(np.float64) - sent[name])
+                for name, value in reply.arrays.items()
+            }
+        return replace(reply, arrays=values)
 
     def _as_values(self, reply: Reply) -> Reply:
         """Return a reply whose arrays are values, not an update."""
@@ -310,7 +357,11 @@ class AdapterFedAvg(FedAvg):
                 dst_node_id=node,
                 message_type=kind,
                 # A message that is too late to count need not be worked on.
-                ttl=self.config.strategy.round_timeout,
+                ttl=(
+                    self.config.strategy.reply_seconds
+                    if kind == MessageType.TRAIN
+                    else self.config.strategy.round_timeout
+                ),
                 group_id=str(server_round),
             )
             for node in nodes

@@ -11,6 +11,7 @@ class Round:
     Attributes:
         asked: Clients that were sent the adapter.
         answered: Replies that came, usable or not.
+        late: Those of them that answer a message of an earlier round.
         rejected: (node id, code, text) of each reply without a usable update.
         train_loss: Mean training loss weighted by examples; None under DP.
         client_seconds: Phase -> seconds, summed over the clients that report theirs;
@@ -23,6 +24,7 @@ class Round:
 
     asked: int = 0
     answered: int = 0
+    late: int = 0
     rejected: list[tuple[int, str, str]] = field(default_factory=list)
     train_loss: float | None = None
     client_seconds: dict[str, float] = field(default_factory=dict)

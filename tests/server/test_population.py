@@ -3,8 +3,17 @@
 import pytest
 
 from fedllm.errors import FederationError
-from fedllm.server.population import replace_departed
-from tests.helpers.federations import cut_in_round, partitions, resumed, start
+from fedllm.server.population import present_population, replace_departed
+from tests.helpers.federations import (
+    NO_PRIVACY,
+    cut_in_round,
+    federation,
+    learner,
+    lines_of,
+    partitions,
+    resumed,
+    start,
+)
 
 
 def test_a_population_keeps_its_places_and_its_size():
@@ -33,3 +42,27 @@ def test_a_population_of_another_size_is_refused_and_other_ids_are_not(quick):
     # A fourth client takes nobody's place.
     run = resumed(num_clients=4, first_node=101)
     assert run.population == [103, 101, 102]
+
+
+def test_without_dp_who_joins_or_leaves_takes_part_from_the_next_round():
+    assert present_population([3, 1, 2], [1, 2, 3], 0) == [3, 1, 2]
+    assert present_population([3, 1, 2], [2, 3], 0) == [3, 2]
+    assert present_population([3, 1, 2], [9, 2, 3], 0) == [3, 9, 2]
+    assert present_population([3, 1, 2], [9, 1, 2, 3, 8], 0) == [3, 1, 2, 8, 9]
+    # No more than were asked for.
+    assert present_population([3, 1, 2], [9, 1, 2, 3], 3) == [3, 1, 2]
+    # All at once are gone for a moment only: the SuperLink was started again.
+    assert present_population([3, 1, 2], [], 0) == [3, 1, 2]
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_run_takes_up_a_node_that_joins_only_without_dp(quick, private):
+    def answer(message, where):
+        run.grid.contexts[555] = where
+        return learner(message, where)
+
+    run = federation(quick if private else {**quick, **NO_PRIVACY}, answer)
+    run.run()
+
+    asked = [line["clients_asked"] for line in lines_of(run)[1:]]
+    assert asked == ([3, 3, 3] if private else [3, 4, 4])

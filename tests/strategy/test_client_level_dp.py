@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, Message
 from fedllm.auditing.harness import ZeroNoise
 from fedllm.errors import PrivacyError
 from fedllm.strategy.build import make_strategy
+from fedllm.wire.messages import array_record
 from tests.helpers.strategies import (
     START,
     C,
@@ -253,3 +254,65 @@ def test_memory_does_not_grow_with_the_number_of_replies(tmp_path):
     grown = peak(1000) - peak(10)
 
     assert grown < 0.03 * 990 * size * 4  # 990 replies held would be 79 MB
+
+
+LATE = {"strategy.late-replies": "next-round"}
+
+
+def test_a_late_update_is_what_changed_of_the_adapter_that_was_sent(tmp_path):
+    strategy = make_strategy(
+        private(**LATE), START, [1, 2], open_ledger(tmp_path, 1e-12, 2)
+    )
+    strategy.generator = ZeroNoise()
+    first = ask(strategy)
+    small = C / np.sqrt(10) / 2
+    strategy.aggregate_train(1, [answer(first[0], shifted(small))])
+    before = dict(strategy.averaging.reference)
+
+    strategy.averaging.expect_late(first[1:])
+    second = ask(strategy, 2)
+    record, _ = strategy.aggregate_train(2, [answer(first[1], shifted(small))])
+
+    # It is asked for nothing while its reply may come.
+    assert [message.metadata.dst_node_id for message in second] == [1]
+    drift = moved(strategy, array_record(before))
+    np.testing.assert_allclose(moved(strategy, record) - drift, small / 2, rtol=1e-4)
+    assert strategy.round.late == 1
+
+
+def test_a_late_reply_moves_the_sum_by_no_more_than_the_clip(tmp_path):
+    strategy = make_strategy(
+        private(**LATE), START, [1, 2], open_ledger(tmp_path, 1e-12, 2)
+    )
+    strategy.generator = ZeroNoise()
+    first = ask(strategy)
+    strategy.aggregate_train(1, [])
+    strategy.averaging.expect_late(first)
+    assert ask(strategy, 2) == []
+    spoiled = {name: np.full_like(value, np.nan) for name, value in START.items()}
+
+    replies = [answer(first[0], shifted(1e6)), answer(first[1], spoiled)]
+    # Of one node only one counts, late or not.
+    record, _ = strategy.aggregate_train(2, [*replies, answer(first[0], shifted(1e6))])
+
+    assert np.linalg.norm(moved(strategy, record)) == pytest.approx(C / 2, rel=1e-5)
+    codes = [code for _, code, _ in strategy.round.rejected]
+    assert codes == ["not-finite", "malformed"]
+
+
+def test_a_cohort_is_drawn_from_all_whoever_is_late(tmp_path, monkeypatch):
+    """Or one client's lateness would decide who else is asked."""
+    fixed = {"strategy.sampling": "fixed", "strategy.fraction-train": 0.5}
+    config = private(**LATE, **fixed)
+    strategy = make_strategy(config, START, [1, 2, 3, 4], open_ledger(tmp_path, 1e-12))
+    drawn = []
+    monkeypatch.setattr(
+        strategy.averaging.generator,
+        "sample_without_replacement",
+        lambda size, count: drawn.append((size, count)) or [0, 2],
+    )
+    first = ask(strategy)
+    strategy.averaging.expect_late(first[:1])
+
+    assert [message.metadata.dst_node_id for message in ask(strategy, 2)] == [3]
+    assert drawn == [(4, 2), (4, 2)]
