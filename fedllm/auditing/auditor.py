@@ -124,18 +124,17 @@ class Auditor:
             report: Called with each check when it is done.
         """
         checks = []
-        for name, check in self._checks().items():
-            try:
-                passed, text = check()
-            except NotAsPromisedError as error:
-                passed, text = False, str(error)
-            except Exception as error:  # noqa: BLE001 - an error is a finding
-                passed, text = False, f"{type(error).__name__}: {error}"
-            checks.append(Check(name, passed, text))
+        for name, check in self.checks().items():
+            checks.append(_checked(name, check))
             report(checks[-1])
         return Audit(checks, self._rehearsal)
 
-    def _checks(self) -> dict[str, Callable[[], Finding]]:
+    def check(self, name: str) -> Check:
+        """Run one of the checks."""
+        return _checked(name, self.checks()[name])
+
+    def checks(self) -> dict[str, Callable[[], Finding]]:
+        """Return the checks by name, in their order."""
         setup = self._setup
         checks: dict[str, Callable[[], Finding]] = {
             "sensitivity": lambda: sensitivity(setup),
@@ -185,6 +184,16 @@ class Auditor:
             f"{text}, {estimate.epsilon:.2f} estimated ({estimate.low:.2f} to "
             f"{estimate.high:.2f})"
         )
+
+
+def _checked(name: str, check: Callable[[], Finding]) -> Check:
+    try:
+        passed, text = check()
+    except NotAsPromisedError as error:
+        passed, text = False, str(error)
+    except Exception as error:  # noqa: BLE001 - an error is a finding
+        passed, text = False, f"{type(error).__name__}: {error}"
+    return Check(name, passed, text)
 
 
 def _require_a_round(settings: PrivacySettings) -> None:

@@ -20,7 +20,6 @@ from fedllm.privacy.lower_bounds import (
     planned_guesses,
 )
 from fedllm.privacy.mechanism import Vector
-from fedllm.wire.messages import ARRAYS, array_record
 
 # A canary sends more than C, so that a strategy that does not clip is detected.
 _EXCESS = 10.0
@@ -133,7 +132,7 @@ def _contents(
             update = 1.5 * clipping_norm * (common + own * directions[node])
         else:
             continue
-        yield node, RecordDict({ARRAYS: array_record(bench.update(update))})
+        yield node, bench.content(node, update)
 
 
 def _cosines(total: Vector, canaries: list[int], directions: _Directions) -> Vector:

@@ -55,6 +55,24 @@ class ForcedDraws(SecureGenerator):
         return draw
 
 
+class ForcedDrawsOfTwo(ForcedDraws):
+    """The same for `sample_of_two`, with every value chosen.
+
+    Args:
+        values: (d,) the draws.
+        spread: Of the sampler.
+    """
+
+    def __init__(self, values: Integers, spread: int) -> None:
+        self._places = np.arange(len(values))
+        upper = np.zeros_like(values)
+        if spread:
+            upper = (values + spread // 2) // spread
+        # `sample_of_two` puts a value together as Y1 + spread Y2, the first first.
+        levels = [values - spread * upper, upper][: 2 if spread else 1]
+        self._levels = [words_for(level) for level in levels]
+
+
 def words_for(values: Integers) -> tuple[_Chosen, npt.NDArray[np.bool_]]:
     """Return words from which the sampler's table draws given values.
 

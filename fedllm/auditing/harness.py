@@ -9,6 +9,7 @@ generator of zeros; the strategy has no argument for one, so no run can be given
 import contextlib
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -75,6 +76,11 @@ class Setup:
     settings: PrivacySettings
     dimension: int
     make: MakeStrategy = make_strategy
+
+    @property
+    def promised_noise(self) -> float:
+        """The standard deviation of the noise in each value of a released sum."""
+        return self.settings.opened_noise * self.settings.clipping_norm
 
     @contextlib.contextmanager
     def bench(
@@ -193,7 +199,7 @@ class Bench:
                 adapter was released.
         """
         before = len(self.entered)
-        record, _ = self.strategy.aggregate_train(server_round, _replies(contents))
+        record, _ = self.strategy.aggregate_train(server_round, replies_of(contents))
         if len(self.entered) != before + 1:
             raise NotAsPromisedError(
                 f"{len(self.entered) - before} vectors entered the server optimiser "
@@ -203,6 +209,12 @@ class Bench:
             raise NotAsPromisedError("a round without usable replies released nothing")
         self.records.append(record)
         return self.entered[-1] * self.settings.num_sampled_clients
+
+    def content(
+        self, node: int, vector: Vector | npt.NDArray[np.float32]
+    ) -> RecordDict:
+        """Return the reply of a client with this update, (d,)."""
+        return RecordDict({ARRAYS: array_record(self.update(vector))})
 
     def update(self, vector: Vector | npt.NDArray[np.float32]) -> Arrays:
         """Return the adapter of a client with this update, (d,), in float32."""
@@ -276,6 +288,20 @@ def flat_values(arrays: Mapping[str, Any], names: Iterable[str]) -> Vector:
     return np.concatenate([np.asarray(arrays[name], float).ravel() for name in names])
 
 
+@contextlib.contextmanager
+def fresh_home() -> Iterator[None]:
+    """Give clients a home of their own: ledgers without a release."""
+    before = os.environ.get("FEDLLM_HOME")
+    with tempfile.TemporaryDirectory(prefix="fedllm-audit-home-") as home:
+        os.environ["FEDLLM_HOME"] = home
+        try:
+            yield
+        finally:
+            os.environ.pop("FEDLLM_HOME")
+            if before is not None:
+                os.environ["FEDLLM_HOME"] = before
+
+
 class _Recorder:
     """A recorder before the server optimiser."""
 
@@ -299,7 +325,7 @@ class _Recorder:
         return self._optimizer.step(update, learning_rate)
 
 
-def _replies(contents: Contents) -> Iterator[Message]:
+def replies_of(contents: Contents) -> Iterator[Message]:
     """Wrap contents as Flower would deliver them, one at a time."""
     for node_id, content in contents:
         asked = Message(RecordDict(), node_id, "train")

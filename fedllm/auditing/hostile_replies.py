@@ -29,7 +29,7 @@ def hostile_replies(reference: Arrays, clipping_norm: float) -> dict[str, Conten
     """
     replies: dict[str, Content] = {
         kind: RecordDict({ARRAYS: array_record(arrays)})
-        for kind, arrays in _arrays(reference, clipping_norm).items()
+        for kind, arrays in hostile_arrays(reference, clipping_norm).items()
     }
     first = next(iter(reference))
     for kind, item in _items(reference[first]).items():
@@ -106,7 +106,7 @@ def packed_replies(reference: Arrays, encoding: Encoding) -> dict[str, Content]:
     }
 
 
-def _arrays(
+def hostile_arrays(
     reference: Arrays, clipping_norm: float
 ) -> dict[str, Mapping[str, npt.NDArray[Any]]]:
     """Return replies that decode as arrays: of wrong form, and of right form but too large."""

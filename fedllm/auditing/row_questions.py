@@ -10,7 +10,6 @@ row, and compares the replies. The values of the arrays alone may differ.
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from flwr.app import Context, Message, RecordDict
 
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.resolve import adapter_spec
+from fedllm.auditing.harness import fresh_home
 from fedllm.auditing.toy_model import save_toy_model
 from fedllm.config import AdapterConfig
 from fedllm.models.location import load_config
@@ -193,7 +193,7 @@ def reply_about(
     # Rows are kept from message to message by the file's name: each client has its own.
     path = model.with_name(f"{os.urandom(8).hex()}.jsonl")
     path.write_bytes(b"\n".join([_ORDINARY] * (NUM_ROWS - 1) + [last]))
-    with _fresh_home():
+    with fresh_home():
         return _without_values(_ask(answer, str(model), path, changes))
 
 
@@ -247,17 +247,3 @@ def _without_values(content: RecordDict) -> str:
         told = {name: value for name, value in others[key].items() if name != NONCE}
         parts.append(f"{key} {told}")
     return ", ".join(parts)
-
-
-@contextmanager
-def _fresh_home() -> Iterator[None]:
-    """Give the client a home of its own: a ledger without a release."""
-    before = os.environ.get("FEDLLM_HOME")
-    with tempfile.TemporaryDirectory(prefix="fedllm-audit-home-") as home:
-        os.environ["FEDLLM_HOME"] = home
-        try:
-            yield
-        finally:
-            os.environ.pop("FEDLLM_HOME")
-            if before is not None:
-                os.environ["FEDLLM_HOME"] = before

@@ -61,13 +61,13 @@ def fresh_noise(setup: Setup) -> Finding:
     """Compare the noise of two strategies and two rounds with all seeds equal."""
     noise = []
     for _ in range(2):
-        with setup.bench(setup.dimension) as bench, _seeded():
+        with setup.bench(setup.dimension) as bench, seeded():
             kind = type(bench.strategy.generator)
             if kind is not SecureGenerator:
                 return False, f"the noise comes from {kind.__name__}"
             noise.append(bench.release(1, []))
             if bench.ledger.may_spend(setup.settings.max_epsilon):
-                with _seeded():
+                with seeded():
                     noise.append(bench.release(2, []))
     pairs = list(itertools.combinations(noise, 2))
     largest = max(
@@ -83,7 +83,7 @@ def fresh_noise(setup: Setup) -> Finding:
 
 def order(setup: Setup) -> Finding:
     """Compare the adapter with one made of noised releases alone, for each optimiser."""
-    promised = setup.settings.noise_multiplier * setup.settings.clipping_norm
+    promised = setup.promised_noise
     optimizers: tuple[Literal["none", "momentum", "adam", "yogi"], ...]
     optimizers = ("none", "momentum", "adam", "yogi")
     noised, worst, count = True, 0.0, 0
@@ -130,7 +130,7 @@ def secret_coins(setup: Setup) -> Finding:
     q = setup.config.strategy.fraction_train
     draws: list[tuple[int, ...]] = []
     for _ in range(2):
-        with setup.bench(8, num_clients=_COINS) as bench, _seeded():
+        with setup.bench(8, num_clients=_COINS) as bench, seeded():
             draws += [tuple(bench.cohort(1)) for _ in range(10)]
     chosen, asked = sum(map(len, draws)), _COINS * len(draws)
     chance = float(binomtest(chosen, asked, q).pvalue)
@@ -142,7 +142,7 @@ def secret_coins(setup: Setup) -> Finding:
 
 
 @contextlib.contextmanager
-def _seeded() -> Iterator[None]:
+def seeded() -> Iterator[None]:
     """Seed the global generators as a trainer does, and restore them at the end."""
     # ruff: noqa: NPY002 - the global generator is what is tested
     ours, theirs = random.getstate(), np.random.get_state()

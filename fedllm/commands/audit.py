@@ -3,7 +3,8 @@
     fedllm audit
     fedllm audit --run latest
 
-It runs a run's strategy on a toy adapter, without a base model and without data. With no
+It runs a run's strategy on a toy adapter, without a base model and without data; under
+privacy.trust='trustees' the clients and trustees of the run too. With no
 arguments it takes the settings of ./pyproject.toml. With --run it takes those of a run and
 writes audit.json into the run's folder. The exit status is 0 if every check passed.
 """
@@ -19,8 +20,8 @@ from fedllm.auditing.auditor import MEANING, Audit, Auditor, Check
 from fedllm.auditing.run_folder import (
     load_audited_run,
     require_client_unit,
-    require_trusted_server,
 )
+from fedllm.auditing.sealed_auditor import SealedAuditor
 from fedllm.commands.options import (
     add_clients,
     add_json,
@@ -77,19 +78,18 @@ def _audit_clients(
     else:
         config = parse_run_config(read_settings(args.run_config))
         require_client_unit(config.privacy.unit, "these settings")
-        require_trusted_server(config)
         connected = config.strategy.num_clients or _DEFAULT_CLIENTS
         num_clients = connected if args.clients is None else args.clients
         # d enters R only, and no epsilon.
         settings = privacy_settings(config, max(num_clients, 1), args.dimension)
     num_canaries = 1000 if args.canaries is None else args.canaries
-    auditor = Auditor(config, settings, num_clients, num_canaries, args.dimension)
+    auditor = _auditor(config, settings, num_clients, num_canaries, args.dimension)
     show(
         f"audit of {folder or 'the settings'}: {rounds_text(settings.planned_rounds)}, "
         f"sampling {settings.sampling!r}, clipping norm {settings.clipping_norm:g}, "
         f"noise multiplier {settings.noise_multiplier:.4g}, delta {settings.delta:g}; "
         f"{num_clients} honest clients, {num_canaries} canaries, {args.dimension:,} "
-        "values"
+        f"values{_trustees(settings)}"
     )
     for check in first:
         show(_check_line(check))
@@ -98,6 +98,24 @@ def _audit_clients(
     for line in _verdict_lines(audit, settings):
         show(line)
     return audit.passed, {**audit.as_dict(), "settings": asdict(settings)}
+
+
+def _auditor(config: RunConfig, settings: PrivacySettings, *sizes: int) -> Auditor:
+    """Return what audits a run: its strategy, or the parties of a sealed one."""
+    if not config.is_sealed:
+        return Auditor(config, settings, *sizes)
+    from fedllm.commands.sealed_parties import SealedParties
+
+    return SealedAuditor(config, settings, *sizes, make_parties=SealedParties)
+
+
+def _trustees(settings: PrivacySettings) -> str:
+    if not settings.trustees:
+        return ""
+    return (
+        f"; sealed to {settings.trustees} trustees, of whom {settings.colluding} may be the "
+        "server's"
+    )
 
 
 def _record_level(args: argparse.Namespace, folder: Path | None) -> RunConfig | None:

@@ -5,7 +5,7 @@ fedllm compare --run-config configs/private-20.toml --seed 0 1 2
 Arms: the base model; federated without DP; federated with the DP that the config asks for;
 all data in one place; each client alone; each client that trains on from a federation's
 adapter. Federations are runs of fedllm's own round loop and clients, for the config's
-rounds. All other arms train to their own best: up to --passes over the rows, stopped by a
+rounds; under privacy.trust='trustees' the first clients are the trustees, as in a simulation. All other arms train to their own best: up to --passes over the rows, stopped by a
 tenth of them, with the best of --rates. All share one resident base model in this process.
 With personal.epochs above 0.0 a client that trains on does what a node does: by personal.*, on
 its rows but the tenth that no round used, of which one half stops and the other half chooses.
@@ -67,11 +67,6 @@ def run(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
     """Return the content of compare.json, and print progress and the table."""
     config = read_run_config(args.run_config)
-    if config.is_sealed:
-        raise ConfigError(
-            "privacy.trust: must be 'server' in a comparison (got 'trustees'): its adapters "
-            "differ by more noise alone, which `fedllm plan --trustees` shows"
-        )
     out = _output_folder(args)
     setting = {
         "run_config": {k: v for k, v in flat(config).items() if k != "seed"},

@@ -81,7 +81,6 @@ class Arm:
         config, strategy = self.config, self.config.strategy
         strategy = replace(
             strategy,
-            num_clients=0,
             fraction_evaluate=0.0,
             # Clients answer one after another, and each may take a round's time.
             round_timeout=strategy.round_timeout * len(self.nodes),
@@ -110,7 +109,9 @@ def make_arm(name: str, config: RunConfig, num_clients: int) -> Arm:
     nodes = [_node(index, num_clients) for index in range(num_clients)]
     if name == "federated":
         config = without_privacy(config)
-    return Arm(config, nodes)
+    # A sealed run goes by a hash of its settings, this one too: both sides have to have one.
+    strategy = replace(config.strategy, num_clients=0)
+    return Arm(replace(config, strategy=strategy), nodes)
 
 
 def lone_client(

@@ -54,7 +54,7 @@ from fedllm.training.personal import PersonalRows, train_personal
 _T = TypeVar("_T")
 
 _RUN_ID = 1
-"""Of every arm but those of record level, whose clients keep their ledgers by it."""
+"""Of every arm but those of record level and sealed ones, whose nodes keep ledgers by it."""
 
 
 class Bench:
@@ -210,8 +210,9 @@ class Bench:
 
     def _train(self, arm: Arm, directory: RunDirectory) -> Federation:
         """Run an arm's federation to its end."""
-        is_record = arm.config.privacy.unit == "record"
-        run_id = secrets.randbits(63) if is_record else _RUN_ID
+        config = arm.config
+        keeps_ledgers = config.privacy.unit == "record" or config.is_sealed
+        run_id = secrets.randbits(63) if keeps_ledgers else _RUN_ID
         grid = LocalGrid(reply_to, arm.nodes, flat(arm.config), run_id)
         federation = set_up(
             arm.server_config, grid, run_id, least_clients=1, directory=directory

@@ -10,7 +10,9 @@ from fedllm.config import flat, parse_run_config
 from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.ledger import Ledger, no_privacy
 from fedllm.runs.directory import RunDirectory
-from tests.helpers.audits import audit
+from tests.helpers.audits import audit, quick, sealed
+
+__all__ = ["quick"]
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +56,33 @@ def test_a_runs_own_settings_are_audited_and_the_findings_kept(run, capsys):
     assert written["rehearsal"]["rounds"] == 3
     assert 7.99 < written["rehearsal"]["accounted"] <= 8.0
     assert written["checks"][0]["name"] == "ledger of the run"
+
+
+@pytest.mark.parametrize("opened", [3, 2])
+def test_a_sealed_run_is_audited_with_the_trustees_that_it_had(home, quick, opened):
+    config = sealed(**{"num-server-rounds": 1, "privacy.least-trustees": 2})
+    directory = RunDirectory.create(home, 7)
+    directory.write_json("config.json", {"run_config": flat(config)})
+    settings = privacy_settings(config, 4, 500, trustees=opened)
+    Ledger.create(directory.path / "privacy.json", settings).spend(1)
+    for server_round in range(2):
+        directory.add_metrics({"server_round": server_round})
+
+    assert audit("--run", str(directory.path)) == 0
+
+    written = json.loads((directory.path / "audit.json").read_text())
+    assert written["passed"] and written["settings"]["trustees"] == opened
+
+
+def test_a_run_of_fewer_trustees_than_it_demands_is_an_edited_one(home):
+    config = sealed(**{"num-server-rounds": 1})
+    directory = RunDirectory.create(home, 7)
+    directory.write_json("config.json", {"run_config": flat(config)})
+    settings = privacy_settings(config, 4, 500, trustees=2)
+    Ledger.create(directory.path / "privacy.json", settings).spend(1)
+    directory.add_metrics({"server_round": 0})
+
+    assert "trustees was 2 and is now 3" in str(audit("--run", str(directory.path)))
 
 
 def test_a_run_whose_ledger_forgets_a_round_fails(run, capsys):

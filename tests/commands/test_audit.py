@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 
 from fedllm.commands.audit import main
-from tests.helpers.audits import SMALL, audit
+from tests.helpers.audits import SMALL, audit, quick
 from tests.helpers.commands import exit_status
+
+__all__ = ["quick"]
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +75,16 @@ def test_json_is_one_object_with_the_checks_and_nothing_else(capsys):
     assert len(report["checks"]) == 11 and report["settings"]["planned_rounds"] == 1
 
 
+def test_a_sealed_runs_clients_and_trustees_are_audited(quick, capsys):
+    assert audit("--run-config", "privacy.trust='trustees' privacy.trustees='a,b'") == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert "sealed to 2 trustees, of whom 1 may be the server's" in lines[0]
+    checks = [line.split(":")[0] for line in lines if line.startswith("PASS  ")]
+    assert len(checks) == 15 and "PASS  trustees' noise" in checks
+    assert lines[-1] == "PASS"
+
+
 def test_a_broken_strategy_ends_with_status_1(monkeypatch, capsys):
     from fedllm.privacy.mechanism import SecureGenerator
 
@@ -98,7 +110,6 @@ def test_a_broken_strategy_ends_with_status_1(monkeypatch, capsys):
         ("privacy.delta", "needs a .toml file or key=value"),
         ("privacy.delta=abc", "--run-config"),
         ("privacy.epsilon=1.0", "unknown key"),
-        ("privacy.trust='trustees' privacy.trustees='a,b'", "is not audited"),
     ],
 )
 def test_bad_settings_are_one_clear_error(typed, words):

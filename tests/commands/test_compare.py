@@ -83,16 +83,6 @@ def test_only_the_arms_and_clients_that_are_asked_for_are_trained(
     assert "seed 42: 2 of 4" in (out / "compare.md").read_text()
 
 
-def test_a_sealed_run_is_not_compared(tmp_path):
-    sealed = "privacy.trust='trustees' privacy.trustees='a,b'"
-    command = ["--run-config", sealed, "--clients", "2", "--out", str(tmp_path / "out")]
-
-    with pytest.raises(SystemExit, match="must be 'server' in a comparison"):
-        compare.main(command)
-
-    assert not (tmp_path / "out").exists()
-
-
 def test_personal_follows_the_federations_that_are_there(config_file, tmp_path):
     command = ["--run-config", str(config_file), "--clients", "2", "--alone", "1"]
     command += ["--out", str(tmp_path / "out"), "--arms"]

@@ -12,7 +12,7 @@ from fedllm.commands import comparison_bench
 from fedllm.commands.comparison_bench import Bench, SharedRows, new_run
 from fedllm.commands.options import read_run_config
 from fedllm.config import flat
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, FederationError
 from fedllm.evaluation.held_out_loss import HeldOut, held_out
 from fedllm.evaluation.public_rows import PublicRows
 from fedllm.server.startup import set_up
@@ -48,6 +48,36 @@ def test_the_federated_arm_is_the_run_that_anybody_can_start(config_file, tmp_pa
     )
     kept = json.loads((tmp_path / "federated/run-1/result.json").read_text())
     assert kept["test_loss_after"] == result["test_loss_after"]
+
+
+def test_a_sealed_federation_is_an_arm_like_any_other_and_may_be_measured_again(
+    config_file, tmp_path
+):
+    text = config_file.read_text() + "[strategy]\nnum-clients = 20\n"
+    text += "[privacy]\ntrust = 'trustees'\ntrustees = 'a,b'\n"
+    config_file.write_text(text)
+    bench = Bench(read_run_config([str(config_file)]), 3, None, OWN_BEST)
+
+    rows = [bench.measure("federated-dp", tmp_path) for _ in range(2)]
+
+    assert rows[0]["epsilon"] == pytest.approx(8.0, rel=1e-4)
+    assert rows[0]["failed_replies"] == rows[1]["failed_replies"] == 0
+    assert rows[0]["test_loss"] != rows[1]["test_loss"]
+    run = tmp_path / "federated-dp" / "run-2"
+    privacy = json.loads((run / "privacy.json").read_text())
+    assert privacy["trustees"] == 2 and privacy["releases"] == [1, 2]
+
+
+def test_a_sealed_federation_needs_its_trustees_among_the_clients(
+    config_file, tmp_path
+):
+    text = config_file.read_text()
+    text += "[privacy]\ntrust = 'trustees'\ntrustees = 'a,b,c'\n"
+    config_file.write_text(text + "[strategy]\nwait-for-clients = 1.0\n")
+    bench = Bench(read_run_config([str(config_file)]), 2, None, OWN_BEST)
+
+    with pytest.raises(FederationError, match=r"2 answered \(absent: c\)"):
+        bench.measure("federated-dp", tmp_path)
 
 
 def test_the_counts_of_secret_cohorts_are_in_no_row(config_file, tmp_path):

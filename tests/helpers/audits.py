@@ -1,7 +1,11 @@
 """Audits of a size that takes a second."""
 
+import pytest
+
 from fedllm.auditing.auditor import Auditor
+from fedllm.auditing.sealed_auditor import SealedAuditor
 from fedllm.commands.audit import main
+from fedllm.commands.sealed_parties import SealedParties
 from fedllm.config import parse_run_config
 from fedllm.planning.noise import privacy_settings
 from fedllm.strategy.build import make_strategy
@@ -30,3 +34,24 @@ SMALL = ["--canaries", "50", "--dimension", "1000", "--clients", "5"]
 
 def audit(*arguments: str) -> object:
     return exit_status(main, [*arguments, *SMALL])
+
+
+def sealed(**keys):
+    """A sealed run's config: three trustees, of whom one may be the server's."""
+    given = {"privacy.trust": "trustees", "privacy.trustees": "a,b,c"}
+    return private(**{**given, "privacy.post-quantum": False, **keys})
+
+
+def sealed_auditor(config=None, **changes):
+    config = config or sealed()
+    sizes = {"num_clients": CLIENTS, "num_canaries": CANARIES, "dimension": DIMENSION}
+    settings = privacy_settings(config, CLIENTS, DIMENSION)
+    return SealedAuditor(
+        config, settings, make_parties=SealedParties, **{**sizes, **changes}
+    )
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No waiting for a disk: what is on it after a power cut is not what is tested."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
