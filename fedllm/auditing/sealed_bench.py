@@ -266,11 +266,11 @@ class SealedBench(Bench):
         told = names if self._is_silent else names[: self.slot.colluding]
         unit = self.settings.clipping_norm / self.grid.sensitivity
         for name in told:
-            seen = seen - self.noise_of(name) * unit
+            seen = seen - self.in_adapters_order(self.noise_of(name)) * unit
         return seen
 
     def integers(self, content: RecordDict) -> Integers:
-        """Return what is below the pads of a client's reply, (d,)."""
+        """Return what is below the pads of a client's reply, (d,) as it travels."""
         total = residues_of(content)
         for name, seed in zip(self.slot.names, self.seeds(content), strict=True):
             if seed is None:
@@ -287,7 +287,7 @@ class SealedBench(Bench):
         ]
 
     def noise_of(self, name: str) -> Integers:
-        """Return the noise of a trustee in the slot that was opened last, (d,).
+        """Return the noise of a trustee in the slot that was opened last, (d,) as it travels.
 
         Raises:
             NotAsPromisedError: It did not open it.
@@ -302,6 +302,15 @@ class SealedBench(Bench):
                 raise NotAsPromisedError(f"trustee {name} opened another's packet")
             total += pad(seed, len(total))
         return signed(total - vector)
+
+    def in_adapters_order(self, values: Integers) -> Vector:
+        """Return values in the order of the adapter; what travels has sorted names."""
+        parts, start = {}, 0
+        for name in sorted(self.start):
+            parts[name] = values[start : start + self.start[name].size]
+            start += self.start[name].size
+        ordered = np.concatenate([parts[name] for name in self.start])
+        return ordered.astype(np.float64)
 
     def tally_message(self, name: str, packets: Sequence[bytes]) -> Message:
         """Return what asks a trustee to open the slot that was asked for last."""

@@ -8,7 +8,6 @@ from flwr.app import RecordDict
 from fedllm.auditing.deterministic_checks import ledger
 from fedllm.auditing.harness import Contents, Finding, NotAsPromisedError
 from fedllm.auditing.sealed_bench import SealedBench, SealedSetup, residues_of
-from fedllm.privacy.mechanism import Vector
 from fedllm.wire.messages import ARRAYS, array_record, error_content
 from fedllm.wire.sealed_messages import SEALED, sealed_content
 
@@ -34,10 +33,9 @@ def opened_sum(setup: SealedSetup) -> Finding:
             bench.release(1, replies)
             total += sum(bench.noise_of(name) for name in bench.slot.names)
             unit = clip / bench.grid.sensitivity
-            made = total.astype(np.float64) * unit / bench.settings.num_sampled_clients
-            # The strategy opens sorted names, and the optimiser has the adapter's order.
-            entered = _sorted(bench, bench.entered[-1])
-            differing = int(np.sum(made != entered))
+            n = bench.settings.num_sampled_clients
+            made = bench.in_adapters_order(total) * unit / n
+            differing = int(np.sum(made != bench.entered[-1]))
             off += differing
             lost = lost or (others if differing else "")
     return not off, (
@@ -64,15 +62,6 @@ def _hostile(
         error_content("failed", None),
     ]
     return list(zip(nodes, kinds, strict=False))
-
-
-def _sorted(bench: SealedBench, vector: Vector) -> Vector:
-    """Return a vector of the adapter's order in that of the sorted names."""
-    parts, start = {}, 0
-    for name, value in bench.start.items():
-        parts[name] = vector[start : start + value.size]
-        start += value.size
-    return np.concatenate([parts[name] for name in sorted(parts)])
 
 
 def length_guard(setup: SealedSetup) -> Finding:

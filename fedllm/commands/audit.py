@@ -100,13 +100,15 @@ def _audit_clients(
     return audit.passed, {**audit.as_dict(), "settings": asdict(settings)}
 
 
-def _auditor(config: RunConfig, settings: PrivacySettings, *sizes: int) -> Auditor:
+def _auditor(
+    config: RunConfig, settings: PrivacySettings, clients: int, canaries: int, size: int
+) -> Auditor:
     """Return what audits a run: its strategy, or the parties of a sealed one."""
     if not config.is_sealed:
-        return Auditor(config, settings, *sizes)
+        return Auditor(config, settings, clients, canaries, size)
     from fedllm.commands.sealed_parties import SealedParties
 
-    return SealedAuditor(config, settings, *sizes, make_parties=SealedParties)
+    return SealedAuditor(config, settings, clients, canaries, size, SealedParties)
 
 
 def _trustees(settings: PrivacySettings) -> str:
