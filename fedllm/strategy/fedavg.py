@@ -80,7 +80,7 @@ class AdapterFedAvg(FedAvg):
         self.generator = SecureGenerator()
         self._server_round = 0
         self._busy: set[int] = set()
-        self._earlier: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
+        self._earlier: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
 
     @property
     def averaging(self) -> "AdapterFedAvg":
@@ -114,7 +114,7 @@ class AdapterFedAvg(FedAvg):
         cohort = [node for node in cohort if node not in self._busy]
         self._server_round = server_round
         if self.config.strategy.late_replies == "next-round":
-            self._earlier[server_round] = dict(self.reference)
+            self._earlier[str(server_round)] = dict(self.reference)
         size = sum(len(array.data) for array in sent.values())
         self.round = Round(asked=len(cohort), bytes_down=size * len(cohort))
         return self._messages(content, cohort, MessageType.TRAIN, server_round)
@@ -127,7 +127,7 @@ class AdapterFedAvg(FedAvg):
         """
         waiting = list(messages)
         self._busy = {message.metadata.dst_node_id for message in waiting}
-        rounds = {int(message.metadata.group_id) for message in waiting}
+        rounds = {message.metadata.group_id for message in waiting}
         self._earlier = {r: a for r, a in self._earlier.items() if r in rounds}
 
     def aggregate_train(
@@ -278,7 +278,7 @@ class AdapterFedAvg(FedAvg):
         """Return a reply whose arrays are values on top of the present adapter; total."""
         reply = read_reply(message, self.shapes, self.config.wire.encoding)
         if self._is_late(message):
-            return self._on_present(reply, int(message.metadata.group_id))
+            return self._on_present(reply, self._earlier[message.metadata.group_id])
         return self._as_values(reply)
 
     def _is_late(self, message: Message) -> bool:
@@ -287,16 +287,17 @@ class AdapterFedAvg(FedAvg):
         Its metadata is that of our own message (`server.reply_stream`), not the client's.
         """
         sent_in = message.metadata.group_id
-        return bool(self._earlier) and sent_in != str(self._server_round)
+        return sent_in in self._earlier and sent_in != str(self._server_round)
 
-    def _on_present(self, reply: Reply, server_round: int) -> Reply:
+    def _on_present(
+        self, reply: Reply, sent: dict[str, npt.NDArray[np.float32]]
+    ) -> Reply:
         """Return a late reply's update on top of the present adapter.
 
         The update is what the client changed of the adapter that it was sent.
         """
         if self.config.wire.encoding != "float32" or reply.arrays is None:
             return self._as_values(reply)
-        sent = self._earlier[server_round]
         with np.errstate(all="ignore"):
             values = {
                 name: self.reference[name].astype(np.float64)
