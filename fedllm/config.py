@@ -304,12 +304,13 @@ class PrivacyConfig:
     """`client`: all data of one client; `record`: one training row; `none`: nothing."""
     noise: Literal["local", "joint"] = "local"
     """Under `record`: `local`, each client noises each of its steps for itself; `joint`, the
-    server, which is trusted, noises the sum of all clients once, and every step is a round
-    (train.batch-size times train.gradient-accumulation: the expected batch of all clients
+    server, which is trusted, or the trustees noise the sum of all clients once, and every step
+    is a round (train.batch-size times train.gradient-accumulation: the expected batch of all clients
     together)."""
     trust: Literal["server", "trustees"] = "server"
-    """Under `client`: `server`, which sees each update and adds the noise; `trustees`, nodes
-    that open only the sum of a round's encrypted updates, each with its share of the noise."""
+    """Under `client`, and `record` with joint noise: `server`, which sees each update and adds the
+    noise; `trustees`, nodes that open only the sum of a round's encrypted updates, each with
+    its share of the noise."""
     trustees: Text = ""
     """Names of the trustees, separated by commas, under `trustees`; in a simulation the first
     virtual nodes are they."""
@@ -435,7 +436,8 @@ class RunConfig:
     @property
     def is_sealed(self) -> bool:
         """Whether the server, which is not trusted, receives encrypted updates alone."""
-        return self.privacy.unit == "client" and self.privacy.trust == "trustees"
+        is_summed = self.privacy.unit == "client" or self.is_joint
+        return is_summed and self.privacy.trust == "trustees"
 
     @property
     def trustees(self) -> tuple[str, ...]:
@@ -862,15 +864,14 @@ def _trust_problems(config: RunConfig) -> list[str]:
             )
             if getattr(privacy, name) != getattr(usual, name)
         ]
-    if privacy.unit != "client":
+    if privacy.unit == "none" or (privacy.unit, privacy.noise) == ("record", "local"):
         why = {
             "none": "there is no noise",
-            "local": "at record level each client's own noise protects its rows already",
-            "joint": "sealed sums of single records are not built",
-        }["none" if privacy.unit == "none" else privacy.noise]
+            "record": "each client's own noise (privacy.noise='local') protects its rows already",
+        }[privacy.unit]
         return [
-            "privacy.trust: 'trustees' is for privacy.unit='client' (got "
-            f"{privacy.unit!r}): {why}"
+            "privacy.trust: 'trustees' is for privacy.unit='client', or 'record' with "
+            f"privacy.noise='joint' (got {privacy.unit!r}): {why}"
         ]
     return _sealed_problems(config)
 

@@ -30,6 +30,7 @@ from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
 from fedllm.strategy.joint_record_dp import JointRecordDP
 from fedllm.strategy.sealed_dp import SealedDP
+from fedllm.strategy.sealed_record_dp import SealedRecordDP
 from fedllm.strategy.server_optimizer import ServerOptimizer
 from fedllm.wire.masking import WIRE, masked
 from fedllm.wire.messages import ARRAYS, METRICS, array_record, encoded_record
@@ -39,7 +40,7 @@ Contents = Iterable[tuple[int, RecordDict | Error]]
 
 MakeStrategy = Callable[
     [RunConfig, Arrays, list[int], Ledger | None],
-    AdapterFedAvg | ClientLevelDP | JointRecordDP | SealedDP,
+    AdapterFedAvg | ClientLevelDP | JointRecordDP | SealedDP | SealedRecordDP,
 ]
 
 NUM_CLIENTS = 6

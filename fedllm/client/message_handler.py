@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from fedllm.training.result import Trained
 
 
+_ASKED_OF_TRUSTEES = ("query.hello", "query.tally")
+
+
 def reply_to(message: Message, context: Context) -> Message:
     """Train, evaluate, count a run or keep its adapter as asked, and reply. Never raises.
 
@@ -58,7 +61,7 @@ def reply_to(message: Message, context: Context) -> Message:
         Under `privacy.unit="client"` the reply holds the trained arrays, or one code of
         a closed list, and nothing else; the error's text stays in this client's log. With
         `privacy.trust="trustees"` the arrays are an update under pads, or zero under such
-        (`client.sealing`).
+        (`client.sealing`), at record level the sum of a batch (`client.sealed_records`).
         Under `record` the arrays are DP-SGD's, paid for on this client's disk before
         they leave, and the epsilon that its ledger then shows comes with them. Which code
         leaves, and which epsilon, is a function of settings and of the number of rows, but
@@ -77,8 +80,9 @@ def reply_to(message: Message, context: Context) -> Message:
         private = config.privacy.unit != "none"
         node = parse_node_config(context.node_config)
         client = RunClient(config, node, context.run_id, attempt)
-        reads_rows = message.metadata.message_type != DELIVER
-        if config.privacy.unit == "record" and reads_rows:
+        # What a sealed step fails at leaves as zeros, and is counted where it is made.
+        is_counted = message.metadata.message_type != DELIVER and not config.is_sealed
+        if config.privacy.unit == "record" and is_counted:
             content = masked(_counted(message, client))
         else:
             content = masked(_answer(message, client))
@@ -103,6 +107,7 @@ def _counted(message: Message, client: RunClient) -> RecordDict:
 
 def _answer(message: Message, client: RunClient) -> RecordDict:
     """Check the limits of the node's owner, and do what is asked."""
+    _require_data(message, client)
     check_node_limits(client.node, client.config)
     _check_format(message)
     if message.metadata.message_type == DELIVER:
@@ -122,6 +127,7 @@ def _answer_sealed(message: Message, client: RunClient) -> RecordDict:
     Raises:
         ConfigError: It asks for something else.
     """
+    from fedllm.client.sealed_records import sealed_step
     from fedllm.client.sealing import say_hello, sealed_reply, tally
 
     match message.metadata.message_type:
@@ -129,6 +135,11 @@ def _answer_sealed(message: Message, client: RunClient) -> RecordDict:
             return say_hello(message, client)
         case "query.tally":
             return tally(message, client)
+        case "train" if client.config.is_joint:
+            config = _fitted_config(message, client)
+            return sealed_step(
+                message, client, config, lambda: _records(message, client, config)
+            )
         case "train":
             config = _fitted_config(message, client)
             return sealed_reply(
@@ -138,6 +149,21 @@ def _answer_sealed(message: Message, client: RunClient) -> RecordDict:
         "privacy.trust: under 'trustees' a node answers no message of type "
         f"{message.metadata.message_type!r}"
     )
+
+
+def _require_data(message: Message, client: RunClient) -> None:
+    """Raise if a node without data is asked for what only a client does.
+
+    Raises:
+        ConfigError: It is: such a node is a trustee, and never trains.
+    """
+    kind = message.metadata.message_type
+    is_for_trustees = client.config.is_sealed and kind in _ASKED_OF_TRUSTEES
+    if not client.node.has_data and not is_for_trustees:
+        raise ConfigError(
+            f"node config: data-path: is not set, so this node is trustee "
+            f"{client.node.trustee_name!r} alone, and answers no message of type {kind!r}"
+        )
 
 
 def _check_format(message: Message) -> None:
@@ -214,6 +240,14 @@ def _update_alone(
     created_at = message.metadata.created_at
     log_training(client, taken.server_round, trained, times, created_at)
     return trained.arrays, taken.task.arrays
+
+
+def _records(
+    message: Message, client: RunClient, fitted: RunConfig
+) -> "tuple[AdaptedModel, Sequence[Record | None], RoundTask]":
+    """Load what a step at record level is made of."""
+    taken = _take_up(message, client, fitted)
+    return taken.adapted, taken.examples, taken.task
 
 
 def _fitted_config(message: Message, client: RunClient) -> RunConfig:

@@ -55,7 +55,8 @@ class NodeConfig:
     Attributes:
         partition_id: Which partition the client has. It seeds the training and names the
             client's log.
-        num_partitions: Partitions of `data.name`; 1 if the client has a file of its own.
+        num_partitions: Partitions of `data.name`; 1 if the client has a file of its own, 0
+            if the node has no data and is a trustee alone.
         data_path: The client's own file or folder; None: a partition of `data.name`.
         privacy_unit: The `privacy.unit` that a run must have; None: any.
         max_epsilon: Largest epsilon that all runs of a period may spend together; None: no
@@ -120,6 +121,11 @@ class NodeConfig:
         """Delta that the node's runs are composed at."""
         # No run's own delta is larger, so a run that keeps its promise fits.
         return min(DEFAULT_DELTA if self.delta is None else self.delta, LARGEST_DELTA)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the node can be a client; else it is a trustee alone."""
+        return self.num_partitions > 0
 
     @property
     def is_simulated(self) -> bool:
@@ -357,13 +363,34 @@ def _partition(values: Mapping[str, Any]) -> tuple[int, int]:
     if "data-path" in values:
         path = str(values["data-path"]).encode("utf-8", "backslashreplace")
         return (zlib.crc32(path) if partition_id is None else int(partition_id)), 1
+    if "trustee-name" in values and "num-partitions" not in values:
+        _require_nothing_of_data(values)
+        return zlib.crc32(str(values["trustee-name"]).encode()), 0
     num_partitions = _number(values, "num-partitions")
     if partition_id is None or num_partitions is None:
         raise ConfigError(
             "node config: needs data-path, the client's own data file, or partition-id "
             "and num-partitions: flower-supernode --node-config 'data-path=\"...\"'"
         )
+    if num_partitions < 1:
+        raise ConfigError(
+            f"node config: num-partitions: must be at least 1 (got {num_partitions:g})"
+        )
     return int(partition_id), int(num_partitions)
+
+
+def _require_nothing_of_data(values: Mapping[str, Any]) -> None:
+    """Check that the config of a trustee without data says nothing of data.
+
+    Raises:
+        ConfigError: It does: its owner forgot where the data is.
+    """
+    for key in ("partition-id", "declared-rows", "declared-persons", "person-column"):
+        if key in values:
+            raise ConfigError(
+                f"node config: {key}: needs data-path; a trustee without data has neither, "
+                "and never trains"
+            )
 
 
 def _budget_period(

@@ -70,9 +70,14 @@ def _check_unit(node: NodeConfig, config: RunConfig) -> None:
     without a unit demands client level.
     """
     if config.is_joint and node.has_limits and node.privacy_noise != "joint":
+        others = (
+            "sums leave it under pads, and the trustees add the noise"
+            if config.is_sealed
+            else "sums leave it without noise and the server is trusted to add it"
+        )
         raise ConfigError(
-            "privacy.noise: this node adds its noise itself (got 'joint', where sums leave "
-            "it without noise and the server is trusted to add it): its privacy-noise is "
+            f"privacy.noise: this node adds its noise itself (got 'joint', where {others}): "
+            "its privacy-noise is "
             + ("not set" if node.privacy_noise is None else f"{node.privacy_noise!r}")
         )
     unit, got = node.privacy_unit, config.privacy.unit
@@ -108,7 +113,7 @@ def _check_persons(node: NodeConfig, config: RunConfig) -> None:
     record. It is compared with the owner's word and never with the file: whether a column
     is there is something that rows hold.
     """
-    if config.privacy.unit != "record" or node.is_simulated:
+    if config.privacy.unit != "record" or node.is_simulated or not node.has_data:
         return
     wanted, got = node.person_column or "", config.data.person_column
     if got != wanted:
@@ -162,7 +167,7 @@ def _check_trust(node: NodeConfig, config: RunConfig) -> None:
         )
     if node.is_simulated:
         return
-    if not node.trusted_trustees:
+    if node.has_data and not node.trusted_trustees:
         raise ConfigError(
             "privacy.trust: 'trustees' needs trusted-trustees in this node's config: keys of "
             "trustees that reached its owner without the server"

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 
 def declare_rows(client: RunClient) -> RecordDict:
+    """Return a reply with the number that this client declares; raises as there."""
+    metrics = MetricRecord({DECLARED_ROWS: declared_number(client)})
+    return RecordDict({METRICS: metrics})
+
+
+def declared_number(client: RunClient) -> int:
     """Return how many rows, or persons, this client declares as public, which no row decides.
 
     Raises:
@@ -37,7 +43,7 @@ def declare_rows(client: RunClient) -> RecordDict:
         )
     if declared is None:
         declared = num_partition_records(node, config)
-    return RecordDict({METRICS: MetricRecord({DECLARED_ROWS: declared})})
+    return declared
 
 
 def public_number(client: RunClient, records: "Sequence[Record | None]") -> int:

@@ -16,6 +16,8 @@ from flwr.app import Message, RecordDict
 from fedllm.client.failures import code_of
 from fedllm.client.node_budget import asked_of, charge_run, promise_of
 from fedllm.client.node_config import NodeConfig
+from fedllm.client.record_budget import SMALLEST_NOISE
+from fedllm.client.record_steps import declared_number
 from fedllm.client.run_client import RunClient
 from fedllm.client.sealed_roles import client_slots, pins_of, trustee_of
 from fedllm.config import RunConfig
@@ -54,40 +56,62 @@ def sealed_reply(message: Message, client: RunClient, train: Train) -> RecordDic
         BudgetError: The run would pass the node's limit, or the slot was answered.
         PrivacyError: The slot is not what this node's owner and the run config demand.
     """
-    settings = _agreed_slot(message, client)
+    settings = agreed_slot(message, client)
     config, run_id, attempt = client.config, client.run_id, client.attempt
     asked = asked_of(config, run_id, attempt, settings.slot)
     charge_run(config, client.node, asked, client.log)
+    spend_slot(client, settings)
+    return under_pads(_integers(client, settings, train), settings)
+
+
+def spend_slot(client: RunClient, settings: SlotSettings) -> None:
+    """Enter a slot as answered by this client, on disk.
+
+    Raises:
+        BudgetError: It was answered, or a later one was.
+        PrivacyError: The ledger cannot be trusted or written.
+    """
     client_slots(client).spend(
         f"{settings.run} {client.node.partition_id}", settings.slot
     )
-    masked_update = residues(_integers(client, settings, train))
-    packets = []
+
+
+def under_pads(integers: Integers, settings: SlotSettings) -> RecordDict:
+    """Return the reply of a slot: integers under a pad of each trustee, and its packet.
+
+    Guarantee:
+        Its form and size are functions of the settings. The values are uniform for who lacks
+        one of the pads.
+    """
+    padded, packets = residues(integers), []
     for name, key in settings.trustees:
         seed = fresh_seed()
-        add_pad(masked_update, seed)
+        add_pad(padded, seed)
         packets.append(seal(seed, bytes.fromhex(key), settings.info(name)))
-    return sealed_content(masked_update, packets)
+    return sealed_content(padded, packets)
 
 
 def say_hello(message: Message, client: RunClient) -> RecordDict:
-    """Return this node's certificate of the run if it is a trustee, and else nothing.
+    """Return what this node is: its certificate of the run if it is a trustee; if it has data.
 
-    The floors of the node's owner were checked: a node that replies will take part.
+    The floors of the node's owner were checked: a node that replies will take part. At record
+    level a client declares its number of rows beside that.
 
     Raises:
-        ConfigError: Its key cannot be used.
+        ConfigError: Its key cannot be used, or it has data and declares no rows.
+        DataError: A virtual client's rows cannot be read.
         PrivacyError: The run has another name, or its ledger cannot be trusted.
     """
     run = message.content.config_records[CONFIG].get(RUN_NAME)
     if run != run_name(client.config, client.run_id):
         raise PrivacyError(f"the server names another run ({run!r})")
+    has_data, rows, certificate = client.node.has_data, None, None
+    if has_data and client.config.is_joint:
+        rows = declared_number(client)
     trustee = trustee_of(client)
-    if trustee is None:
-        return hello_content(None)
-    return hello_content(
-        trustee.certificate(str(run), client.config.privacy.post_quantum)
-    )
+    if trustee is not None:
+        certificate = trustee.certificate(str(run), client.config.privacy.post_quantum)
+    return hello_content(certificate, has_data, rows)
 
 
 def tally(message: Message, client: RunClient) -> RecordDict:
@@ -112,7 +136,7 @@ def tally(message: Message, client: RunClient) -> RecordDict:
     return tally_content(result.vector, result.unopened)
 
 
-def _agreed_slot(message: Message, client: RunClient) -> SlotSettings:
+def agreed_slot(message: Message, client: RunClient) -> SlotSettings:
     """Return the settings of the slot.
 
     Raises:
@@ -145,7 +169,7 @@ def require_promised(settings: SlotSettings, client: RunClient) -> None:
             f"num-server-rounds: the slot's settings plan {settings.planned_slots} (the run "
             f"config {config.num_server_rounds})"
         )
-    promised = promise_of(config).noise_multiplier
+    promised = _promised_noise(config)
     if not settings.noise_multiplier >= promised * (1 - 1e-9):
         raise PrivacyError(
             f"privacy.noise-multiplier: the run promises {promised:.4g} (the slot's settings "
@@ -153,7 +177,24 @@ def require_promised(settings: SlotSettings, client: RunClient) -> None:
         )
     if not 0 < settings.clipping_norm < math.inf:
         raise PrivacyError("privacy.clipping-norm: must be above 0")
+    is_by_record = settings.num_records > 0 and settings.total_rows > 0
+    if is_by_record != config.is_joint:
+        raise PrivacyError(
+            f"privacy.unit: is {config.privacy.unit!r}, and the slot's settings are of "
+            f"{settings.num_records} records of {settings.total_rows}"
+        )
     _require_floors(settings, config, node)
+
+
+def _promised_noise(config: RunConfig) -> float:
+    """Return the least z that the run config promises.
+
+    At record level a target is kept by each client's own ledger, since the noise that it
+    needs depends on what all clients declare.
+    """
+    if config.is_joint:
+        return max(config.privacy.noise_multiplier, SMALLEST_NOISE)
+    return promise_of(config).noise_multiplier
 
 
 def _require_floors(

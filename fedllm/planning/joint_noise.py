@@ -15,7 +15,10 @@ from fedllm.privacy.joint_ledger import JointSettings
 
 
 def joint_settings(
-    config: RunConfig, declared_rows: Sequence[int], num_trainable: int
+    config: RunConfig,
+    declared_rows: Sequence[int],
+    num_trainable: int,
+    trustees: int | None = None,
 ) -> JointSettings:
     """Return the privacy settings, with the noise given or calibrated to the target epsilon.
 
@@ -23,6 +26,7 @@ def joint_settings(
         config: The run config, with `privacy.noise="joint"`.
         declared_rows: The rows, or persons, that each client declared.
         num_trainable: Trained values d.
+        trustees: How many there are of a sealed run; None: all that it names.
 
     Raises:
         ConfigError: The clients declared fewer rows than one expected batch.
@@ -61,6 +65,8 @@ def joint_settings(
         num_trainable=num_trainable,
         planned_rounds=config.num_server_rounds,
         person_column=config.data.person_column,
+        trustees=len(config.trustees) if trustees is None else trustees,
+        colluding=privacy.colluding_trustees if config.is_sealed else 0,
     )
 
 

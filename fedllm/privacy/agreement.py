@@ -38,12 +38,15 @@ class SlotSettings:
         slot: Its number, from 1.
         planned_slots: Slots that the run planned.
         size: d, the number of values.
-        num_clients: The most clients whose updates the sum may hold.
-        clipping_norm: C.
+        num_clients: The most clients whose messages the sum may hold.
+        clipping_norm: C, of an update or of a record's gradient.
         noise_multiplier: z, against a server with `colluding` trustees.
         colluding: c, how many trustees may tell the server their noise.
         trustees: Name and public key of the run in hex of each trustee, in order.
         adapter: SHA-256 of the adapter as it was sent, in hex.
+        num_records: The most records whose gradients the sum has room for; 0: it is a sum of
+            one update for each client.
+        total_rows: M: a record's coin has the probability B / M; 0 likewise.
     """
 
     run: str
@@ -56,6 +59,8 @@ class SlotSettings:
     colluding: int
     trustees: tuple[tuple[str, str], ...]
     adapter: str
+    num_records: int = 0
+    total_rows: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,7 +100,7 @@ class SlotSettings:
             self.noise_multiplier,
             len(self.trustees),
             self.colluding,
-            self.num_clients,
+            self.num_records or self.num_clients,
             self.size,
         )
 
@@ -129,16 +134,22 @@ class SlotSettings:
             raise PrivacyError(
                 f"slot {settings.slot}: {settings.planned_slots} were planned"
             )
+        if (
+            settings.num_clients < 1
+            or min(settings.num_records, settings.total_rows) < 0
+        ):
+            raise PrivacyError("a sealed slot has clients, and no fewer than 0 records")
         _ = settings.grid
         return settings
 
     @property
     def _is_typed(self) -> bool:
-        whole = (self.slot, self.planned_slots, self.size, self.num_clients)
-        texts = (self.run, self.adapter, *(t for pair in self.trustees for t in pair))
-        return all(type(n) is int for n in (*whole, self.colluding)) and all(
-            type(t) is str for t in texts
+        whole = (
+            *(self.slot, self.planned_slots, self.size, self.colluding),
+            *(self.num_clients, self.num_records, self.total_rows),
         )
+        texts = (self.run, self.adapter, *(t for pair in self.trustees for t in pair))
+        return all(type(n) is int for n in whole) and all(type(t) is str for t in texts)
 
 
 @dataclass(frozen=True)

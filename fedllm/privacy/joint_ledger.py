@@ -12,26 +12,35 @@ from fedllm.privacy.accounting import (
 from fedllm.privacy.group_privacy import group_epsilon
 from fedllm.privacy.protected_record import persons_not_covered, protected, relation
 from fedllm.privacy.release_ledger import ReleaseLedger, bounded
+from fedllm.privacy.sealed_claims import (
+    opened_by_trustees,
+    sealed_not_covered,
+    whom_sealed,
+)
+from fedllm.privacy.sealed_sum import deviation
 from fedllm.privacy.wording import delta_caution, plain, strength
 
-_NOT_COVERED = [
+_TRUSTED_SERVER = (
     "the server, which sees each client's sum of clipped gradients before the noise, and adds "
-    "the noise: neither a client nor its ledger can verify that it does",
+    "the noise: neither a client nor its ledger can verify that it does"
+)
+_PINNED_CODE = (
+    "the code that a client runs: Flower ships it from the server, so a node should pin or "
+    "sign it"
+)
+_NOT_COVERED = [
     "how many rows each client declared, and so the sampling probability: public numbers, "
     "fixed before round 1, of which a row that joins or leaves changes none",
     "rows declared public, if a client trains on them: their losses, and the choice of a "
     "round by them, have no noise",
     "time and memory: how long a client takes, and whether it passes the run's time limit or "
-    "ends for want of memory (codes time-limit, out-of-memory, failed, or no answer), depends "
-    "on how long its rows are; a client that gives no sum counts as zero in that step",
-    "a file that is read as a whole (.json, .csv, .parquet) and is malformed as a whole: the "
-    "code is no-data, also where one row is the cause; a broken line of .jsonl is a record",
+    "ends for want of memory, depends on how long its rows are; a client that gives no sum "
+    "counts as zero in that step{tells}",
+    "a file that is read as a whole (.json, .csv, .parquet) and is malformed as a whole: "
+    "{malformed}, also where one row is the cause; a broken line of .jsonl is a record",
     "the kernels of a GPU: that a record's gradient is the same in any company was tested on "
     "CPUs, and is tried by each client on its own device, on public tokens only",
-    "the code that a client runs: Flower ships it from the server, so a node should pin or "
-    "sign it",
-    "who is connected, which client gave no sum and by which code, and when each client "
-    "answers (timing)",
+    "who is connected, which client gave no {reply}, and when each client answers (timing)",
     "a run's traffic and its clients' seconds so far, which Flower shows to each registered "
     "node that asks",
     "the choice of settings, where it was made on private data",
@@ -40,6 +49,18 @@ _NOT_COVERED = [
     "in a simulation: that partitions by label ('dirichlet', 'natural') have sizes that depend "
     "on rows, and stand as declared",
 ]
+
+
+_OPEN_WORDS = {
+    "tells": " (codes time-limit, out-of-memory, failed, or no answer)",
+    "malformed": "the code is no-data",
+    "reply": "sum and by which code",
+}
+_SEALED_WORDS = {
+    "tells": ", which the opened sum tells of under its noise",
+    "malformed": "its client's sums are zero",
+    "reply": "reply",
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +78,8 @@ class JointSettings:
         start_note: What is not counted of the adapter that the run starts from.
         person_column: Column by which all rows of one person in one client are one record;
             empty: each row is one.
+        trustees: k, the most that open a step; 0: the server adds the noise.
+        colluding: c, how many of them may tell the server theirs.
     """
 
     unit: str
@@ -75,6 +98,8 @@ class JointSettings:
     planned_rounds: int
     start_note: str = ""
     person_column: str = ""
+    trustees: int = 0
+    colluding: int = 0
 
     def __post_init__(self) -> None:
         # A list, as JSON has it, would not equal a tuple.
@@ -90,6 +115,13 @@ class JointSettings:
     def sampling_probability(self) -> float:
         """q: the probability of each record to be in a step."""
         return self.expected_batch_size / self.total_rows
+
+    @property
+    def opened_noise(self) -> float:
+        """The noise of a released sum over G: of all trustees together, else z."""
+        if not self.trustees:
+            return self.noise_multiplier
+        return deviation(self.noise_multiplier, self.trustees, self.colluding)
 
 
 class JointLedger(ReleaseLedger[JointSettings]):
@@ -110,11 +142,24 @@ class JointLedger(ReleaseLedger[JointSettings]):
         "num_trainable",
         "planned_rounds",
     )
-    derived = ("num_rounds", "sampling_probability", "epsilon", "epsilon_two_clients")
+    derived = (
+        "num_rounds",
+        "sampling_probability",
+        "epsilon",
+        "epsilon_two_clients",
+        "epsilon_adapters",
+    )
 
     def spent_after(self, num_releases: int) -> float:
         """Return the epsilon of a number of steps, add-or-remove of one record."""
         return record_epsilon(self._events(num_releases), self.settings.delta)
+
+    @property
+    def epsilon_of_adapters(self) -> float:
+        """The epsilon spent so far against an observer of the adapters alone."""
+        settings, count = self.settings, len(self._releases)
+        event = (settings.opened_noise, settings.sampling_probability, count)
+        return record_epsilon([event], settings.delta)
 
     @property
     def two_clients(self) -> float | None:
@@ -130,7 +175,7 @@ class JointLedger(ReleaseLedger[JointSettings]):
         """R: the norm of the averaged noise over the largest norm of a gradient."""
         settings = self.settings
         return noise_to_signal(
-            settings.noise_multiplier,
+            settings.opened_noise,
             settings.num_trainable,
             settings.expected_batch_size,
         )
@@ -149,9 +194,9 @@ class JointLedger(ReleaseLedger[JointSettings]):
             "total_rows": settings.total_rows,
             "clipping_norm": None,
             "earlier_mu_squared": None,
-            "trustees": None,
-            "colluding": None,
-            "epsilon_adapters": None,
+            "epsilon_adapters": (
+                bounded(self.epsilon_of_adapters) if settings.trustees else None
+            ),
             "neighbouring_relation": relation(settings.person_column),
             "epsilon": bounded(spent),
             "epsilon_two_clients": bounded(self.two_clients),
@@ -175,11 +220,16 @@ class JointLedger(ReleaseLedger[JointSettings]):
 
     def _not_covered(self) -> list[str]:
         """Return what the bound leaves out, the server first."""
-        column = self.settings.person_column
+        settings, column = self.settings, self.settings.person_column
         own = persons_not_covered(column)
         same = [] if column else ["the same row at several clients"]
-        start = filter(None, [self.settings.start_note])
-        return [*_NOT_COVERED[:2], *own, *_NOT_COVERED[2:], *same, *start]
+        start = filter(None, [settings.start_note])
+        if settings.trustees:
+            first, words = sealed_not_covered(settings.colluding), _SEALED_WORDS
+        else:
+            first, words = [_TRUSTED_SERVER, _PINNED_CODE], _OPEN_WORDS
+        rest = [text.format_map(words) for text in _NOT_COVERED]
+        return [*first, *own, *rest, *same, *start]
 
     def _statement(self, spent: float) -> str:
         """Return the privacy statement, one sentence."""
@@ -192,16 +242,26 @@ class JointLedger(ReleaseLedger[JointSettings]):
             if two is None
             else f" (epsilon {plain(two)} for a person with rows at two clients)"
         )
+        whom, rest = self._whom_and_rest()
         return (
             f"Record-level differential privacy with epsilon {plain(spent)} at delta "
-            f"{settings.delta:g} (protection: {self.strength(spent)}{because}): for whoever "
-            "sees only the adapters that this run released in "
-            f"{len(self._releases)} steps, each record drawn by its client's secret coin of "
+            f"{settings.delta:g} (protection: {self.strength(spent)}{because}): for {whom} "
+            f"this run released in {len(self._releases)} steps, each record drawn by its client's secret coin of "
             f"probability {settings.sampling_probability:.3g}, whether "
             f"{protected(settings.person_column)} was there or not changes the probability "
             f"of any conclusion by at most a factor of e^{plain(spent)}, plus "
-            f"{settings.delta:g}{group}; the server, which "
-            "receives each client's sum of clipped gradients and adds one noise to the sum "
-            "of all, is trusted, and what is not covered is listed beside this under "
-            "not_covered."
+            f"{settings.delta:g}{group}; {rest}"
         )
+
+    def _whom_and_rest(self) -> tuple[str, str]:
+        """Return against whom the epsilon is, and how the statement ends."""
+        settings = self.settings
+        if not settings.trustees:
+            return "whoever sees only the adapters that", (
+                "the server, which receives each client's sum of clipped gradients and adds "
+                "one noise to the sum of all, is trusted, and what is not covered is listed "
+                "beside this under not_covered."
+            )
+        parties = (settings.trustees, settings.colluding)
+        adapters = plain(self.epsilon_of_adapters)
+        return whom_sealed(*parties), opened_by_trustees(adapters, *parties)

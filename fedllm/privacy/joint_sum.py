@@ -42,6 +42,11 @@ def most_records(expected: float) -> float:
     return expected + 18 + 8 * math.sqrt(expected)
 
 
+def largest_batch(expected_batch_size: int) -> int:
+    """Return how many records a sealed sum has room for, of all clients' expected batch B."""
+    return math.ceil(most_records(expected_batch_size))
+
+
 def record_units(size: int, noise_multiplier: float, expected_batch_size: int) -> int:
     """Return U, the units of the grid that the largest norm of one gradient has.
 

@@ -11,6 +11,11 @@ from fedllm.privacy.accounting import (
     noise_to_signal,
 )
 from fedllm.privacy.release_ledger import ReleaseLedger, bounded
+from fedllm.privacy.sealed_claims import (
+    opened_by_trustees,
+    sealed_not_covered,
+    whom_sealed,
+)
 from fedllm.privacy.sealed_sum import deviation
 from fedllm.privacy.wording import delta_caution, plain, rounds_text, strength
 
@@ -30,16 +35,6 @@ _NOT_COVERED = [
     "a client with several nodes: the bound is for one node",
 ]
 _TRUSTED_SERVER = _NOT_COVERED[0]
-_SEALED_NOT_COVERED = [
-    "the server, if more than {colluding} of a round's trustees are on its side: with all of "
-    "them it reads each update",
-    "an app that a node's owner did not choose, and trustees' keys that the server brought: "
-    "each node checks both, for itself alone",
-    "a trustee put back to an older state of its disk, which opens a slot twice",
-    "an attacker who breaks AES-256, or what the seeds are sealed with: the epsilon is against computers as they are",
-    "that a client clips: one that does not cannot learn of the others, but can move the "
-    "model by much more than the clipping norm, or spoil a round, and is not named",
-]
 _SAMPLING_WORDS = {
     "all": "all {size} clients in each",
     "fixed": "{n:g} of {size} clients in each, no amplification claimed",
@@ -214,9 +209,7 @@ class Ledger(ReleaseLedger[PrivacySettings]):
         settings = self.settings
         if not settings.trustees:
             return list(_NOT_COVERED)
-        sealed = [
-            text.format(colluding=settings.colluding) for text in _SEALED_NOT_COVERED
-        ]
+        sealed = sealed_not_covered(settings.colluding)
         if settings.earlier_mu_squared:
             sealed.append(
                 "the server of the runs before, whose adapter this one started from: their "
@@ -239,12 +232,10 @@ class Ledger(ReleaseLedger[PrivacySettings]):
         if settings.earlier_mu_squared:
             earlier = ", and the runs whose adapter it started from,"
         if settings.trustees:
-            whom = (
-                "whoever controls the server, all other clients and at most "
-                f"{settings.colluding} of the {settings.trustees} trustees, and receives "
-                "what this run"
-            )
-            rest = self._sealed_sentences()
+            parties = (settings.trustees, settings.colluding)
+            adapters = plain(self.epsilons_of_adapters().zero_out)
+            whom = f"{whom_sealed(*parties)} this run"
+            rest = f"; {opened_by_trustees(adapters, *parties)}"
             # That it takes part the server sees.
             took = "one client's updates were its own or zero"
         else:
@@ -262,20 +253,6 @@ class Ledger(ReleaseLedger[PrivacySettings]):
             "changes the probability of any conclusion by at "
             f"most a factor of e^{zero_out}, plus {settings.delta:g} (replace-one: "
             f"e^{replace_one}, where that client had other data instead){rest}"
-        )
-
-    def _sealed_sentences(self) -> str:
-        """Return how a sealed run keeps its promise, and what ends it."""
-        settings = self.settings
-        adapters = plain(self.epsilons_of_adapters().zero_out)
-        return (
-            f"; for whoever sees only the adapters epsilon is {adapters}. What the server "
-            "received of a client was encrypted; it could add such values and open none: "
-            f"only their sum was opened, by all trustees of a round together, at most "
-            f"{settings.trustees}, each of whom added its share of the noise first. If all of "
-            "them join the server there is no protection, and if more than "
-            f"{settings.colluding} do, less; what else is not covered is listed beside this "
-            "under not_covered."
         )
 
 

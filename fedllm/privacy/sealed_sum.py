@@ -11,6 +11,11 @@ place, "The Gaussian"). A client's integers have a norm of at most
 so the server with c trustees sees a Gaussian mechanism of noise multiplier at least z, and whoever
 sees the sum alone one of at least z sqrt(k / (k - c)). Reducing a noised sum modulo 2^32 is
 post-processing: a sum that wraps around is spoilt, and tells no more.
+
+What has a norm of at most A is one vector: a client's update, or a record's clipped gradient, of
+which a client adds up as many as its coins chose. Integers add exactly, so that one record more
+or less, whatever it holds, changes the sum of its client, and of all, by integers of norm at
+most A. How many vectors a sum holds matters to its length alone.
 """
 
 import math
@@ -86,7 +91,7 @@ class SealedGrid:
 
 
 def sealed_grid(
-    noise_multiplier: float, trustees: int, colluding: int, num_clients: int, size: int
+    noise_multiplier: float, trustees: int, colluding: int, reach: int, size: int
 ) -> SealedGrid:
     """Return the finest grid on which a sum fits modulo 2^32.
 
@@ -96,7 +101,7 @@ def sealed_grid(
         noise_multiplier: z > 0, against a server with `colluding` trustees.
         trustees: k.
         colluding: c, below k.
-        num_clients: n, the most clients whose updates a sum may hold.
+        reach: The most vectors of norm A that a sum holds: clients' updates, or records.
         size: d, the number of values.
 
     Raises:
@@ -107,7 +112,7 @@ def sealed_grid(
             f"privacy.colluding-trustees: of 1 to {MOST_TRUSTEES} trustees at least one is "
             f"honest (got {colluding} of {trustees} that are not)"
         )
-    if not 0 < noise_multiplier < math.inf or num_clients < 1 or size < 1:
+    if not 0 < noise_multiplier < math.inf or reach < 1 or size < 1:
         raise PrivacyError("a sealed sum needs noise, clients and values")
 
     def units(spread: int) -> int:
@@ -117,14 +122,14 @@ def sealed_grid(
 
     def fits(spread: int) -> bool:
         noise = _DEVIATIONS * math.sqrt(trustees * variance_of_two(spread))
-        return num_clients * units(spread) + noise < _HALF
+        return reach * units(spread) + noise < _HALF
 
     spread = next((s for s in range(SPREAD, -1, -1) if fits(s)), None)
     if spread is None or units(spread) < _LEAST_UNITS_A_VALUE * math.sqrt(size):
         raise PrivacyError(
-            f"privacy.noise-multiplier: {noise_multiplier:g} with {num_clients} clients and "
-            f"{size:,} values does not fit a sum of {MODULUS_BITS} bits: a larger epsilon "
-            "or fewer clients do"
+            f"privacy.noise-multiplier: {noise_multiplier:g} with sums of {reach} clients "
+            f"or records and {size:,} values does not fit {MODULUS_BITS} bits: a larger "
+            "epsilon, fewer clients or a smaller batch do"
         )
     return SealedGrid(spread, units(spread))
 
@@ -134,7 +139,7 @@ def deviation(noise_multiplier: float, trustees: int, colluding: int) -> float:
     return noise_multiplier * math.sqrt(trustees / (trustees - colluding))
 
 
-def is_plausible(total: Vector, clipping_norm: float, sigma: float, n: int) -> bool:
+def is_plausible(total: Vector, clipping_norm: float, sigma: float, n: float) -> bool:
     """Return whether an opened sum has a length that honest parties can give it.
 
     |S|^2 = |X|^2 + 2 <X, N> + |N|^2 with |X| <= n C and N of d values of deviation s = sigma C.
@@ -146,7 +151,7 @@ def is_plausible(total: Vector, clipping_norm: float, sigma: float, n: int) -> b
         total: (d,) the opened sum.
         clipping_norm: C.
         sigma: The deviation of its noise over C.
-        n: How many clients' updates it holds.
+        n: The most vectors of norm C that it holds.
     """
     size, variance = len(total), (sigma * clipping_norm) ** 2
     length = float(np.sum(np.square(total)))

@@ -9,8 +9,8 @@ from typing import Any, Generic, Self, TypeVar
 
 from fedllm.config import RunConfig
 from fedllm.privacy.chain import Head
-from fedllm.privacy.joint_ledger import JointLedger
-from fedllm.privacy.ledger import Ledger
+from fedllm.privacy.joint_ledger import JointLedger, JointSettings
+from fedllm.privacy.ledger import Ledger, PrivacySettings
 from fedllm.privacy.released_rounds import ReleasedRounds
 from fedllm.privacy.wording import BANDS, delta_caution, plain
 from fedllm.runs.directory import PRIVACY_FILE, RunDirectory
@@ -199,6 +199,15 @@ def follow_released_rounds(ledger: Ledger | JointLedger, terms: AccountTerms) ->
             "released since then, and counts as spent here too",
             ", ".join(map(str, rounds)),
         )
+
+
+def sealed_line(settings: PrivacySettings | JointSettings) -> str:
+    """Return whose noise a sealed run has, and against whom its epsilon is."""
+    return (
+        f"sealed: {settings.trustees} trustees open each round; the epsilon is against a "
+        f"server with {settings.colluding} of them and all other clients; their noise "
+        f"together is {settings.opened_noise:.4g} clipping norms"
+    )
 
 
 def not_private(epsilon: float) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -33,43 +34,66 @@ def ask_declared_rows(
         FederationError: Fewer than that declared some.
     """
     messages = [_question(node_id, config) for node_id in population]
-    what = "persons" if config.data.person_column else "rows"
-    declared: dict[int, int] = {}
-    codes: dict[int, str] = {}
+    said = DeclaredRows({}, {})
     for reply in ReplyStream(grid, messages, config.strategy.round_timeout):
         node_id = reply.metadata.src_node_id
         count = read_declared_rows(reply)
         if count is None:
-            codes[node_id] = read_reply(reply, {}).code or "malformed"
+            said.codes[node_id] = read_reply(reply, {}).code or "malformed"
         else:
-            declared[node_id] = count
-    for node_id in population:
-        if node_id not in declared:
-            logger.warning(
-                "node %d: takes no part, since it declared no %s (%s); a node with a file "
-                "of its own needs declared-%s in its node config, and with "
-                "privacy-unit='record' also privacy-noise='joint'; its own log has the reason",
-                node_id,
-                what,
-                f"code {codes[node_id]}" if node_id in codes else "no answer in time",
-                what,
+            said.rows[node_id] = count
+    return said.of(population, config, least_clients)
+
+
+@dataclass
+class DeclaredRows:
+    """What nodes said when they were asked how many rows their owners declare.
+
+    Attributes:
+        rows: Node id -> rows, or persons.
+        codes: Node id -> the code of one that declared none.
+    """
+
+    rows: dict[int, int]
+    codes: dict[int, str]
+
+    def of(
+        self, population: Sequence[int], config: RunConfig, least_clients: int
+    ) -> dict[int, int]:
+        """Return the rows of those that declared some; arguments and errors as above."""
+        what = "persons" if config.data.person_column else "rows"
+        declared = {n: self.rows[n] for n in population if n in self.rows}
+        for node_id in population:
+            if node_id not in declared:
+                self._log_silent(node_id, what)
+        if len(declared) < least_clients:
+            raise FederationError(
+                f"privacy.noise: 'joint' needs {least_clients} clients that declare their "
+                f"{what}, and {len(declared)} of {len(population)} did: set declared-{what} in "
+                "each node config"
             )
-    if len(declared) < least_clients:
-        raise FederationError(
-            f"privacy.noise: 'joint' needs {least_clients} clients that declare their {what}, "
-            f"and {len(declared)} of {len(population)} did: set declared-{what} in each node "
-            "config"
+        counts = list(declared.values())
+        logger.info(
+            "%s: %d clients declared %d together (%d to %d each)",
+            what,
+            len(counts),
+            sum(counts),
+            min(counts),
+            max(counts),
         )
-    counts = [declared[n] for n in population if n in declared]
-    logger.info(
-        "%s: %d clients declared %d together (%d to %d each)",
-        what,
-        len(counts),
-        sum(counts),
-        min(counts),
-        max(counts),
-    )
-    return {n: declared[n] for n in population if n in declared}
+        return declared
+
+    def _log_silent(self, node_id: int, what: str) -> None:
+        code = self.codes.get(node_id)
+        logger.warning(
+            "node %d: takes no part, since it declared no %s (%s); a node with a file "
+            "of its own needs declared-%s in its node config, and with "
+            "privacy-unit='record' also privacy-noise='joint'; its own log has the reason",
+            node_id,
+            what,
+            "no answer in time" if code is None else f"code {code}",
+            what,
+        )
 
 
 def _question(node_id: int, config: RunConfig) -> Message:

@@ -38,10 +38,12 @@ from fedllm.server.round_log import (
 )
 from fedllm.server.saving import BestRound, Progress, RunSaver
 from fedllm.server.summary import log_outcome, log_plan
+from fedllm.server.trustees import SealedNodes
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
 from fedllm.strategy.joint_record_dp import JointRecordDP
 from fedllm.strategy.sealed_dp import SealedDP
+from fedllm.strategy.sealed_record_dp import SealedRecordDP
 from fedllm.wire.messages import (
     ADAPTER_KIND,
     BASE_MODEL,
@@ -74,6 +76,7 @@ class Federation:
         progress: How far the run has come.
         heads: Signs the ledger's end for the nodes.
         late: The messages of earlier rounds whose replies still count.
+        sealed: The nodes of a sealed run; None otherwise.
     """
 
     config: RunConfig
@@ -86,11 +89,12 @@ class Federation:
     directory: RunDirectory
     public: PublicRows
     account: PrivacyAccount
-    strategy: AdapterFedAvg | ClientLevelDP | JointRecordDP | SealedDP
+    strategy: AdapterFedAvg | ClientLevelDP | JointRecordDP | SealedDP | SealedRecordDP
     saver: RunSaver
     monitor: RunMonitor
     progress: Progress
     heads: HeadSigner
+    sealed: SealedNodes | None = None
     late: LateReplies = field(init=False)
 
     def __post_init__(self) -> None:
@@ -201,7 +205,12 @@ class Federation:
 
     def _update_population(self) -> None:
         """Take up who joined or left; under DP the population stays what was promised."""
-        before, connected = self.population, set(self.grid.get_node_ids())
+        before = self.population
+        connected = (
+            set(self.grid.get_node_ids())
+            if self.sealed is None
+            else self.sealed.greet()
+        )
         if self.config.privacy.unit == "none":
             most = self.config.strategy.num_clients
             self.population = present_population(before, connected, most)
@@ -350,7 +359,16 @@ def instructions_of(
         base_digest: What the clients compare their base model with.
         resumed: Whether the run was begun before.
     """
-    record = ConfigRecord({ADAPTER_KIND: spec.kind, BASE_MODEL: base_digest})
+    record = first_instructions(config, run_id, base_digest, resumed)
+    record[ADAPTER_KIND] = spec.kind
+    return record
+
+
+def first_instructions(
+    config: RunConfig, run_id: int, base_digest: str, resumed: bool
+) -> ConfigRecord:
+    """Return what a message holds before the adapter's kind is chosen; arguments as above."""
+    record = ConfigRecord({BASE_MODEL: base_digest})
     if resumed:
         record[ORIGINAL_RUN] = original_run(config, run_id)
     return record

@@ -16,6 +16,7 @@ from fedllm.server.account import (
     delta_lines,
     follow_released_rounds,
     not_private,
+    sealed_line,
     statement_lines,
 )
 
@@ -36,12 +37,14 @@ class JointAccount(LedgerAccount[JointLedger]):
         config, num_trainable = terms.config, terms.num_trainable
         if terms.resumed:
             ledger = JointLedger.load(terms.path)
-            declared = ledger.settings.declared_rows
-            settings = joint_settings(config, declared, num_trainable)
+            declared, trustees = ledger.settings.declared_rows, ledger.settings.trustees
+            settings = joint_settings(config, declared, num_trainable, trustees)
             note = ledger.settings.start_note
             ledger.check_same(replace(settings, start_note=note))
         else:
-            settings = joint_settings(config, terms.declared_rows, num_trainable)
+            settings = joint_settings(
+                *(config, terms.declared_rows, num_trainable, terms.trustees)
+            )
             settings = replace(settings, start_note=terms.earlier.note)
             name = terms.directory.path.name
             ledger = JointLedger.create(terms.path, settings, name)
@@ -72,6 +75,8 @@ class JointAccount(LedgerAccount[JointLedger]):
                 "records a step)",
             ),
         ]
+        if settings.trustees:
+            lines.append((logging.INFO, sealed_line(settings)))
         if planned > NO_PROTECTION:
             lines.append((logging.WARNING, not_private(planned)))
         return lines + delta_lines(settings.delta, settings.total_rows)

@@ -13,7 +13,7 @@ from fedllm.planning.advice import ledger_advice
 from fedllm.planning.noise import privacy_settings
 from fedllm.planning.record_noise import record_settings
 from fedllm.privacy.chain import Head
-from fedllm.privacy.ledger import Ledger, PrivacySettings, no_privacy
+from fedllm.privacy.ledger import Ledger, no_privacy
 from fedllm.privacy.protected_record import relation
 from fedllm.privacy.record_claims import RecordClaims
 from fedllm.privacy.wording import plain, rounds_text
@@ -28,6 +28,7 @@ from fedllm.server.account import (
     delta_lines,
     follow_released_rounds,
     not_private,
+    sealed_line,
     statement_lines,
 )
 from fedllm.server.joint_account import JointAccount
@@ -92,7 +93,7 @@ class ClientAccount(LedgerAccount[Ledger]):
             ),
         ]
         if settings.trustees:
-            lines.append((logging.INFO, _sealed_line(settings)))
+            lines.append((logging.INFO, sealed_line(settings)))
         if planned.zero_out > NO_PROTECTION:
             lines.append((logging.WARNING, not_private(planned.zero_out)))
         lines += delta_lines(settings.delta, settings.population_size)
@@ -120,15 +121,6 @@ class ClientAccount(LedgerAccount[Ledger]):
     def advice(self) -> list[str]:
         """Return what helps against the noise, best first."""
         return ledger_advice(self._ledger)
-
-
-def _sealed_line(settings: PrivacySettings) -> str:
-    """Return whose noise a sealed run has, and against whom its epsilon is."""
-    return (
-        f"sealed: {settings.trustees} trustees open each round; the epsilon is against a "
-        f"server with {settings.colluding} of them and all other clients; their noise "
-        f"together is {settings.opened_noise:.4g} clipping norms"
-    )
 
 
 class RecordAccount(PrivacyAccount):

@@ -30,14 +30,14 @@ from fedllm.runs.directory import (
 from fedllm.runs.resume import Resumed, open_run
 from fedllm.server.account import AccountTerms, PrivacyAccount
 from fedllm.server.declared_rows import ask_declared_rows
-from fedllm.server.federation import Federation, instructions_of
+from fedllm.server.federation import Federation, first_instructions
 from fedllm.server.ledger_head import HeadSigner
 from fedllm.server.local_grid import is_simulation
 from fedllm.server.population import LEAST_CLIENTS, wait_for_clients
 from fedllm.server.privacy_account import open_account
 from fedllm.server.saving import BestRound, Progress, RunIdentity, RunSaver
 from fedllm.server.start_adapter import NOTHING, start_of_run
-from fedllm.server.trustees import meet_trustees
+from fedllm.server.trustees import SealedNodes
 from fedllm.strategy.build import make_strategy
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,14 @@ def _assemble(
     known = resumed.checkpoint.state.population if resumed else []
     population = wait_for_clients(grid, config, known, least_clients)
     declared: dict[int, int] = {}
-    if config.is_joint and resumed is None:
+    sealed = roster = None
+    if config.is_sealed:
+        told = first_instructions(config, run_id, digest, resumed is not None)
+        sealed = SealedNodes(grid, config, run_id, told, _trustees_of(resumed))
+        meeting = sealed.meet(known, least_clients)
+        population, declared = meeting.population, meeting.declared
+        roster = meeting.roster
+    elif config.is_joint and resumed is None:
         declared = ask_declared_rows(grid, config, population, least_clients)
         population = list(declared)
     config = _with_adapter_kind(config, len(population))
@@ -144,13 +151,6 @@ def _assemble(
         start = train_on_public_rows(public.adapted(), config, start)
     # A caller that names the folder of a new run, as a comparison does, never resumes it.
     is_kept = resumed is not None or directory.path.parent == home / "runs"
-    roster = None
-    if config.is_sealed:
-        roster = meet_trustees(
-            *(grid, config, population, run_id),
-            instructions_of(config, run_id, spec, digest, resumed is not None),
-            most=_trustees_of(resumed),
-        )
     terms = AccountTerms(
         config,
         directory,
@@ -193,6 +193,7 @@ def _assemble(
         monitor=monitor,
         progress=progress,
         heads=HeadSigner(home),
+        sealed=sealed,
     )
 
 

@@ -11,6 +11,7 @@ from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
 from fedllm.strategy.joint_record_dp import JointRecordDP
 from fedllm.strategy.sealed_dp import Roster, SealedDP
+from fedllm.strategy.sealed_record_dp import SealedRecordDP
 
 
 def make_strategy(
@@ -19,7 +20,7 @@ def make_strategy(
     population: list[int],
     ledger: Ledger | JointLedger | None,
     roster: Roster | None = None,
-) -> AdapterFedAvg | ClientLevelDP | JointRecordDP | SealedDP:
+) -> AdapterFedAvg | ClientLevelDP | JointRecordDP | SealedDP | SealedRecordDP:
     """Make the strategy of a run: FedAvg, wrapped in DP if there is a ledger.
 
     Args:
@@ -44,6 +45,8 @@ def make_strategy(
         )
     strategy = AdapterFedAvg(config, reference, population)
     if isinstance(ledger, JointLedger):
+        if roster is not None:
+            return SealedRecordDP(strategy, ledger, roster)
         return JointRecordDP(strategy, ledger)
     if ledger is None:
         return strategy

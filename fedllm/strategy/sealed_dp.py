@@ -1,6 +1,8 @@
-"""Client-level differential privacy whose server is not trusted: it opens a noised sum alone."""
+"""Differential privacy whose server is not trusted: it opens a noised sum alone."""
 
 import logging
+from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,8 +24,15 @@ from fedllm.privacy.mechanism import Vector
 from fedllm.privacy.pads import Residues, integers_of, packet_bytes
 from fedllm.privacy.sealed_sum import deviation, is_plausible, sealed_grid
 from fedllm.strategy.fedavg import AdapterFedAvg
-from fedllm.strategy.server_noise import ServerNoise
-from fedllm.wire.messages import ARRAYS, CONFIG, Reply, own_config, short_name
+from fedllm.strategy.server_noise import LedgerT, ServerNoise
+from fedllm.wire.messages import (
+    ARRAYS,
+    CONFIG,
+    TOTAL_ROWS,
+    Reply,
+    own_config,
+    short_name,
+)
 from fedllm.wire.sealed_messages import (
     CERTIFICATES,
     PACKETS,
@@ -53,12 +62,14 @@ class Roster:
         present: Node id and certificate of each that may be asked, in order.
         least: Fewest that may open a round.
         ask: The way to them.
+        misses: By name, how many slots each that was asked did not open.
     """
 
     run: str
     present: list[tuple[int, Certificate]]
     least: int
     ask: Ask
+    misses: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -73,8 +84,25 @@ class _Slot:
     packets: list[tuple[bytes, ...]] = field(default_factory=list)
 
 
-class SealedDP(ServerNoise[Ledger]):
-    """Client-level differential privacy around `AdapterFedAvg`, by trustees.
+@dataclass(frozen=True)
+class SlotUnits:
+    """What the settings of a slot say of the vectors that it sums.
+
+    Attributes:
+        norm: The largest norm of one vector: C of an update, G of a record's gradient.
+        num_clients: The most clients whose messages the sum may hold.
+        num_records: The most records that it has room for; 0: a vector is an update.
+        total_rows: The rows that all clients declared; 0 likewise.
+    """
+
+    norm: float
+    num_clients: int
+    num_records: int = 0
+    total_rows: int = 0
+
+
+class SealedNoise(ServerNoise[LedgerT]):
+    """Differential privacy around `AdapterFedAvg`, by trustees, whatever the unit.
 
     A reply is d values modulo 2^32 under one pad of each trustee. The server adds them up. Each
     trustee returns, once for each slot, the sum of its pads less its noise; what the server
@@ -88,15 +116,30 @@ class SealedDP(ServerNoise[Ledger]):
 
     Args:
         strategy: The wrapped strategy.
-        ledger: What the run has spent; also holds z, C, n and c.
+        ledger: What the run has spent; also holds z, the norm, the divisor and c.
         roster: The trustees.
     """
 
-    def __init__(self, strategy: AdapterFedAvg, ledger: Ledger, roster: Roster) -> None:
+    def __init__(
+        self, strategy: AdapterFedAvg, ledger: LedgerT, roster: Roster
+    ) -> None:
         super().__init__(strategy, ledger)
         self.roster = roster
         self._spoilers: set[int] = set()
         self._slot: _Slot | None = None
+
+    @property
+    @abstractmethod
+    def units(self) -> SlotUnits:
+        """What one vector of the sum is, and how many there may be."""
+
+    @abstractmethod
+    def reach(self, senders: Sequence[int]) -> float:
+        """Return the most vectors that a sum of these nodes holds."""
+
+    @abstractmethod
+    def step(self, opened: Vector) -> Vector:
+        """Return the mean update that an opened sum makes, (d,)."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -115,13 +158,16 @@ class SealedDP(ServerNoise[Ledger]):
             )
         messages = list(super().configure_train(server_round, arrays, config, grid))
         sent = messages[0].content.array_records[ARRAYS]
+        units = self.units
         slot = SlotSettings(
             run=roster.run,
             slot=server_round,
             planned_slots=settings.planned_rounds,
             size=self.strategy.size,
-            num_clients=round(settings.num_sampled_clients),
-            clipping_norm=settings.clipping_norm,
+            num_clients=units.num_clients,
+            num_records=units.num_records,
+            total_rows=units.total_rows,
+            clipping_norm=units.norm,
             noise_multiplier=settings.noise_multiplier,
             colluding=settings.colluding,
             trustees=tuple((c.name, c.key) for _, c in roster.present),
@@ -131,6 +177,9 @@ class SealedDP(ServerNoise[Ledger]):
         for message in messages:
             record = message.content.config_records[CONFIG]
             record[SLOT], record[CERTIFICATES] = slot.text, certificates
+            if units.total_rows:
+                # A node with max-seconds reckons by it; what it pays by is the slot's.
+                record[TOTAL_ROWS] = units.total_rows
         # Clients count a slot once it is asked for, opened or not, and so does the server.
         self.ledger.spend(server_round)
         total = np.zeros(slot.size, np.uint32)
@@ -157,7 +206,7 @@ class SealedDP(ServerNoise[Ledger]):
             for node_id in slot.senders:
                 self.strategy.reject(Reply(node_id), NOT_OPENED)
             return None, None
-        update = opened / self.ledger.settings.num_sampled_clients
+        update = self.step(opened)
         return self.strategy.apply_update(server_round, update), None
 
     def noised_update(self, replies: Iterable[Message]) -> Vector:
@@ -165,20 +214,19 @@ class SealedDP(ServerNoise[Ledger]):
 
         It is what the noise probe measures. No round comes this way.
         """
-        settings = self.ledger.settings
+        settings, units = self.ledger.settings, self.units
         size, trustees = self.strategy.size, settings.trustees
         grid = sealed_grid(
             settings.noise_multiplier,
             trustees,
             settings.colluding,
-            round(settings.num_sampled_clients),
+            units.num_records or units.num_clients,
             size,
         )
         noise = grid.noise(size, self.generator)
         for _ in range(trustees - 1):
             noise += grid.noise(size, self.generator)
-        released = grid.decode(noise, settings.clipping_norm)
-        return released / settings.num_sampled_clients
+        return self.step(grid.decode(noise, units.norm))
 
     def _gather(self, slot: _Slot, replies: Iterable[Message]) -> None:
         """Add up the padded updates, one at a time, and keep the packets beside them."""
@@ -261,7 +309,8 @@ class SealedDP(ServerNoise[Ledger]):
         )
 
     def _drop(self, server_round: int, missing: dict[int, str]) -> None:
-        """Ask trustees no more that did not open a slot, and log it."""
+        """Leave out trustees that did not open a slot, and log it."""
+        self.roster.misses.update(missing.values())
         self.roster.present = [
             entry for entry in self.roster.present if entry[0] not in missing
         ]
@@ -276,22 +325,41 @@ class SealedDP(ServerNoise[Ledger]):
 
     def _checked(self, slot: _Slot) -> Vector | None:
         """Return the opened sum in the order of the reference; None if it is too long."""
-        settings, senders = slot.settings, len(slot.senders)
+        settings = slot.settings
         clipping_norm = settings.clipping_norm
         opened = settings.grid.decode(integers_of(slot.total), clipping_norm)
         noise = deviation(
             settings.noise_multiplier, len(settings.trustees), settings.colluding
         )
-        if not is_plausible(opened, clipping_norm, noise, senders):
+        if not is_plausible(opened, clipping_norm, noise, self.reach(slot.senders)):
             logger.warning(
-                "round %d is lost: the opened sum has a length that %d clipped updates and "
+                "round %d is lost: the opened sum has a length that %d honest clients and "
                 "the trustees' noise cannot have: a client is not clipped, or a trustee "
                 "kept back its noise; who it is cannot be seen",
                 slot.server_round,
-                senders,
+                len(slot.senders),
             )
             return None
         return _in_order(opened, self.strategy.reference)
+
+
+class SealedDP(SealedNoise[Ledger]):
+    """Client level: a sum of clipped updates. What holds is `SealedNoise`'s."""
+
+    @property
+    def units(self) -> SlotUnits:
+        """An update of norm C for each client of a round."""
+        settings = self.ledger.settings
+        count = round(settings.num_sampled_clients)
+        return SlotUnits(settings.clipping_norm, count)
+
+    def reach(self, senders: Sequence[int]) -> float:
+        """Return the number of updates."""
+        return len(senders)
+
+    def step(self, opened: Vector) -> Vector:
+        """Return the sum over n, which is fixed before round 1."""
+        return opened / self.ledger.settings.num_sampled_clients
 
 
 def _in_order(vector: Vector, reference: dict[str, npt.NDArray[np.float32]]) -> Vector:

@@ -39,6 +39,7 @@ def batch_sum(
     config: RunConfig,
     plan: RecordPlan,
     task: RoundTask,
+    units: int | None = None,
 ) -> BatchSum:
     """Draw a batch of a client's records and return the sum of their clipped gradients.
 
@@ -49,6 +50,8 @@ def batch_sum(
         config: Gives the micro-batch, `train.batch_size`, and `privacy.max_grad_norm`.
         plan: z, q, and the expected batch of the whole federation.
         task: Where the gradients are taken.
+        units: U, which the largest norm of one gradient has on the grid; None: as many as a
+            server that adds the noise has room for, `record_units`.
 
     Raises:
         AdapterError: The task's arrays are not those of this adapter.
@@ -59,17 +62,18 @@ def batch_sum(
         The sum is over a Poisson batch of probability q: each record has a secret coin of
         its own, whatever it holds, and no batch is cut or drawn again. If one record joins
         or leaves, the sum changes by nothing (its coin fell the other way) or by a vector of
-        integers of norm at most U = `record_units`: the record's gradient, clipped to
-        `max_grad_norm` and cut toward zero. Gradients depend on their own record alone
+        integers of norm at most U: the record's gradient, clipped to `max_grad_norm` and cut
+        toward zero. Gradients depend on their own record alone
         (`PerExample`), and integers add exactly. A record without an example, or without a
         finite gradient, adds zero. Shapes, types and size are those of the adapter, also
         for an empty batch.
     """
     generator, norm = SecureGenerator(), config.privacy.max_grad_norm
-    # The grid is the whole federation's, whatever rank this node trains.
-    units = record_units(
-        adapted.spec.num_trainable, plan.noise_multiplier, plan.expected_batch_size
-    )
+    if units is None:
+        # The grid is the whole federation's, whatever rank this node trains.
+        units = record_units(
+            adapted.spec.num_trainable, plan.noise_multiplier, plan.expected_batch_size
+        )
     with ready_for_gradients(adapted, config, task):
         per_example = PerExample(adapted.model, adapted.pad_token_id)
         size = sum(parameter.numel() for parameter in per_example.trained)

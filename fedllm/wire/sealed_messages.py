@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedllm.errors import PrivacyError
 from fedllm.privacy.agreement import (
@@ -14,7 +14,14 @@ from fedllm.privacy.agreement import (
     parse_certificates,
 )
 from fedllm.privacy.pads import Residues
-from fedllm.wire.messages import ARRAYS, Reply, array_record, read_bytes
+from fedllm.wire.messages import (
+    ARRAYS,
+    DECLARED_ROWS,
+    METRICS,
+    Reply,
+    array_record,
+    read_bytes,
+)
 
 HELLO = "query.hello"
 """Message type of the question before round 1: may the run be, and are you a trustee?"""
@@ -39,6 +46,7 @@ SEALED = "sealed"
 
 _UNOPENED = "unopened"
 _CERTIFICATE = "certificate"
+_HAS_DATA = "has-data"
 
 
 def adapter_digest(arrays: ArrayRecord) -> str:
@@ -69,12 +77,23 @@ def tally_content(vector: Residues | None, unopened: Sequence[int]) -> RecordDic
     return RecordDict({ARRAYS: _as_bytes(vector)})
 
 
-def hello_content(certificate: Certificate | None) -> RecordDict:
-    """Return a node's reply to the question before round 1."""
-    if certificate is None:
-        return RecordDict()
-    text = certificates_text([certificate])
-    return RecordDict({SEALED: ConfigRecord({_CERTIFICATE: text})})
+def hello_content(
+    certificate: Certificate | None, has_data: bool = True, rows: int | None = None
+) -> RecordDict:
+    """Return a node's reply to the question before round 1.
+
+    Args:
+        certificate: Of a trustee.
+        has_data: Whether the node is a client too.
+        rows: How many rows, or persons, it declares; None: it is not asked.
+    """
+    record = ConfigRecord({_HAS_DATA: has_data})
+    if certificate is not None:
+        record[_CERTIFICATE] = certificates_text([certificate])
+    content = RecordDict({SEALED: record})
+    if rows is not None:
+        content[METRICS] = MetricRecord({DECLARED_ROWS: rows})
+    return content
 
 
 def read_residues(message: Message, size: int) -> tuple[Reply, Residues | None]:
@@ -118,6 +137,11 @@ def read_certificate(message: Message) -> Certificate | None:
     except (PrivacyError, ValueError):
         return None
     return certificate
+
+
+def read_has_data(message: Message) -> bool:
+    """Return whether a node may be a client; false only if its reply says so. Total."""
+    return _sealed_record(message).get(_HAS_DATA) is not False
 
 
 def _sealed_record(message: Message) -> Mapping[str, Any]:

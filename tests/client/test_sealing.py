@@ -136,6 +136,7 @@ def test_the_slot_is_spent_before_anything_is_computed(sealed, monkeypatch):
         {"clipping_norm": float("inf")},
         {"colluding": 0},
         {"adapter": "0" * 64},
+        {"num_records": 66, "total_rows": 600},
     ],
 )
 def test_settings_that_promise_less_are_refused_before_anything_is_spent(

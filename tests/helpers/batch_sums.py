@@ -58,8 +58,8 @@ def examples(client: AdaptedModel) -> list[Any]:
 def sum_of(client: AdaptedModel) -> Sum:
     task = RoundTask(initial_arrays(client.spec), 1.0)
 
-    def summed(records: Any, plan: RecordPlan = EVERY) -> Any:
-        named = batch_sum(client, records, CONFIG, plan, task).integers
+    def summed(records: Any, plan: RecordPlan = EVERY, units: int | None = None) -> Any:
+        named = batch_sum(client, records, CONFIG, plan, task, units).integers
         assert {k: v.shape for k, v in named.items()} == client.spec.trained_shapes
         assert {v.dtype for v in named.values()} == {np.dtype(np.int64)}
         return np.concatenate([named[name].ravel() for name in named])

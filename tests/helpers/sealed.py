@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,16 @@ from flwr.app import ConfigRecord, Message
 from fedllm.client import message_handler
 from fedllm.config import parse_run_config
 from fedllm.node.delivered_app import CHOICE, INSTALLED
+from fedllm.planning.joint_noise import joint_settings
 from fedllm.planning.noise import privacy_settings
+from fedllm.privacy.joint_ledger import JointLedger
 from fedllm.privacy.ledger import Ledger
+from fedllm.privacy.mechanism import FixedPointSum, clipped
 from fedllm.server.reply_stream import ReplyStream
-from fedllm.server.trustees import meet_trustees
+from fedllm.server.trustees import SealedNodes
 from fedllm.strategy.build import make_strategy
-from fedllm.strategy.sealed_dp import SealedDP
+from fedllm.training import joint_step
+from fedllm.training.task import RoundTask
 from fedllm.wire.messages import ARRAYS, array_record, read_global
 from tests.helpers.flower_messages import RUN_ID
 from tests.helpers.identities import silence, write_identity
@@ -39,6 +44,16 @@ SEALED = {
     "strategy.server-learning-rate-min": 1.0,
     "strategy.wait-for-clients": 0.5,
     "strategy.round-timeout": 0.5,
+}
+
+G, B = 0.5, 4
+RECORDS = {
+    "privacy.unit": "record",
+    "privacy.noise": "joint",
+    "privacy.clipping-norm": 1.5,
+    "privacy.max-grad-norm": G,
+    "train.batch-size": B,
+    "train.local-steps": 1,
 }
 
 Answer = Callable[[Message, Any], Message | None]
@@ -77,7 +92,7 @@ class SealedFederation:
     def _answered(self, message: Message, context: Any) -> Message | None:
         return self.answer(message, context)
 
-    def train(self, message: Message, client: Any) -> Any:
+    def train(self, message: Message, client: Any, fitted: Any) -> Any:
         """What stands in the place of a training."""
         arrays = read_global(message.content.array_records[ARRAYS], SHAPES)
         self.trained.append(client.node.partition_id)
@@ -93,20 +108,26 @@ class SealedFederation:
             start += arrays[name].size
         return trained, arrays
 
-    def begin(self) -> SealedDP:
-        """Meet the trustees and open the ledger."""
-        roster = meet_trustees(
-            self.grid, self.config, self.population, RUN_ID, ConfigRecord()
+    def begin(self) -> Any:
+        """Meet the nodes and open the ledger."""
+        self.sealed = SealedNodes(self.grid, self.config, RUN_ID, ConfigRecord())
+        meeting = self.sealed.meet()
+        self.population, roster = meeting.population, meeting.roster
+        path, kind = self.folder / "privacy.json", self.ledger_type
+        settings = self.privacy(list(meeting.declared.values()), len(roster.present))
+        ledger = kind.load(path) if path.exists() else kind.create(path, settings)
+        self.strategy = make_strategy(
+            self.config, START, self.population, ledger, roster
         )
-        settings = privacy_settings(
-            self.config, len(self.population), SIZE, trustees=len(roster.present)
+        return self.strategy
+
+    ledger_type: Any = Ledger
+
+    def privacy(self, declared: list[int], trustees: int) -> Any:
+        """What the run promises."""
+        return privacy_settings(
+            self.config, len(self.population), SIZE, trustees=trustees
         )
-        path = self.folder / "privacy.json"
-        ledger = Ledger.load(path) if path.exists() else Ledger.create(path, settings)
-        strategy = make_strategy(self.config, START, self.population, ledger, roster)
-        assert isinstance(strategy, SealedDP)
-        self.strategy = strategy
-        return strategy
 
     def round(self, server_round: int = 1) -> Any:
         """One round; returns how far the adapter moved, (d,), None if it is lost."""
@@ -138,12 +159,73 @@ class SealedFederation:
         return self.grid.contexts[self.population[partition]]
 
 
+class SealedRecords(SealedFederation):
+    """The same at record level: four clients of 8 declared rows each, B = 4.
+
+    `updates` holds a client's batch: a list of gradients, or an error. Which coins fell is
+    not asked: the batch is what they chose.
+    """
+
+    ledger_type = JointLedger
+
+    def __init__(self, folder: Path, clients: int = 4, **changes: Any) -> None:
+        node = {"declared-rows": 8, **changes.pop("node", {})}
+        super().__init__(folder, clients, node=node, **{**RECORDS, **changes})
+        self.units: list[int] = []
+        self.plans: list[Any] = []
+
+    def privacy(self, declared: list[int], trustees: int) -> Any:
+        return joint_settings(self.config, declared or [8] * 4, SIZE, trustees)
+
+    def take_up(self, message: Message, client: Any, fitted: Any) -> Any:
+        """What stands in the place of a model and rows."""
+        self.trained.append(client.node.partition_id)
+        batch = self.updates.get(client.node.partition_id, [])
+        if isinstance(batch, Exception):
+            raise batch
+        spec = SimpleNamespace(num_trainable=SIZE)
+        return SimpleNamespace(spec=spec), batch, RoundTask({}, 1.0)
+
+    def batch_sum(
+        self, adapted: Any, batch: Any, config: Any, plan: Any, task: Any, units: int
+    ) -> Any:
+        """What stands in the place of the gradients of a batch."""
+        self.units.append(units)
+        self.plans.append(plan)
+        total = FixedPointSum(SIZE, G, units)
+        for gradient in batch:
+            update = clipped(np.full(SIZE, gradient, np.float64), G).update
+            if update is not None:
+                total.add(update)
+        named, start = {}, 0
+        for name in sorted(SHAPES):
+            size = START[name].size
+            named[name] = total.integers()[start : start + size].reshape(SHAPES[name])
+            start += size
+        return SimpleNamespace(integers=named, num_unfit=0)
+
+
+@pytest.fixture
+def records(sealed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make a sealed federation at record level in a home of its own."""
+
+    def make(**changes: Any) -> SealedRecords:
+        federation = SealedRecords(tmp_path, **changes)
+        monkeypatch.setattr(message_handler, "_records", federation.take_up)
+        monkeypatch.setattr(joint_step, "batch_sum", federation.batch_sum)
+        return federation
+
+    return make
+
+
 @pytest.fixture
 def sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Make a sealed federation in a home of its own."""
     monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv(CHOICE, INSTALLED)
-    monkeypatch.setattr(message_handler, "_require_base", lambda *_: None)
+    monkeypatch.setattr(
+        message_handler, "_fitted_config", lambda _, client: client.config
+    )
 
     def make(**changes: Any) -> SealedFederation:
         federation = SealedFederation(tmp_path, **changes)

@@ -43,6 +43,8 @@ CHANGES = {
     "colluding": 0,
     "trustees": (("a", KEY), ("b", "11" * 32), ("c", "23" * 32)),
     "adapter": "1" * 64,
+    "num_records": 66,
+    "total_rows": 600,
 }
 IDENTITY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PINS = {"a": pin_of(IDENTITY.public_key())}
@@ -61,7 +63,9 @@ def test_the_context_is_the_hash_of_one_form():
     text = (
         '{"adapter":"' + "0" * 64 + '","clipping_norm":"0x1.3333333333333p-1",'
         '"colluding":1,"noise_multiplier":"0x1.578d4fdf3b646p+0","num_clients":20,'
-        '"planned_slots":5,"run":"' + "r" * 64 + '","size":1000,"slot":2,"trustees":'
+        '"num_records":0,"planned_slots":5,"run":"'
+        + "r" * 64
+        + '","size":1000,"slot":2,"total_rows":0,"trustees":'
         f'[["a","{KEY}"],["b","{"11" * 32}"],["c","{"22" * 32}"]]}}'
     )
 
@@ -107,6 +111,10 @@ def test_what_is_not_the_one_form_is_refused(text):
         ({"noise_multiplier": float("nan")}, "noise"),
         ({"size": 2**40}, "at most"),
         ({"num_clients": 10**8}, "does not fit"),
+        ({"num_records": 10**8}, "does not fit"),
+        ({"num_clients": 0, "num_records": 9}, "has clients"),
+        ({"num_records": -1}, "no fewer than 0 records"),
+        ({"total_rows": -1}, "no fewer than 0 records"),
     ],
 )
 def test_settings_of_no_federation_are_refused(changes, what):

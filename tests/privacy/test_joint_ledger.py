@@ -57,6 +57,57 @@ def test_epsilon_is_that_of_dp_accounting_alone(tmp_path):
     assert content["neighbouring_relation"] == "add-or-remove one record"
 
 
+def epsilon_by_dp_accounting(z, steps):
+    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant = pld.PLDAccountant(relation)
+    step = dp_accounting.PoissonSampledDpEvent(
+        64 / 640, dp_accounting.GaussianDpEvent(z)
+    )
+    accountant.compose(step, steps)
+    return accountant.get_epsilon(1e-5)
+
+
+def test_both_epsilons_of_a_sealed_run_are_those_of_dp_accounting_alone(tmp_path):
+    ledger = opened(tmp_path, trustees=5, colluding=2)
+    for server_round in (1, 2):
+        ledger.spend(server_round)
+
+    content = content_of(tmp_path)
+    # Against the server with two trustees, and against whoever sees the adapters: 5 noises.
+    server = epsilon_by_dp_accounting(1.2, 2)
+    adapters = epsilon_by_dp_accounting(1.2 * (5 / 3) ** 0.5, 2)
+    assert content["epsilon"] == pytest.approx(server, rel=1e-6)
+    assert content["epsilon_adapters"] == pytest.approx(adapters, rel=1e-6)
+    assert adapters < server
+    assert ledger.noise_to_signal == pytest.approx(1.2 * (5 / 3) ** 0.5 * 10**0.5 / 64)
+
+
+def test_a_sealed_runs_statement_says_against_whom_and_trusts_no_server(tmp_path):
+    opened(tmp_path, trustees=3, colluding=1).spend(1)
+
+    content = content_of(tmp_path)
+    assert (content["trustees"], content["colluding"]) == (3, 1)
+    assert "at most 1 of the 3 trustees, and receives what this run" in (
+        content["statement"]
+    )
+    assert "is trusted" not in content["statement"]
+    left_out = " ".join(content["not_covered"])
+    assert content["not_covered"][0].startswith("the server, if more than 1")
+    assert "before the noise" not in left_out and "by which code" not in left_out
+    assert "which the opened sum tells of under its noise" in left_out
+    assert "put back to an older" in left_out
+
+
+def test_a_ledger_whose_second_epsilon_was_edited_is_not_loaded(tmp_path):
+    opened(tmp_path, trustees=3, colluding=1).spend(1)
+    path = tmp_path / "privacy.json"
+    content = content_of(tmp_path)
+    path.write_text(json.dumps({**content, "epsilon_adapters": 0.01}))
+
+    with pytest.raises(PrivacyError, match="epsilon_adapters"):
+        JointLedger.load(path)
+
+
 def test_the_statement_names_the_row_the_number_and_who_is_trusted(tmp_path):
     opened(tmp_path).spend(1)
 

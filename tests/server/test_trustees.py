@@ -5,9 +5,16 @@ import json
 from flwr.app import ConfigRecord
 
 from fedllm.client import message_handler
-from fedllm.server.trustees import meet_trustees
+from fedllm.server.trustees import SealedNodes
 from fedllm.wire.sealed_messages import HELLO, TALLY
-from tests.helpers.federations import cut_in_round, lines_of, read, resumed, start
+from tests.helpers.federations import (
+    JOINT,
+    cut_in_round,
+    lines_of,
+    read,
+    resumed,
+    start,
+)
 from tests.helpers.flower_messages import RUN_ID
 from tests.helpers.sealed import sealed
 
@@ -53,6 +60,41 @@ def test_a_sealed_run_that_was_cut_off_goes_on_with_the_next_slot(quick):
     assert [line["clients_rejected"] for line in lines] == [0, 0, 0]
 
 
+def test_a_sealed_run_of_records_opens_every_step_and_has_both_epsilons(settings):
+    federation, grid = start({**settings, **JOINT, **SEALED})
+
+    federation.run()
+
+    folder = federation.directory.path
+    privacy = json.loads((folder / "privacy.json").read_text())
+    kinds = [message.metadata.message_type for message in grid.sent]
+    assert kinds == [HELLO] * 3 + (["train"] * 3 + [TALLY] * 3) * 2
+    assert (privacy["trustees"], privacy["colluding"]) == (3, 1)
+    assert privacy["declared_rows"] == [8, 8, 8]
+    assert privacy["sampling_probability"] == 6 / 24
+    assert privacy["epsilon_adapters"] < privacy["epsilon"]
+    assert "is trusted" not in privacy["statement"]
+    assert (
+        "at most 1 of the 3 trustees, and receives what this run released in 2 steps"
+        in (privacy["statement"])
+    )
+    assert privacy["statement"] in (folder / "README.md").read_text()
+    assert [line["clients_rejected"] for line in lines_of(federation)] == [0, 0, 0]
+
+
+def test_a_sealed_run_of_records_that_was_cut_off_goes_on_with_the_next_step(quick):
+    cut = cut_in_round({**quick, **JOINT, **SEALED}, 2, answer=message_handler.reply_to)
+    assert read(cut, "privacy.json")["releases"] == [1, 2]
+
+    run = resumed(answer=message_handler.reply_to)
+    run.run()
+
+    privacy, lines = read(run, "privacy.json"), lines_of(run)
+    assert privacy["releases"] == [1, 2, 3]
+    assert privacy["declared_rows"] == [8, 8, 8]
+    assert [line["clients_rejected"] for line in lines] == [0, 0, 0]
+
+
 def test_a_run_meets_its_trustees_in_the_order_of_its_config(sealed, caplog):
     federation = sealed(**{"privacy.trustees": "c,a,b"})
 
@@ -63,13 +105,12 @@ def test_a_run_meets_its_trustees_in_the_order_of_its_config(sealed, caplog):
 
 
 def test_a_resumed_run_has_no_more_trustees_than_its_ledger_counts_on(sealed):
-    federation = sealed()
+    federation = sealed(**{"privacy.least-trustees": 2})
 
-    roster = meet_trustees(
-        *(federation.grid, federation.config, federation.population, RUN_ID),
-        ConfigRecord(),
-        most=2,
+    nodes = SealedNodes(
+        federation.grid, federation.config, RUN_ID, ConfigRecord(), most=2
     )
+    roster = nodes.meet().roster
 
     assert [c.name for _, c in roster.present] == ["a", "b"]
 

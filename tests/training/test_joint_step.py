@@ -8,8 +8,10 @@ from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.adapters.nested import train_first_columns
 from fedllm.adapters.peft_model import attach, initial_arrays
 from fedllm.privacy.discrete_gaussian import integer_sensitivity
-from fedllm.privacy.joint_sum import record_units
+from fedllm.privacy.joint_sum import largest_batch, record_units
+from fedllm.privacy.pads import integers_of, residues
 from fedllm.privacy.record_ledger import RecordPlan
+from fedllm.privacy.sealed_sum import sealed_grid
 from fedllm.training.joint_step import batch_sum
 from fedllm.training.task import RoundTask
 from tests.helpers.batch_sums import (
@@ -40,6 +42,22 @@ def test_any_one_row_changes_the_sum_by_at_most_the_clip_norm_in_integers(
         for neighbour in (sum_of(left_out), sum_of(one_more)):
             change = length(whole - neighbour)
             assert 0.999 * units < change <= units + 1 <= integer_sensitivity(Z)
+
+
+def test_any_one_row_changes_a_sealed_sum_by_at_most_what_the_trustees_noise_is_for(
+    client, examples, sum_of
+):
+    grid = sealed_grid(Z, 3, 1, largest_batch(B), client.spec.num_trainable)
+    units = grid.sensitivity
+    whole = sum_of(examples, units=units)
+
+    for index in range(len(examples)):
+        left_out = examples[:index] + examples[index + 1 :]
+        change = whole - sum_of(left_out, units=units)
+        exact = sum(int(v) ** 2 for v in change)
+        assert (0.999 * units) ** 2 < exact <= units**2
+        # What travels is the sum modulo 2^32, of which nothing is lost.
+        assert np.array_equal(integers_of(residues(change)), change)
 
 
 def test_a_row_that_nothing_can_be_learned_from_changes_nothing(examples, sum_of):
