@@ -1,6 +1,7 @@
 """What a sealed round costs: processor time, bytes and noise, each beside its bound.
 
-    python benchmarks/sealed_rounds.py
+    python benchmarks/sealed_rounds.py           each figure beside its bound
+    python benchmarks/sealed_rounds.py --steps   what a step at record level costs, by clients
 
 One client, one trustee and the server, in this process and without Flower; three trustees of whom
 one may be the server's. Exit status 1 if a bound is passed.
@@ -17,11 +18,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedllm.client.trustee import Trustee
 from fedllm.privacy.agreement import SlotSettings
+from fedllm.privacy.joint_sum import largest_batch
 from fedllm.privacy.mechanism import SecureGenerator
 from fedllm.privacy.pads import add_pad, fresh_seed, integers_of, residues, seal
 from fedllm.privacy.sealed_sum import deviation
 
 NAMES, COLLUDING, Z, C, CLIENTS = ("a", "b", "c"), 1, 1.342, 0.6, 100
+BATCH, STEP_CLIENTS = 64, (4, 20, 100, 300, 1000)
 # Values, seconds of a client, seconds of a trustee.
 SIZES = ((184_320, 0.05, 0.3), (2_662_400, 0.3, 2.0))
 
@@ -29,7 +32,9 @@ SIZES = ((184_320, 0.05, 0.3), (2_662_400, 0.3, 2.0))
 class Bench:
     """The parties of one run, over an adapter of some size."""
 
-    def __init__(self, folder: Path, size: int, post_quantum: bool) -> None:
+    def __init__(
+        self, folder: Path, size: int, post_quantum: bool, clients=CLIENTS, records=0
+    ) -> None:
         identity = Ed25519PrivateKey.generate()
         self.trustees = [Trustee(n, identity, folder / n) for n in NAMES]
         keys = [t.certificate("run", post_quantum) for t in self.trustees]
@@ -38,7 +43,9 @@ class Bench:
             slot=1,
             planned_slots=9,
             size=size,
-            num_clients=CLIENTS,
+            num_clients=clients,
+            num_records=records,
+            total_rows=10 * records,
             clipping_norm=C,
             noise_multiplier=Z,
             colluding=COLLUDING,
@@ -60,7 +67,8 @@ class Bench:
         """A list of packets to one trustee, as long as the sum has room for."""
         name, key = self.settings.trustees[place]
         info = self.settings.info(name)
-        return [seal(fresh_seed(), bytes.fromhex(key), info) for _ in range(CLIENTS)]
+        count = self.settings.num_clients
+        return [seal(fresh_seed(), bytes.fromhex(key), info) for _ in range(count)]
 
 
 def timed(work, *arguments):
@@ -78,7 +86,42 @@ def shown(what, got, bound, unit="s"):
     return is_kept
 
 
+def steps():
+    """Print a step's messages, bytes and processor time, by clients, post-quantum."""
+    print("clients  values    messages  MB up  client s  trustee s  server s")
+    for size in (3_840, 184_320):
+        for clients in STEP_CLIENTS:
+            with tempfile.TemporaryDirectory() as folder:
+                bench = Bench(Path(folder), size, True, clients, largest_batch(BATCH))
+                update = np.random.default_rng(0).normal(size=size)
+                bench.seal(update)
+                of_client, (sent, packets) = timed(bench.seal, update)
+                asked = bench.packets(0)
+                of_trustee, answer = timed(
+                    bench.trustees[0].tally, bench.settings, asked
+                )
+                total = np.zeros(size, np.uint32)
+                of_server, _ = timed(add_all, total, sent, answer.vector, clients)
+            up = clients * (sent.nbytes + sum(map(len, packets)))
+            up += len(NAMES) * answer.vector.nbytes
+            print(
+                f"{clients:7d}  {size:7,d}  {clients + len(NAMES):8d}  {up / 1e6:6.1f}  "
+                f"{of_client:8.4f}  {of_trustee:9.4f}  {of_server:8.4f}"
+            )
+
+
+def add_all(total, sent, answer, clients):
+    """The server's part: a sum over clients, less one over trustees."""
+    for _ in range(clients):
+        total += sent
+    for _ in NAMES:
+        total -= answer
+
+
 def main():
+    if sys.argv[1:] == ["--steps"]:
+        steps()
+        return
     kept = []
     for size, of_client, of_trustee in SIZES:
         update = np.random.default_rng(0).normal(size=size)

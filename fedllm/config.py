@@ -867,7 +867,7 @@ def _trust_problems(config: RunConfig) -> list[str]:
     if privacy.unit == "none" or (privacy.unit, privacy.noise) == ("record", "local"):
         why = {
             "none": "there is no noise",
-            "record": "each client's own noise (privacy.noise='local') protects its rows already",
+            "record": "under privacy.noise='local' each client's own noise protects its rows already",
         }[privacy.unit]
         return [
             "privacy.trust: 'trustees' is for privacy.unit='client', or 'record' with "

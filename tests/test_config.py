@@ -184,14 +184,6 @@ SEALED = {"privacy.trust": "trustees", "privacy.trustees": "a,b,c"}
         ({"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}, "amplify"),
         ({"strategy.aggregator": "median"}, "proved for a sum"),
         ({"privacy.unit": "record"}, "own noise protects"),
-        (
-            {
-                "privacy.unit": "record",
-                "privacy.noise": "joint",
-                "train.local-steps": 1,
-            },
-            "not built",
-        ),
         ({"privacy.unit": "none", "privacy.target-epsilon": 0.0}, "no noise"),
         ({"privacy.trustees": ""}, "must name 2 to 10"),
         ({"privacy.trustees": "a"}, "must name 2 to 10"),
@@ -231,6 +223,13 @@ def test_a_sealed_run_names_its_trustees_in_order():
     assert config.trustees == ("c", "a", "b-1.x")
     assert config.least_trustees == 3
     assert not parse_run_config({}).is_sealed
+
+
+def test_a_run_of_records_with_joint_noise_may_be_sealed():
+    config = parse_run_config({**RECORD_JOINT, **SEALED})
+
+    assert config.is_sealed and config.is_joint
+    assert config.trustees == ("a", "b", "c")
 
 
 def test_all_bad_settings_are_named_at_once():

@@ -24,6 +24,7 @@ UNMIRRORED = {
     "privacy/release_ledger.py": "both ledgers: tests/privacy/test_ledger.py, test_joint_ledger.py",
     "privacy/record_claims.py": "claims of whole runs: tests/server/test_privacy_account.py",
     "privacy/protected_record.py": "statements: tests/privacy/test_joint_ledger.py",
+    "privacy/sealed_claims.py": "statements: tests/privacy/test_joint_ledger.py, test_sealed_dp.py",
     "reporting/sentences.py": "wording, read in tests/reporting/test_page.py",
     "reporting/style.py": "a style sheet: tests/reporting/test_browser.py looks at it",
     "runs/listing.py": "listed by tests/commands/test_runs.py and test_demo.py",

@@ -94,18 +94,18 @@ Each SuperNode has a config of its own, `fedllm supernode --node-config '...'`. 
 | `budget-period` | Days of a period that `max-epsilon` is for, under client level; without it, the lifetime. The owner alone begins the next one: `fedllm node renew`. |
 | `delta` | Limit: the run must set `privacy.delta`, to at most this. |
 | `model-name` | Limit: the run's `model.name` must be this. With another limit and `privacy.unit='record'` it is the built-in model if it is not set: a chat template is a program that runs on every row. |
-| `privacy-noise` | `joint`, beside `privacy-unit='record'`: a run may leave the noise to the server (`privacy.noise='joint'`), which is then trusted. If it is not set, or `local`, a node with a limit rejects such a run. |
+| `privacy-noise` | `joint`, beside `privacy-unit='record'`: a run may leave the noise to the server (`privacy.noise='joint'`), which is then trusted, or to trustees; with `least-trustees` to trustees alone. If it is not set, or `local`, a node with a limit rejects such a run. |
 | `declared-rows` | How many rows this node has, declared by its owner as a public number. `privacy.noise='joint'` needs it, unless the run counts persons; nothing compares it with the file. |
 | `person-column` | Limit, beside `privacy-unit='record'`, `data-path` and `declared-persons`: the run's `data.person-column` must be this, the column of the file that names whose row it is. Without it a run must have none. |
 | `declared-persons` | How many persons the file has, declared by its owner as a public number: under `person-column` it takes the place of the number of rows, for both noises. Nothing compares it with the file. |
-| `trusted-trustees` | The trustees whom the owner knows, `name:KEY,name:KEY`, each KEY the 43 characters of `fedllm keys --add-trustee`, brought by a way that is not the server's. Without it the node takes part in no run with `privacy.trust='trustees'`. |
+| `trusted-trustees` | The trustees whom the owner knows, `name:KEY,name:KEY`, each KEY the 43 characters of `fedllm keys --add-trustee`, brought by a way that is not the server's. Without it a node with data takes part in no run with `privacy.trust='trustees'`. |
 | `least-trustees` | Limit: a run must be sealed by `privacy.trust='trustees'`, and by this many trustees at least. |
 | `colluding-trustees` | Limit: a sealed run must keep its epsilon even if this many of its trustees help the server. |
 | `adapter-rank` | Largest rank that this node trains. A run of `adapter.kind='ffa-lora'` of a larger rank has it train the first columns of B alone, and its update of the others is zero; its reply is no smaller. Runs of another kind and a larger rank are rejected. |
 | `batch-size` | Largest micro-batch of this node. Accumulation keeps the step of the run. |
 | `max-memory` | GB that a training may need here, by the estimate of `fedllm doctor` for the longest rows: the node takes the largest micro-batch that fits, and rejects a run of which one example does not. |
 | `max-seconds` | Seconds that this node works on a round: it makes as many local steps as fit, at least one, and its update counts as any other. Under `privacy.unit='record'` the steps are the plan's: the node times a micro-batch of public tokens, and takes part or declines before it reads a row. |
-| `trustee-name`, `trustee-key` | This node is the trustee of that name in runs that name it; the file is its private key, for its owner's eyes alone. |
+| `trustee-name`, `trustee-key` | This node is the trustee of that name in runs that name it; the file is its private key, for its owner's eyes alone. Without `data-path` and a partition the node is a trustee alone: it opens rounds, never trains and is no client. |
 
 A run outside a limit gets no update from that node: code `bad-config`, or `budget-spent` if it is one run too many;
 that counts as a zero update. Any other key has the same effect, and the node's log names it, so that no limit is lost by a

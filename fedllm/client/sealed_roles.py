@@ -2,7 +2,8 @@
 
     FEDLLM_HOME/trustees/NAME      a trustee's ledger
     FEDLLM_HOME/ledgers/slots      the slots that this home's clients have answered
-    FEDLLM_HOME/simulated/RUN      all of it, and the trustees' keys, in a simulation
+    FEDLLM_HOME/simulated/RUN      all of it, and the trustees' keys, in a simulation, until
+                                   the run has ended
 
 A real node has pins and key from its owner. A simulation has no owner: its first virtual nodes
 are the trustees that the run config names, and their keys lie in a folder of the run. That
@@ -24,6 +25,7 @@ from fedllm.client.run_client import RunClient
 from fedllm.client.trustee import Trustee, load_identity
 from fedllm.config import fedllm_home
 from fedllm.privacy.agreement import pin_of
+from fedllm.privacy.sealed_folder import simulated_folder
 from fedllm.privacy.slot_ledger import SlotLedger
 from fedllm.strict_modes import make_strict_folder
 
@@ -76,7 +78,7 @@ def client_slots(client: RunClient) -> SlotLedger:
 
 
 def _simulated_folder(client: RunClient) -> Path:
-    return fedllm_home() / "simulated" / str(client.run_id)
+    return simulated_folder(fedllm_home(), client.run_id)
 
 
 def _simulated_key(client: RunClient, name: str) -> Path:

@@ -144,6 +144,11 @@ def _audit_records(
     from fedllm.auditing.row_questions import ask_about_rows
     from fedllm.client.message_handler import reply_to
 
+    if config.is_sealed:
+        raise PrivacyError(
+            "privacy.trust: 'trustees' is not audited at record level, only at client level; "
+            "what holds it are the tests that SECURITY.md names"
+        )
     num_canaries = 200 if args.canaries is None else args.canaries
     if num_canaries < 1:
         raise PrivacyError(f"--canaries: must be at least 1 (got {num_canaries})")

@@ -73,6 +73,8 @@ def joint_settings(
 def joint_plan(config: RunConfig, num_records: int, num_clients: int) -> dict[str, Any]:
     """Return the plan of all clients together, with the keys of `record_plan`.
 
+    If trustees open the steps it has also their number, both noises and both epsilons.
+
     Args:
         config: The run config, with `privacy.noise="joint"`.
         num_records: Rows that each client declares.
@@ -84,6 +86,16 @@ def joint_plan(config: RunConfig, num_records: int, num_clients: int) -> dict[st
     settings = joint_settings(config, [num_records] * num_clients, 1)
     z, q = settings.noise_multiplier, settings.sampling_probability
     events = [(z, q, settings.planned_rounds)]
+    sealed: dict[str, Any] = {}
+    if settings.trustees:
+        noise = settings.opened_noise
+        adapters = [(noise, q, settings.planned_rounds)]
+        sealed = {
+            "trustees": settings.trustees,
+            "colluding_trustees": settings.colluding,
+            "opened_noise": noise,
+            "epsilon_adapters": record_epsilon(adapters, settings.delta),
+        }
     return {
         "num_records": settings.total_rows,
         "expected_batch_size": settings.expected_batch_size,
@@ -94,4 +106,5 @@ def joint_plan(config: RunConfig, num_records: int, num_clients: int) -> dict[st
         "epsilon": record_epsilon(events, settings.delta),
         "accountant": record_accountant(events, settings.delta),
         "delta": settings.delta,
+        **sealed,
     }

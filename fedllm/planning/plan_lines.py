@@ -146,9 +146,16 @@ def record_plan_lines(config: RunConfig, plan: dict[str, Any]) -> list[str]:
         f"removing one record, at delta {plan['delta']:.3g} ({plan['accountant']}): "
         "protection is "
         f"{strength(plan['epsilon'], plan['delta'], plan['num_records'])}",
-        f"a step's mean gradient has noise of {z / batch:.3g} times "
+        f"a step's mean gradient has noise of {plan.get('opened_noise', z) / batch:.3g} times "
         f"privacy.max-grad-norm {config.privacy.max_grad_norm:g} in each trained value",
     ]
+    if "trustees" in plan:
+        lines.insert(
+            2,
+            f"sealed: {plan['trustees']} trustees, of whom {plan['colluding_trustees']} may be "
+            "the server's: that epsilon is against them; for whoever sees only the adapters it "
+            f"is {plain(plan['epsilon_adapters'])}",
+        )
     if caution:
         lines.insert(2, f"caution: {caution}")
     return lines

@@ -27,6 +27,16 @@ _LEDGER_FILE = "ledger.json"
 _OWNER_ONLY = 0o600
 
 
+def simulated_folder(home: Path, run_id: int) -> Path:
+    """Return the folder of all that the virtual nodes of a sealed simulation keep of a run.
+
+    Args:
+        home: fedllm's folder.
+        run_id: Flower's id of the run when it began.
+    """
+    return home / "simulated" / str(run_id)
+
+
 class SealedFolder:
     """A folder whose content one process at a time reads and writes.
 

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.spec import AdapterSpec, Arrays
-from fedllm.config import RunConfig
+from fedllm.config import RunConfig, fedllm_home
 from fedllm.evaluation.public_rows import PublicRows
 from fedllm.evaluation.sample_answers import sample_answers
 from fedllm.reporting.monitor import RunMonitor
@@ -316,6 +316,8 @@ class Federation:
         self.directory.write_json(RESULT_FILE, result)
         self._write_answers(base)
         self.monitor.finish()
+        if self.sealed is not None:
+            self.sealed.end(fedllm_home())
         log_outcome(result, self.account, self.directory.path)
         return result
 

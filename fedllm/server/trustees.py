@@ -1,10 +1,12 @@
 """The nodes of a sealed run: met before round 1, and again if they are new or were away."""
 
 import logging
+import shutil
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -12,6 +14,7 @@ from flwr.serverapp import Grid
 from fedllm.config import RunConfig
 from fedllm.errors import FederationError
 from fedllm.privacy.agreement import Certificate
+from fedllm.privacy.sealed_folder import simulated_folder
 from fedllm.server.declared_rows import DeclaredRows
 from fedllm.server.local_grid import is_simulation
 from fedllm.server.population import LEAST_CLIENTS, replace_departed
@@ -93,7 +96,7 @@ class SealedNodes:
         self.waits = not is_simulation(grid)
         """Whether nodes may still connect: all of a simulation are there at once."""
         self._grid, self._config = grid, config
-        self._instructions = instructions
+        self._instructions, self._run_id = instructions, run_id
         self._most = most or len(config.trustees)
         self._asked: set[int] = set()
         self._said = _Said()
@@ -173,6 +176,27 @@ class SealedNodes:
             if self._are_enough or not self.waits or time.monotonic() > deadline:
                 return {node for node in connected if self._may_train(node)}
             time.sleep(1.0)
+
+    def end(self, home: Path) -> None:
+        """Delete what the virtual nodes of a simulation kept of a run that has ended.
+
+        Nobody asks for a slot of it again: a run that is resumed has not ended.
+
+        Args:
+            home: fedllm's folder.
+        """
+        if self.waits:
+            return
+        try:
+            shutil.rmtree(simulated_folder(home, self._run_id))
+        except FileNotFoundError:
+            return  # Its nodes are real ones in this process, as in tests.
+        except OSError as error:
+            logger.warning(
+                "%s: cannot be deleted: %s; nothing needs it any more",
+                simulated_folder(home, self._run_id),
+                error.strerror,
+            )
 
     @property
     def _are_enough(self) -> bool:

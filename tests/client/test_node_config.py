@@ -152,6 +152,31 @@ def test_a_person_column_needs_all_that_makes_it_a_promise(changes, words):
 PIN_A, PIN_B = "A" * 43, "B" * 42 + "A"
 
 
+TRUSTEE_ALONE = {"trustee-name": "a", "trustee-key": "/key"}
+
+
+def test_a_trustee_without_data_is_no_client():
+    node = parse_node_config(TRUSTEE_ALONE)
+
+    assert not node.has_data and not node.is_simulated
+    assert log_number(TRUSTEE_ALONE) == node.partition_id > 0
+    assert parse_node_config({**TRUSTEE_ALONE, "data-path": "rows.jsonl"}).has_data
+
+
+@pytest.mark.parametrize(
+    "more", [{"declared-rows": 9}, {"partition-id": 0}, {"person-column": "who"}]
+)
+def test_a_trustee_that_says_something_of_data_has_forgotten_where_it_is(more):
+    with pytest.raises(ConfigError, match="needs data-path"):
+        parse_node_config({**TRUSTEE_ALONE, **more})
+
+
+def test_a_node_without_data_that_is_no_trustee_is_refused():
+    for values in ({}, {"least-trustees": 2}):
+        with pytest.raises(ConfigError, match="needs data-path"):
+            parse_node_config(values)
+
+
 def test_an_owners_trustees_are_names_and_pins():
     node = node_of(trusted_trustees=f"a:{PIN_A}, b.c:{PIN_B}")
 

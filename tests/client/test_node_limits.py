@@ -197,3 +197,25 @@ def test_a_kind_without_nested_ranks_is_refused_only_above_the_nodes_rank(kind):
         return
     with pytest.raises(ConfigError, match=f"trains 7 at most .got 8., and .*'{kind}'"):
         trained_rank(node_of(adapter_rank=7), adapter(kind))
+
+
+def test_a_trustee_without_data_needs_no_pins_and_no_persons(monkeypatch):
+    # It sends no update, so it has nobody to trust.
+    node = parse_node_config({"trustee-name": "a", "trustee-key": "/key"})
+    run = {
+        "privacy.trust": "trustees",
+        "privacy.trustees": "a,b",
+        "privacy.unit": "record",
+        "privacy.noise": "joint",
+        "data.person-column": "who",
+        "train.local-steps": 1,
+        "adapter.kind": "lora-core",
+    }
+    config = parse_run_config(run)
+    monkeypatch.setenv(CHOICE, INSTALLED)
+
+    check_node_limits(node, config)
+
+    monkeypatch.setenv(CHOICE, "any")
+    with pytest.raises(ConfigError, match="an app that this node's owner chose"):
+        check_node_limits(node, config)

@@ -110,6 +110,11 @@ def test_a_broken_strategy_ends_with_status_1(monkeypatch, capsys):
         ("privacy.delta", "needs a .toml file or key=value"),
         ("privacy.delta=abc", "--run-config"),
         ("privacy.epsilon=1.0", "unknown key"),
+        (
+            "privacy.trust='trustees' privacy.trustees='a,b' privacy.unit='record' "
+            "privacy.noise='joint' train.local-steps=1 adapter.kind='lora-core'",
+            "is not audited",
+        ),
     ],
 )
 def test_bad_settings_are_one_clear_error(typed, words):

@@ -7,7 +7,8 @@ import pytest
 from fedllm.commands import plan
 from fedllm.config import parse_run_config
 from fedllm.errors import ConfigError
-from fedllm.planning.joint_noise import joint_settings
+from fedllm.planning.joint_noise import joint_plan, joint_settings
+from fedllm.planning.plan_lines import record_plan_lines
 from fedllm.privacy.accounting import record_epsilon
 
 JOINT = {
@@ -52,3 +53,20 @@ def test_all_clients_are_planned_for_together(capsys):
     assert found["epsilon"] == record_epsilon([event], found["delta"])
     assert 7.9 < found["epsilon"] <= 8.0
     assert "all clients together, with 4,860 records: batches of about 128" in text
+
+
+def test_a_plan_with_trustees_has_both_epsilons_and_the_noise_of_all(capsys):
+    config = parse_run_config(
+        {**JOINT, "privacy.trust": "trustees", "privacy.trustees": "a,b,c"}
+        | {"privacy.target-epsilon": 0.0, "privacy.noise-multiplier": 1.0}
+    )
+
+    planned = joint_plan(config, 100, 4)
+
+    opened = 1.0 * 1.5**0.5
+    assert planned["opened_noise"] == pytest.approx(opened)
+    event, delta = (opened, 32 / 400, 6), planned["delta"]
+    assert planned["epsilon_adapters"] == record_epsilon([event], delta)
+    text = "\n".join(record_plan_lines(config, planned))
+    assert "3 trustees, of whom 1 may be the server's" in text
+    assert f"noise of {opened / 32:.3g} times" in text

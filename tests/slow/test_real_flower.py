@@ -82,6 +82,38 @@ def test_a_sealed_run_works_in_a_simulation(tiny_llama, tmp_path, env):
     assert [line["clients_answered"] for line in lines[1:]] == [4, 4]
 
 
+def test_a_sealed_run_of_records_works_in_a_simulation(tiny_llama, tmp_path, env):
+    sealed = {
+        "privacy.trust": "trustees",
+        "privacy.trustees": "a,b",
+        "privacy.unit": "record",
+        "privacy.noise": "joint",
+        "privacy.delta": 1e-5,
+        "privacy.target-epsilon": 0.0,
+        "privacy.noise-multiplier": 1.0,
+        "train.batch-size": 2,
+        "train.gradient-accumulation": 3,
+        "adapter.kind": "ffa-lora",
+    }
+
+    done = simulate(run_config(tiny_llama, tmp_path, **sealed), env)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = latest_run(tmp_path / "fedllm")
+    privacy = json.loads((run / "privacy.json").read_text())
+    assert (privacy["num_rounds"], privacy["trustees"]) == (2, 2)
+    assert privacy["declared_rows"] == [8, 8, 8]
+    assert 0 < privacy["epsilon_adapters"] < privacy["epsilon"]
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["clients_answered"] for line in lines[1:]] == [3, 3]
+    assert [line["clients_rejected"] for line in lines] == [0, 0, 0]
+    logs = "".join(p.read_text() for p in (tmp_path / "fedllm" / "logs").rglob("*"))
+    # A step that failed would be zeros, which nobody else can tell from a batch.
+    assert logs.count("sum of a batch after") == 6 and "no update" not in logs
+    # Keys and slots of virtual trustees are of no more use.
+    assert not list((tmp_path / "fedllm" / "simulated").iterdir())
+
+
 def test_secret_cohorts_leave_no_trace_of_who_took_part(tiny_llama, tmp_path, env):
     coins = {"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
     done = simulate(run_config(tiny_llama, tmp_path, **coins), env, clients=4)

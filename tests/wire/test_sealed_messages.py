@@ -8,7 +8,7 @@ from fedllm.node.approvals import COUNTED_APART
 from fedllm.privacy.agreement import Certificate
 from fedllm.privacy.pads import SealingKey
 from fedllm.wire.masking import masked
-from fedllm.wire.messages import ARRAYS, array_record
+from fedllm.wire.messages import ARRAYS, array_record, read_declared_rows
 from fedllm.wire.sealed_messages import (
     HELLO,
     PACKETS,
@@ -17,6 +17,7 @@ from fedllm.wire.sealed_messages import (
     adapter_digest,
     hello_content,
     read_certificate,
+    read_has_data,
     read_packets,
     read_residues,
     read_unopened,
@@ -45,6 +46,18 @@ def test_a_sealed_update_travels():
     assert read.code is None
     assert read.num_bytes < 16 + 200
     assert read_packets(message, 2, 80) == tuple(PACKET)
+
+
+def test_what_a_node_says_of_its_data_travels_and_is_read_without_trust():
+    whole = reply(masked(hello_content(CERTIFICATE, True, 40)))
+    alone = reply(masked(hello_content(CERTIFICATE, has_data=False)))
+
+    assert read_has_data(whole) and not read_has_data(alone)
+    assert (read_declared_rows(whole), read_declared_rows(alone)) == (40, None)
+    assert read_certificate(whole) == read_certificate(alone) == CERTIFICATE
+    # Whoever says something else is a client like any other, whose silence counts as zero.
+    for content in (RecordDict(), RecordDict({SEALED: ConfigRecord({"has-data": 0})})):
+        assert read_has_data(reply(content))
 
 
 def test_a_trustees_answers_travel():
