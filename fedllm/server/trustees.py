@@ -163,7 +163,7 @@ class SealedNodes:
         """
         strategy = self._config.strategy
         deadline = time.monotonic() + strategy.wait_for_clients
-        timeout = min(strategy.round_timeout, _GREETING)
+        timeout, is_logged = min(strategy.round_timeout, _GREETING), False
         while True:
             connected = set(self._grid.get_node_ids())
             away = self._away() & connected
@@ -175,6 +175,13 @@ class SealedNodes:
                     logger.info("trustee %s is back", certificate.name)
             if self._are_enough or not self.waits or time.monotonic() > deadline:
                 return {node for node in connected if self._may_train(node)}
+            if not is_logged:
+                logger.info(
+                    "waiting for trustees: %d of at least %d are there",
+                    len(self.roster.present),
+                    self.roster.least,
+                )
+                is_logged = True
             time.sleep(1.0)
 
     def end(self, home: Path) -> None:
