@@ -110,10 +110,11 @@ def test_without_dp_a_late_reply_counts_in_the_round_that_is_open(trained):
     assert [node for r, node, _ in releases if r == 3] == [100, 101]
 
 
-def test_dropped_is_what_a_late_reply_is_by_default(trained):
-    run, releases = trained(
-        [6, 6, 25], **NO_PRIVACY, **{"strategy.late-replies": "drop"}
-    )
+@pytest.mark.parametrize(("seconds", "enough"), [([6, 6, 25], 0), ([2, 3, 7], 2)])
+def test_dropped_is_what_a_late_reply_is_by_default(trained, seconds, enough):
+    """Also where rounds close early, and it comes within the time limit of its own."""
+    changes = {"strategy.late-replies": "drop", "strategy.min-replies": enough}
+    run, releases = trained(seconds, **NO_PRIVACY, **changes)
 
     assert {node for _, node, _ in releases} == {100, 101}
     assert [r for r, node in run.grid.asked if node == 102] == [1, 2, 3]

@@ -273,6 +273,8 @@ def test_a_late_update_is_what_changed_of_the_adapter_that_was_sent(tmp_path):
     second = ask(strategy, 2)
     record, _ = strategy.aggregate_train(2, [answer(first[1], shifted(small))])
 
+    # Flower keeps message and reply for as long as they can count.
+    assert first[0].metadata.ttl == 2 * private().strategy.round_timeout
     # It is asked for nothing while its reply may come.
     assert [message.metadata.dst_node_id for message in second] == [1]
     drift = moved(strategy, array_record(before))
