@@ -105,6 +105,9 @@ class JointSettings:
         # A list, as JSON has it, would not equal a tuple.
         rows = tuple(int(count) for count in self.declared_rows)
         object.__setattr__(self, "declared_rows", rows)
+        # The ledger of a run from before there were trustees has null for both.
+        for name in ("trustees", "colluding"):
+            object.__setattr__(self, name, getattr(self, name) or 0)
 
     @property
     def total_rows(self) -> int:

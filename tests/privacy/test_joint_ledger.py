@@ -108,6 +108,18 @@ def test_a_ledger_whose_second_epsilon_was_edited_is_not_loaded(tmp_path):
         JointLedger.load(path)
 
 
+def test_a_ledger_from_before_there_were_trustees_is_that_of_a_trusted_server(tmp_path):
+    ledger = opened(tmp_path)
+    path = tmp_path / "privacy.json"
+    before = {**content_of(tmp_path), "trustees": None, "colluding": None}
+    path.write_text(json.dumps(before))
+
+    loaded = JointLedger.load(path)
+
+    loaded.check_same(ledger.settings)
+    assert "is trusted" in loaded.as_dict()["statement"]
+
+
 def test_the_statement_names_the_row_the_number_and_who_is_trusted(tmp_path):
     opened(tmp_path).spend(1)
 
