@@ -8,7 +8,7 @@ from fedllm.commands.sealed_parties import SealedParties
 from fedllm.errors import ConfigError
 from fedllm.wire.messages import CONFIG
 from fedllm.wire.resumed_run import run_name
-from fedllm.wire.sealed_messages import HELLO, RUN_NAME, SEALED
+from fedllm.wire.sealed_messages import HELLO, RUN_NAME, read_certificate
 from fedllm.wire.task_identity import set_task_identity
 from tests.helpers.audits import sealed
 
@@ -24,7 +24,8 @@ def parties(tmp_path, monkeypatch):
 def greeted(parties, node):
     config = ConfigRecord({RUN_NAME: run_name(sealed(), 1)})
     message = Message(RecordDict({CONFIG: config}), node, HELLO)
-    return SEALED in parties.answer(node, message)
+    reply = Message(parties.answer(node, message), reply_to=message)
+    return read_certificate(reply) is not None
 
 
 def test_the_first_nodes_are_the_trustees(parties):
