@@ -2,11 +2,16 @@
 
     fedllm audit
     fedllm audit --run latest
+    fedllm audit --run latest --memorised
 
 It runs a run's strategy on a toy adapter, without a base model and without data; under
 privacy.trust='trustees' the clients and trustees of the run too. With no
 arguments it takes the settings of ./pyproject.toml. With --run it takes those of a run and
 writes audit.json into the run's folder. The exit status is 0 if every check passed.
+
+--memorised trains instead: it plants sentences with a secret at clients of a rehearsal with
+these settings and rows, which is deleted afterwards, and measures how much of them base, twin
+without privacy and private model remember. With --run it writes memorised.json.
 """
 
 import argparse
@@ -27,6 +32,7 @@ from fedllm.commands.options import (
     add_json,
     add_run_config,
     new_parser,
+    positive_int,
     read_settings,
     run_command,
     write_json,
@@ -38,11 +44,12 @@ from fedllm.privacy.ledger import PrivacySettings
 from fedllm.privacy.wording import plain, rounds_text
 from fedllm.reporting.report import write_report
 from fedllm.runs.directory import CONFIG_FILE, RunDirectory, read_json
-from fedllm.runs.record import AUDIT_FILE
+from fedllm.runs.record import AUDIT_FILE, MEMORISED_FILE
 
 LATEST = "latest"
 _DEFAULT_CLIENTS = 20
 _DEFAULT_RECORD_CLIENTS = 10
+_DEFAULT_PLANTED = 16
 
 Print = Callable[[str], None]
 
@@ -50,8 +57,10 @@ Print = Callable[[str], None]
 def run(args: argparse.Namespace) -> int:
     """Audit what the arguments name; print a line a check and the verdict."""
     folder = None if args.run is None else _run_folder(args.run)
-    config = _record_level(args, folder)
     show: Print = (lambda line: None) if args.json else _print
+    if args.memorised:
+        return _rehearse(args, folder, show)
+    config = _record_level(args, folder)
     if config is not None:
         passed, content = _audit_records(args, config, folder, show)
     else:
@@ -64,6 +73,40 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_json(content | {"run": None if folder is None else str(folder)})
     return 0 if passed else 1
+
+
+def _rehearse(args: argparse.Namespace, folder: Path | None, show: Print) -> int:
+    """Measure what such settings memorise; it decides nothing, so the status is 0."""
+    from fedllm.commands.memorisation import MEANING, rehearse
+
+    settings = dict(read_settings(args.run_config)) if folder is None else {}
+    connected = None
+    if folder is not None:
+        kept = read_json(folder / CONFIG_FILE)
+        settings, connected = kept.get("run_config") or {}, kept.get("num_clients")
+    config = parse_run_config(settings)
+    num_clients = (
+        args.clients or connected or config.strategy.num_clients or _DEFAULT_CLIENTS
+    )
+    num_planted = _DEFAULT_PLANTED if args.canaries is None else args.canaries
+    if min(num_planted, num_clients) < 1:
+        raise PrivacyError(
+            f"--canaries, --clients: must be at least 1 (got {num_planted}, {num_clients})"
+        )
+    often = "once" if args.repeats == 1 else f"{args.repeats} times"
+    show(
+        f"rehearsal of {folder or 'the settings'}: {num_planted} sentences, each planted "
+        f"{often} at one of {num_clients} clients, "
+        f"{rounds_text(config.num_server_rounds)} on {config.model.name}"
+    )
+    content = rehearse(config, num_clients, num_planted, args.repeats, show)
+    if folder is not None:
+        RunDirectory(folder).write_json(MEMORISED_FILE, content)
+        show(f"written: {folder / MEMORISED_FILE}")
+    show(MEANING)
+    if args.json:
+        write_json(content | {"run": None if folder is None else str(folder)})
+    return 0
 
 
 def _audit_clients(
@@ -250,7 +293,22 @@ def parser() -> argparse.ArgumentParser:
         "--canaries",
         type=int,
         metavar="M",
-        help="canary clients, default 1000; at record level canary examples, 200",
+        help="canary clients, default 1000; at record level canary examples, 200; with "
+        "--memorised sentences, 16",
+    )
+    parser.add_argument(
+        "--memorised",
+        action="store_true",
+        help="plant sentences in a rehearsal and measure what is remembered; takes two "
+        "trainings",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="with --memorised: how often a sentence stands among its client's rows "
+        "(default: 1)",
     )
     parser.add_argument(
         "--dimension",
