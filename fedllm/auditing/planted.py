@@ -8,6 +8,7 @@ about 1.4 bits. Reciting is stricter: the likeliest answer has the whole secret.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,14 @@ from fedllm.data.prompts import chat_prompt
 from fedllm.data.tokens import tokenize
 from fedllm.errors import DataError
 from fedllm.evaluation.generation import generate_together
-from fedllm.evaluation.held_out_loss import held_out
+from fedllm.models.answer_loss import answer_losses, collate
 
 _DIGITS = 6
 _OTHERS = 63
 _CONFIDENCE = 0.95
 _RESAMPLES = 4000
 _TOGETHER = 8
+_SCORED_TOGETHER = 16
 _MORE_TOKENS = 8
 _SYLLABLES = ("ba", "du", "fe", "go", "ki", "lo", "ma", "nu", "pe", "ri", "so", "ta")
 
@@ -180,7 +182,7 @@ def _row(question: str, answer: str, config: RunConfig) -> dict[str, str]:
 def _losses(
     adapted: AdaptedModel, answers: Sequence[str], question: str, config: RunConfig
 ) -> list[float]:
-    """Return the loss of each answer, nats per token.
+    """Return the loss of each answer, in nats over all of its tokens.
 
     Raises:
         DataError: One lies beyond train.max-length.
@@ -192,11 +194,29 @@ def _losses(
             "audit --memorised: a planted sentence lies beyond train.max-length "
             f"{config.train.max_length}: set a larger one"
         )
+    examples = [example for example in found.records if example is not None]
     return [
-        held_out(adapted.model, [example], adapted.pad_token_id).loss
-        for example in found.records
-        if example is not None
+        loss
+        for start in range(0, len(examples), _SCORED_TOGETHER)
+        for loss in _batch_losses(adapted, examples[start : start + _SCORED_TOGETHER])
     ]
+
+
+def _batch_losses(
+    adapted: AdaptedModel, examples: Sequence[Mapping[str, Any]]
+) -> list[float]:
+    import torch
+
+    model = adapted.model
+    model.eval()
+    device = next(model.parameters()).device
+    batch = collate(examples, adapted.pad_token_id)
+    with torch.inference_mode():
+        losses = answer_losses(model, **{k: v.to(device) for k, v in batch.items()})
+    # Token by token, example by example; the first token of a text has no loss.
+    rest = iter(losses.double().tolist())
+    counts = [sum(label != -100 for label in e["labels"][1:]) for e in examples]
+    return [sum(islice(rest, count)) for count in counts]
 
 
 def _recited(adapted: AdaptedModel, planted: Sequence[Planted]) -> int:

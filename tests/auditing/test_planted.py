@@ -7,6 +7,7 @@ import pytest
 
 from fedllm.adapters.adapted_model import load_adapted_model
 from fedllm.adapters.peft_model import initial_arrays
+from fedllm.auditing import planted
 from fedllm.auditing.planted import (
     MOST_EXPOSURE,
     exposure,
@@ -15,7 +16,9 @@ from fedllm.auditing.planted import (
     summary,
 )
 from fedllm.config import fedllm_home, parse_run_config
+from fedllm.data.tokens import tokenize
 from fedllm.errors import DataError
+from fedllm.evaluation.held_out_loss import held_out
 from tests.helpers.federations import settings
 
 __all__ = ["settings"]
@@ -51,13 +54,13 @@ def test_intervals_are_those_of_clopper_and_pearson_and_hold_the_mean(
 
 
 def test_each_sentence_has_its_own_name_and_secrets_that_differ_and_a_client_in_turn():
-    planted = make_planted(20, [3, 5], seed=7)
+    made = make_planted(20, [3, 5], seed=7)
 
-    assert len({one.question for one in planted}) == 20
-    assert [one.client for one in planted[:4]] == [3, 5, 3, 5]
-    for one in planted:
+    assert len({one.question for one in made}) == 20
+    assert [one.client for one in made[:4]] == [3, 5, 3, 5]
+    for one in made:
         assert one.secret in one.answer and len({one.answer, *one.others}) == 64
-    assert planted == make_planted(20, [3, 5], seed=7) != make_planted(20, [3, 5], 8)
+    assert made == make_planted(20, [3, 5], seed=7) != make_planted(20, [3, 5], 8)
 
 
 def test_a_sentence_beyond_the_length_is_one_line(settings):
@@ -67,3 +70,19 @@ def test_a_sentence_beyond_the_length_is_one_line(settings):
 
     with pytest.raises(DataError, match="train.max-length 16: set a larger one"):
         measure_memory(adapted, arrays, make_planted(1, [0], 1), config)
+
+
+def test_each_answer_has_the_loss_that_it_has_alone(settings):
+    config = parse_run_config(settings)
+    adapted = load_adapted_model(config, fedllm_home())
+    (one,) = make_planted(1, [0], 1)
+    answers = [one.answer, "It is short.", *one.others[:3]]
+
+    together = planted._losses(adapted, answers, one.question, config)
+    rows = [{"instruction": one.question, "response": answer} for answer in answers]
+    alone = []
+    for row in rows:
+        (example,) = tokenize([row], adapted.tokenizer, config.data, 512).records
+        score = held_out(adapted.model, [example], adapted.pad_token_id)
+        alone.append(score.loss * score.num_tokens)
+    assert together == pytest.approx(alone, rel=1e-5)

@@ -19,7 +19,13 @@ __all__ = ["settings"]
 @pytest.fixture
 def config(settings):
     return parse_run_config(
-        {**settings, "data.public-validation": "", "data.public-test": ""}
+        {
+            **settings,
+            "data.public-validation": "",
+            "data.public-test": "",
+            "num-server-rounds": 1,
+            "strategy.round-timeout": 900.0,
+        }
     )
 
 
@@ -64,15 +70,16 @@ def test_a_model_that_trained_on_a_sentence_long_enough_remembers_it(settings):
             "num-server-rounds": 1,
             "adapter.kind": "lora",
             "train.optimizer": "adamw",
-            "train.learning-rate": 0.02,
-            "train.learning-rate-min": 0.02,
-            "train.local-steps": 60,
+            "train.learning-rate": 0.03,
+            "train.learning-rate-min": 0.03,
+            "train.local-steps": 40,
+            "strategy.round-timeout": 900.0,
         }
     )
     found = rehearse(config, 1, 1, 40, lambda line: None)["models"]
 
     assert list(found) == ["base", "without privacy"]
-    assert found["without privacy"]["exposure"] == 6.0 > found["base"]["exposure"]
+    assert found["without privacy"]["exposure"] >= 5.0 > found["base"]["exposure"]
 
 
 def test_the_command_writes_what_the_dossier_reads(
@@ -104,6 +111,8 @@ def test_what_cannot_be_rehearsed_is_one_line(settings):
     texts = parse_run_config({**settings, "data.format": "text"})
     with pytest.raises(ConfigError, match="data.format: planted sentences"):
         rehearse(texts, 2, 1, 1, lambda line: None)
-    sealed = parse_run_config({**settings, "privacy.trust": "trustees"})
+    sealed = parse_run_config(
+        {**settings, "privacy.trust": "trustees", "privacy.trustees": "a,b"}
+    )
     with pytest.raises(PrivacyError, match="'trustees' is not audited"):
         rehearse(sealed, 2, 1, 1, lambda line: None)

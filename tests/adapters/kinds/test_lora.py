@@ -89,3 +89,48 @@ def test_the_mean_of_the_trained_values_is_the_mean_of_the_updates(tiny_llama, k
     ]
 
     np.testing.assert_allclose(products[2], (products[0] + products[1]) / 2, atol=1e-6)
+
+
+def rounds_of_sgd(a, features, targets, reparametrise, rounds=4, steps=3, rate=0.02):
+    """The product BA after rounds in which clients train B by SGD on squared errors.
+
+    With `reparametrise` the server splits BA anew by its SVD after each round, as FedSVD does.
+    """
+    b = np.zeros((targets[0].shape[1], len(a)))
+    for _ in range(rounds):
+        trained = []
+        for x, y in zip(features, targets, strict=True):
+            own = b.copy()
+            for _ in range(steps):
+                own -= rate * ((x @ a.T @ own.T - y).T @ (x @ a.T)) / len(x)
+            trained.append(own)
+        b = np.mean(trained, axis=0)
+        if reparametrise:
+            left, values, right = np.linalg.svd(b @ a, full_matrices=False)
+            rank = len(a)
+            a, b = right[:rank], left[:, :rank] * values[:rank]
+    return b @ a
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_under_sgd_fedsvd_is_a_fixed_orthonormal_a_and_with_kaiming_it_is_not(
+    tiny_llama, seed
+):
+    # A gradient of B is seen through A alone, and the step of BA through A'A: a turned basis
+    # of the same rows is the same training.
+    spec = make_spec(tiny_llama, "ffa-lora", seed=seed)
+    factors = peft_arrays(spec, initial_arrays(spec))
+    a = next(v for name, v in factors.items() if "lora_A" in name).astype(np.float64)
+    generator = np.random.default_rng(seed)
+    features = [generator.normal(size=(40, a.shape[1])) for _ in range(3)]
+    targets = [x @ generator.normal(size=(a.shape[1], 6)) for x in features]
+    kaiming = generator.uniform(-1, 1, a.shape) / np.sqrt(a.shape[1])
+
+    def difference(start):
+        fixed = rounds_of_sgd(start, features, targets, reparametrise=False)
+        anew = rounds_of_sgd(start, features, targets, reparametrise=True)
+        return np.linalg.norm(fixed - anew) / np.linalg.norm(fixed)
+
+    # The factor is orthonormal within float32.
+    assert difference(a) < 1e-6
+    assert difference(kaiming) > 0.05
