@@ -23,7 +23,6 @@ from fedllm.auditing.planted import (
     measure_memory,
     planted_rows,
 )
-from fedllm.auditing.run_folder import require_trusted_server
 from fedllm.client.cache import resident_model
 from fedllm.client.message_handler import reply_to
 from fedllm.commands.comparison_arms import make_arm
@@ -110,10 +109,13 @@ def _rehearsed(config: RunConfig, num_clients: int) -> RunConfig:
     """Return the settings of the rehearsal, but for its rows.
 
     Raises:
-        ConfigError: The planted sentences fit no row of such a shape.
-        PrivacyError: The run is sealed.
+        ConfigError: The planted sentences fit no row of such a shape, or the run is sealed.
     """
-    require_trusted_server(config)
+    if config.is_sealed:
+        raise ConfigError(
+            "privacy.trust: a rehearsal has no trustees (got 'trustees'): rehearse the settings "
+            "with privacy.trust='server'"
+        )
     if config.data.format not in ("auto", "question-answer"):
         raise ConfigError(
             "data.format: planted sentences are questions with answers, and the rows are "

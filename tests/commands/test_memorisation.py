@@ -10,7 +10,7 @@ from fedllm.commands.memorisation import rehearse, write_rehearsal
 from fedllm.config import fedllm_home, flat, parse_run_config
 from fedllm.data.partitions import partition
 from fedllm.data.rows import load_rows
-from fedllm.errors import ConfigError, PrivacyError
+from fedllm.errors import ConfigError
 from tests.helpers.federations import settings
 
 __all__ = ["settings"]
@@ -114,5 +114,5 @@ def test_what_cannot_be_rehearsed_is_one_line(settings):
     sealed = parse_run_config(
         {**settings, "privacy.trust": "trustees", "privacy.trustees": "a,b"}
     )
-    with pytest.raises(PrivacyError, match="'trustees' is not audited"):
+    with pytest.raises(ConfigError, match="a rehearsal has no trustees"):
         rehearse(sealed, 2, 1, 1, lambda line: None)

@@ -6,6 +6,8 @@ import shutil
 import pytest
 
 from fedllm.errors import FedllmError
+from fedllm.privacy.chain import Chain
+from fedllm.privacy.ledger import Ledger
 from fedllm.reporting.dossier_check import node_ends, verify_dossier
 from fedllm.reporting.dossier_file import write_dossier
 from fedllm.signatures import server_key
@@ -74,6 +76,17 @@ def test_a_ledger_that_was_made_anew_and_shorter_is_found_by_a_nodes_end(
     assert len(found) == 2
     assert "holds an end of 3 rounds that this ledger does not have" in found[0]
     assert "asked for round 3, which the ledger of a finished run lacks" in found[1]
+
+
+def test_a_chain_of_the_same_length_with_another_round_is_found(folder, key, tmp_path):
+    settings = Ledger.load(folder / "privacy.json").settings
+    true = Chain("", settings)
+    for server_round in (1, 3):
+        true.append(server_round)
+    node = node_file(tmp_path / "n.json", true, 2, 3, key)
+
+    (found,) = said(folder, key, [node])[False]
+    assert "holds an end of 2 rounds that this ledger does not have" in found
 
 
 @pytest.mark.parametrize(
