@@ -1,10 +1,11 @@
 """Run fedllm's canaries on Flower's four strategies with differential privacy.
 
     python benchmarks/evidence.py
-    python benchmarks/evidence.py --canaries 200 --dimension 20000 --noise-multiplier 1.5
+    python benchmarks/evidence.py --silent 0
 
 Canary clients take part by a fair coin each, and who does not sends nothing: the zero-out
-relation that `fedllm audit` uses. `accounted` is what the noise multiplier stands for if each
+relation that `fedllm audit` uses. Beside them are clients that a strategy was told of and that
+never answer (`--silent`). `accounted` is what the noise multiplier stands for if each
 client counts once and the noise is on the sum; `certified` is the lower bound on epsilon that
 guesses from the release prove, with confidence 95 %. A strategy is convicted if the second is
 above the first. Each strategy is given the noise, clipping norm and number of clients that it
@@ -152,6 +153,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--canaries", type=int, default=400)
+    parser.add_argument("--silent", type=int, default=1200)
     parser.add_argument("--dimension", type=int, default=40_000)
     parser.add_argument("--noise-multiplier", type=float, default=2.0)
     args = parser.parse_args()
@@ -163,10 +165,11 @@ def main() -> None:
             "privacy.delta": 1e-5,
         }
     )
-    settings = privacy_settings(config, args.canaries + 1, args.dimension)
+    clients = args.canaries + args.silent
+    settings = privacy_settings(config, clients, args.dimension)
     for subject in SUBJECTS:
         setup = Setup(config, settings, args.dimension, subject.make)
-        with setup.bench(args.dimension, args.canaries + 1) as bench:
+        with setup.bench(args.dimension, clients) as bench:
             found = run_canaries(bench, args.canaries, 1, honest=False)
         certified, estimate = found.certified, found.estimate
         line = {
