@@ -11,7 +11,7 @@ Keys that change what privacy is promised are all in `PrivacyConfig`, together w
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -150,8 +150,11 @@ class DataConfig:
     """Split of a hub data set, or of a folder with files of several splits."""
     encoding: Text = ""
     """Encoding of text files, such as `cp1252`; empty: UTF-8, or UTF-16 after its mark."""
-    format: Literal["auto", "messages", "question-answer", "text"] = "auto"
-    """What rows are; `auto`: by the columns that each row has."""
+    format: Literal["auto", "messages", "question-answer", "text", "preference"] = (
+        "auto"
+    )
+    """What rows are; `auto`: by the columns that each row has. `preference`, which
+    train.objective='dpo' sets: prompt, chosen and rejected."""
     prompt_column: Name = "instruction"
     """Column with the question. At its default other usual names are tried too."""
     response_column: Name = "response"
@@ -192,8 +195,13 @@ class DataConfig:
 
 @dataclass(frozen=True, config=_SECTION)
 class TrainConfig:
-    """Supervised fine-tuning on one client in one round."""
+    """Training on one client in one round."""
 
+    objective: Literal["sft", "dpo"] = "sft"
+    """`sft`: the answers are learned; `dpo`: of two answers the chosen one is preferred, with
+    the base model as the reference (columns prompt, chosen and rejected)."""
+    dpo_beta: PositiveAmount = 0.1
+    """Under `dpo`: how dear it is to move away from the base model."""
     batch_size: Positive = 8
     """Examples in one micro-batch."""
     local_steps: Count = 10
@@ -490,6 +498,9 @@ def parse_run_config(mapping: Mapping[str, Scalar]) -> RunConfig:
         problems += _contradictions(config)
     if problems:
         raise ConfigError("\n".join(sorted(problems)))
+    if config.train.objective == "dpo":
+        # All that reads rows knows `data` alone.
+        return replace(config, data=replace(config.data, format="preference"))
     return config
 
 
@@ -568,6 +579,7 @@ def _contradictions(config: RunConfig) -> list[str]:
     problems = [
         *_adapter_problems(config.adapter),
         *_train_problems(config.train),
+        *_objective_problems(config),
         *_strategy_problems(config.strategy),
         *_late_problems(config),
         *_data_problems(config.data),
@@ -627,6 +639,25 @@ def _train_problems(train: TrainConfig) -> list[str]:
         problems.append(
             "train.learning-rate-min: must be <= train.learning-rate "
             f"{train.learning_rate} (got {train.learning_rate_min})"
+        )
+    return problems
+
+
+def _objective_problems(config: RunConfig) -> list[str]:
+    train, rows, problems = config.train, config.data.format, []
+    if train.objective == "dpo" and rows not in ("auto", "preference"):
+        problems.append(
+            "data.format: must be 'auto' or 'preference' under train.objective='dpo' (got "
+            f"{rows!r}): dpo needs prompt, chosen, rejected"
+        )
+    if train.objective != "dpo" and rows == "preference":
+        problems.append(
+            "data.format: 'preference' is for train.objective='dpo' (got "
+            f"{train.objective!r}): there is no answer to learn"
+        )
+    if train.objective != "dpo" and train.dpo_beta != TrainConfig().dpo_beta:
+        problems.append(
+            f"train.dpo-beta: is for train.objective='dpo' (got {train.dpo_beta})"
         )
     return problems
 

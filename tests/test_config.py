@@ -55,6 +55,32 @@ def test_every_key_is_read_somewhere_in_the_package():
     assert unread == []
 
 
+def test_preferences_are_read_as_such_whatever_reads_the_rows():
+    config = parse_run_config({"train.objective": "dpo"})
+
+    assert config.data.format == "preference"
+    assert parse_run_config(flat(config)) == config
+    assert parse_run_config({}).data.format == "auto"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"train.objective": "dpo", "data.format": "messages"},
+            "data.format: must be 'auto' or 'preference' under train.objective='dpo'",
+        ),
+        ({"data.format": "preference"}, "is for train.objective='dpo' (got 'sft')"),
+        ({"train.dpo-beta": 0.2}, "train.dpo-beta: is for train.objective='dpo'"),
+    ],
+)
+def test_an_objective_and_its_rows_must_fit(settings, said):
+    with pytest.raises(ConfigError) as caught:
+        parse_run_config(settings)
+
+    assert said in str(caught.value)
+
+
 @pytest.mark.parametrize("preset", sorted((ROOT / "configs").glob("*.toml")))
 def test_a_preset_is_valid_and_its_keys_are_known_to_flower(preset: Path):
     values = flatten(read_toml(preset))

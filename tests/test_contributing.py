@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from fedllm.commands.main import COMMANDS
-from fedllm.config import PrivacyConfig, StrategyConfig
+from fedllm.config import PrivacyConfig, StrategyConfig, TrainConfig
 from fedllm.data.embedded import EMBEDDED
 from fedllm.data.readers import _READERS
 from fedllm.server.privacy_account import _ACCOUNTS, PrivacyAccount
 from fedllm.strategy.robust import _aggregator
 from fedllm.strategy.server_optimizer import ServerOptimizer
 from fedllm.training.dp_sgd import train_privately
+from fedllm.training.objectives import OBJECTIVES
 from fedllm.training.result import Trained
 from fedllm.training.sft import train_adapter
 
@@ -93,6 +94,10 @@ def test_every_trainer_takes_a_model_examples_and_a_task_and_returns_a_result(tr
     assert parameters[:3] == ["adapted", "examples", "config"]
     assert parameters[-1] == "task"
     assert get_type_hints(train)["return"] is Trained
+
+
+def test_every_objective_of_the_config_is_in_the_table_and_no_other():
+    assert set(OBJECTIVES) == set(choices(TrainConfig, "objective"))
 
 
 @pytest.mark.parametrize("name", EMBEDDED)

@@ -27,7 +27,7 @@ MIB = 2**20
 # What Flower's Hub takes, by its own words, beside LICENSE and .gitignore at the root.
 HUB_ENDINGS = {".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl"}
 # Tests that want one of these skip themselves where the extra is absent.
-OPTIONAL = {"gradio", "mlflow", "playwright", "tensorboard", "wandb"}
+OPTIONAL = {"gradio", "mlflow", "openpyxl", "playwright", "tensorboard", "wandb"}
 BUNDLE = """
 import hashlib, sys
 from pathlib import Path

@@ -129,6 +129,31 @@ def check_arrays(spec: AdapterSpec, arrays: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def adapter_off(model: "PeftModel | PreTrainedModel") -> Iterator[None]:
+    """Compute as the base alone while the context is open.
+
+    PEFT, when it switches an adapter on again, lets all of it require a gradient, fixed
+    factors too, and it does not count how often it was switched off. So both are restored.
+
+    Args:
+        model: Any; without an adapter, or with it off already, nothing changes.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    if all(layer.disable_adapters for layer in layers):
+        yield
+        return
+    needs = {p: p.requires_grad for p in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, needed in needs.items():
+            parameter.requires_grad_(needed)
+
+
+@contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
     """Silence warnings that nobody can act on.
 

@@ -413,7 +413,7 @@ def _evaluate(message: Message, client: RunClient) -> RecordDict:
     adapted = resident.adapted
     adapted.set(_received(message, adapted, config))
     examples = held[: config.strategy.evaluate_examples or None]
-    score = held_out(adapted.model, examples, adapted.pad_token_id)
+    score = held_out(adapted.model, examples, adapted.pad_token_id, config.train)
     metrics = MetricRecord({"num-examples": score.num_examples})
     metrics["eval-loss"] = score.loss
     return RecordDict({METRICS: metrics})

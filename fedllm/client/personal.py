@@ -179,7 +179,9 @@ def _fill(folder: Path, delivery: Delivery) -> None:
     shared = read_trained(shared_folder)
 
     def score(examples: Any) -> float:
-        return held_out(adapted.model, examples, adapted.pad_token_id).loss
+        return held_out(
+            adapted.model, examples, adapted.pad_token_id, config.train
+        ).loss
 
     fitted = fitted_to_machine(config, node)
     made = train_personal(adapted, rows, shared, fitted, score)

@@ -38,7 +38,7 @@ from fedllm.commands.options import (
     write_json,
 )
 from fedllm.config import RunConfig, fedllm_home, parse_run_config
-from fedllm.errors import PrivacyError
+from fedllm.errors import ConfigError, PrivacyError
 from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.ledger import PrivacySettings
 from fedllm.privacy.wording import plain, rounds_text
@@ -191,6 +191,12 @@ def _audit_records(
         raise PrivacyError(
             "privacy.trust: 'trustees' is not audited at record level, only at client level; "
             "what holds it are the tests that SECURITY.md names"
+        )
+    if config.train.objective != "sft":
+        raise ConfigError(
+            "train.objective: must be 'sft' in an audit of record level (got "
+            f"{config.train.objective!r}), whose canaries are questions with an answer; "
+            "clipping, coins and noise are the same under both"
         )
     num_canaries = 200 if args.canaries is None else args.canaries
     if num_canaries < 1:

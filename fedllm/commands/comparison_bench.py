@@ -169,7 +169,8 @@ class Bench:
 
     def _loss(self, rows: Sequence[Mapping[str, Any]]) -> float:
         """Return the resident model's loss on rows."""
-        return held_out(self._adapted.model, rows, self._adapted.pad_token_id).loss
+        model, pad = self._adapted.model, self._adapted.pad_token_id
+        return held_out(model, rows, pad, self.config.train).loss
 
     def _start(self, arm: str, folder: Path) -> Arrays:
         """Return the adapter of an arm that was trained, or what all begin with.
@@ -228,7 +229,9 @@ class Bench:
             "validation_losses": [],
             "best_round": 0,
             "test_loss": score.loss,
-            "perplexity": score.perplexity,
+            "perplexity": score.perplexity if score.preferred is None else None,
+            "pairs_preferred": score.preferred,
+            "pairs_likelier": score.likelier,
             "test_examples": score.num_examples,
             "seconds": 0.0,
             "megabytes": None,

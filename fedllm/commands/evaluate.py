@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedllm.commands.options import (
     add_answers,
@@ -25,9 +25,10 @@ from fedllm.commands.options import (
     run_command,
     write_json,
 )
-from fedllm.config import DataConfig, RunConfig, fedllm_home
+from fedllm.config import DataConfig, RunConfig, TrainConfig, fedllm_home
 from fedllm.errors import DataError
 from fedllm.evaluation.inference import (
+    BASE,
     CandidatesChat,
     ChatModel,
     ModelChoice,
@@ -35,6 +36,9 @@ from fedllm.evaluation.inference import (
     find_model,
 )
 from fedllm.reporting.sentences import NOT_ADVICE
+
+if TYPE_CHECKING:
+    from fedllm.evaluation.held_out_loss import HeldOut
 
 
 def run(args: argparse.Namespace) -> int:
@@ -171,7 +175,8 @@ def _held_out(args: argparse.Namespace, chat: ChatModel) -> dict[str, Any]:
 
     config = chat.choice.config
     data = config.data if config else DataConfig()
-    length = config.train.max_length if config else RunConfig().train.max_length
+    train = config.train if config else RunConfig().train
+    length = train.max_length
     rows = load_public(data, "test")
     if rows is None:
         raise DataError(
@@ -179,7 +184,9 @@ def _held_out(args: argparse.Namespace, chat: ChatModel) -> dict[str, Any]:
         )
     tokenized = tokenize(rows, chat.tokenizer, data, length, whole_texts=True)
     examples = tokenized.packed(length)
-    return _losses(args, chat, examples, "test rows", _names(args, chat))
+    if not examples:
+        raise DataError("--held-out: nothing can be learned from the public test rows")
+    return _losses(args, chat, examples, "test rows", _names(args, chat), train)
 
 
 def _off_topic(args: argparse.Namespace, chat: ChatModel) -> dict[str, Any]:
@@ -202,34 +209,56 @@ def _losses(
     examples: Sequence[Mapping[str, Any]],
     what: str,
     names: Sequence[str],
+    train: TrainConfig | None = None,
 ) -> dict[str, Any]:
     """Measure the loss of models on labelled examples.
 
     Args:
         args: The command line.
         chat: Base and tuned model.
-        examples: Rows with `input_ids` and `labels`.
+        examples: Rows as tokens, as the objective takes them.
         what: What the rows are, in words.
         names: The models.
+        train: Gives the objective; None: the answers' own loss.
     """
     from fedllm.evaluation.held_out_loss import held_out
 
-    scores = {}
+    scores: dict[str, dict[str, float | None]] = {}
     for name in names:
         with chat.adapter(name):
-            score = held_out(chat.model, examples, chat.tokenizer.pad_token_id or 0)
+            pad = chat.tokenizer.pad_token_id or 0
+            score = held_out(chat.model, examples, pad, train)
         scores[name] = {
             "loss": score.loss,
             "perplexity": score.perplexity,
             "num_examples": score.num_examples,
             "num_tokens": score.num_tokens,
         }
+        if score.preferred is not None:
+            scores[name] |= {
+                "perplexity": None,
+                "pairs_preferred": score.preferred if name != BASE else None,
+                "pairs_likelier": score.likelier,
+            }
+            _print(args, f"{name}: {_pairs_text(name, score)}")
+            continue
         _print(
             args,
             f"{name}: loss {score.loss:.3f}, perplexity {score.perplexity:.2f} on "
             f"{score.num_examples} {what} ({score.num_tokens} answer tokens)",
         )
     return scores
+
+
+def _pairs_text(name: str, score: "HeldOut") -> str:
+    """Return the score on pairs in words; the base rewards no answer."""
+    preferred = (
+        "" if name == BASE else f"{score.preferred:.1%} are preferred as chosen; "
+    )
+    return (
+        f"loss {score.loss:.3f} a pair on {score.num_examples} pairs; {preferred}the chosen "
+        f"answer is the likelier one in {score.likelier:.1%}"
+    )
 
 
 def _benchmark(args: argparse.Namespace, chat: ChatModel, path: Path) -> dict[str, Any]:

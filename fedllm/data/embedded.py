@@ -42,4 +42,15 @@ BUILT_IN_DATA = EmbeddedData(
     caution="This is a language model's text, not medical advice.",
 )
 
-EMBEDDED: Mapping[str, EmbeddedData] = {data.name: data for data in (BUILT_IN_DATA,)}
+PREFERENCES = EmbeddedData(
+    name="wordnet-medical-preferences",
+    folder=Path(__file__).parent / "wordnet_medical_preferences",
+    licence=BUILT_IN_DATA.licence,
+    language="en",
+    tags=("medical", "preference"),
+    caution=BUILT_IN_DATA.caution,
+)
+
+EMBEDDED: Mapping[str, EmbeddedData] = {
+    data.name: data for data in (BUILT_IN_DATA, PREFERENCES)
+}

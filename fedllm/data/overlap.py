@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 from fedllm.config import DataConfig, RunConfig
 from fedllm.data.columns import Row
+from fedllm.data.conversations import Conversation
 from fedllm.data.embedded import EMBEDDED
+from fedllm.data.preferences import Preference
 from fedllm.data.readers import looks_local
 from fedllm.data.records import load_records
 from fedllm.data.rows import load_public
@@ -133,11 +135,21 @@ def conversation_digest(config: DataConfig, row: Row | None) -> bytes | None:
         return None
     if isinstance(content, PlainText):
         known: list[Any] = ["text", _plain(content.text)]
+    elif isinstance(content, Preference):
+        known = ["preference", _said(content.chosen), _said(content.rejected)]
     else:
-        known = [(turn["role"], _plain(turn["content"])) for turn in content.turns]
-        known += [turn["tool_calls"] for turn in content.turns if "tool_calls" in turn]
+        known = _said(content)
     # Text may hold half a character, which no encoding takes: JSON escapes it.
     return hashlib.sha256(json.dumps(known, default=str).encode("ascii")).digest()
+
+
+def _said(content: Conversation) -> list[Any]:
+    """Return the turns of a conversation, without what makes no difference."""
+    known: list[Any] = [
+        (turn["role"], _plain(turn["content"])) for turn in content.turns
+    ]
+    known += [turn["tool_calls"] for turn in content.turns if "tool_calls" in turn]
+    return known
 
 
 def _plain(text: str) -> str:

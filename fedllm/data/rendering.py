@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedllm.config import DataConfig
+from fedllm.data.conversations import Conversation
 from fedllm.data.prompts import ChatTemplate, alpaca, common_prefix_length, ended
-from fedllm.data.shapes import Conversation, PlainText
+from fedllm.data.shapes import PlainText
 from fedllm.data.turns import ASSISTANT, SYSTEM, USER, Message, UnusableRowError
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from fedllm.config import DataConfig, fedllm_home
 from fedllm.data.columns import (
     LINE,
     MESSAGES,
+    PREFERENCES,
     UNREADABLE,
     Row,
     answer_columns,
@@ -110,7 +111,7 @@ def _load_embedded(config: DataConfig, split: str) -> "Dataset":
     return rows
 
 
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=6)
 def _read_shards(folder: Path, split: str) -> "Dataset":
     """Read the embedded shards of a split, once a process."""
     shards = sorted(folder.glob(f"{split}*.jsonl"))
@@ -268,13 +269,20 @@ def _of_one_kind(cells: list[Any]) -> list[Any]:
 
 
 def _require_columns(config: DataConfig, names: Iterable[str], source: object) -> None:
-    """Check that there are columns for a question and an answer, or for a text.
+    """Check that there are columns for a question and an answer, for a text, or for two answers.
 
     Raises:
         DataError: There are none.
     """
     names = list(names)
     used = {column_of(config, name) for name in names}
+    if config.format == "preference":
+        if used >= {*PREFERENCES}:
+            return
+        raise DataError(
+            f"{source}: dpo needs prompt, chosen, rejected (train.objective='dpo'); the "
+            f"columns are {printable(comma_list(names))}"
+        )
     if config.format in ("auto", "text") and config.text_column in used:
         return
     if config.format in ("auto", "messages") and used & {*MESSAGES}:
@@ -288,7 +296,10 @@ def _require_columns(config: DataConfig, names: Iterable[str], source: object) -
         key, column = "data.response-column", config.response_column
     if config.format == "text":
         key, column = "data.text-column", config.text_column
+    hint = ""
+    if used >= {*PREFERENCES}:
+        hint = "; train.objective='dpo' learns from chosen and rejected"
     raise DataError(
         f"{source}: there is no column {column!r} ({key}); the columns are "
-        f"{printable(comma_list(names))}"
+        f"{printable(comma_list(names))}{hint}"
     )

@@ -179,7 +179,7 @@ def read_excel(data: bytes) -> Iterator[Line]:
     """
     if find_spec("openpyxl") is None:
         raise MalformedError(
-            "needs a library to be read: pip install openpyxl, or save the sheet as .csv"
+            'needs a library to be read: pip install "fedllm[excel]", or save the sheet as .csv'
         )
     import openpyxl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 

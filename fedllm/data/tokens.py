@@ -1,14 +1,16 @@
 """Rows to token ids, with labels on the answers alone."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fedllm.config import DataConfig
 from fedllm.data.columns import Row
+from fedllm.data.conversations import Conversation
+from fedllm.data.preferences import Preference
 from fedllm.data.prompts import common_prefix_length, encode, end_marks
 from fedllm.data.rendering import Rendered, Renderer
-from fedllm.data.shapes import read_row
+from fedllm.data.shapes import Content, PlainText, read_row
 from fedllm.data.turns import UnusableRowError
 
 if TYPE_CHECKING:
@@ -17,13 +19,33 @@ if TYPE_CHECKING:
 
 
 Example = dict[str, list[int]]
-"""One row for the model: `input_ids` and `labels`."""
+"""One row for the model: `input_ids` and `labels`; of a preference `chosen_ids`,
+`chosen_labels`, `rejected_ids` and `rejected_labels`."""
 
 CUT_AWAY = "no answer within train.max-length"
 _UNREADABLE = "cannot be read"
+_SAME = "chosen and rejected are the same within train.max-length"
 _OTHER_MASK = "the chat template's own mask marks other text than the answers"
 # A chat template may write a line's end after the token that ends an answer.
 _LAST_TOKENS = 4
+
+
+_Labelled = tuple[list[int], list[int]]
+"""Tokens, and a label for each."""
+
+
+def texts_of(example: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Return an example's texts, each with `input_ids` and `labels`: of a preference two.
+
+    Args:
+        example: One of `Tokenized`.
+    """
+    if "chosen_ids" not in example:
+        return (example,)
+    return tuple(
+        {"input_ids": example[f"{side}_ids"], "labels": example[f"{side}_labels"]}
+        for side in ("chosen", "rejected")
+    )
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,8 @@ class Tokenized:
     records: list[Example | None]
     """One a row, None for a row that nothing can be learned from. Each with `input_ids` and,
     of the same length, `labels`: the token id in an answer, else -100. At most max_length
-    tokens, at least one of them of an answer."""
+    tokens, at least one of them of an answer. A preference has both twice: both answers are
+    learned from the first token in which the two differ from their common beginning."""
     columns: dict[tuple[str, ...], int] = field(default_factory=dict)
     """How many rows were read from which columns."""
     unusable: dict[str, list[int]] = field(default_factory=dict)
@@ -108,7 +131,7 @@ def tokenize(
     With a chat template: the conversation as the template renders it, tokenised once; an
     answer begins at the first token that differs from the conversation up to it (TRL 1.16,
     `SFTTrainer._prepare_dataset`). Without one: an Alpaca-style text, with the end token
-    after each answer. Plain text: with the end token after it, all of it learned. An example
+    after each answer. A preference: two such texts. Plain text: with the end token after it, all of it learned. An example
     longer than max_length loses its end.
 
     Args:
@@ -141,32 +164,30 @@ class _Work:
         self._ends = set(end_marks(tokenizer))
         self._found = Tokenized([])
 
-    def render(self, place: int, row: Row | None) -> Rendered | None:
-        """Return a row's text, or count why it has none."""
+    def render(self, place: int, row: Row | None) -> tuple[Rendered, ...]:
+        """Return a row's text, the two of a preference, or count why it has none."""
         if row is None:
             self._count_unusable(place, _UNREADABLE)
-            return None
+            return ()
         try:
             content = read_row(self._config, row)
-            rendered = self._renderer.render(content)
+            rendered = tuple(map(self._renderer.render, _parts(content)))
         except UnusableRowError as error:
             self._count_unusable(place, str(error))
-            return None
+            return ()
         except Exception as error:  # noqa: BLE001 - a row may hold anything
             self._count_unusable(place, f"{type(error).__name__}: {error}"[:200])
-            return None
+            return ()
         columns = self._found.columns
         columns[content.columns] = columns.get(content.columns, 0) + 1
         return rendered
 
-    def examples(self, rendered: Sequence[Rendered | None]) -> Tokenized:
+    def examples(self, rendered: Sequence[tuple[Rendered, ...]]) -> Tokenized:
         """Return all rows as examples."""
-        known = [one for one in rendered if one is not None]
-        encoded = iter(self._encoded(known))
-        for place, one in enumerate(rendered):
-            example = None
-            if one is not None:
-                example = self._example(place, one, next(encoded))
+        encoded = iter(self._encoded([one for parts in rendered for one in parts]))
+        for place, parts in enumerate(rendered):
+            tokens = [next(encoded) for _ in parts]
+            example = self._example(place, parts, tokens) if parts else None
             self._found.records.append(example)
         return self._found
 
@@ -200,31 +221,69 @@ class _Work:
             return f"not text for the tokenizer: {type(error).__name__}"
 
     def _example(
-        self, place: int, one: Rendered, encoded: list[list[int]] | str
+        self,
+        place: int,
+        parts: Sequence[Rendered],
+        encoded: Sequence[list[list[int]] | str],
     ) -> Example | None:
         """Return the labelled tokens of a row within the limits."""
         try:
-            if isinstance(encoded, str):
-                raise UnusableRowError(encoded)
-            if one.spans:
-                ids, labels = self._answers(one, encoded)
-            else:
-                ids, labels = self._text(encoded[0])
-            if not ids:
-                raise UnusableRowError("no tokens")
-            vocabulary = self._limits.vocabulary
-            if vocabulary is not None and max(ids) >= vocabulary:
-                raise UnusableRowError(
-                    "a token beyond the model's embedding: the tokenizer is another model's"
-                )
-            if not one.spans:
+            sides = [self._labelled(*one) for one in zip(parts, encoded, strict=True)]
+            if len(sides) == 2:
+                return self._pair(place, sides)
+            if not parts[0].spans:
                 self._found.texts.append(place)
                 if self._limits.whole_texts:
+                    ids, labels = sides[0]
                     return {"input_ids": ids, "labels": labels}
-            return self._within(place, ids, labels)
+            ids, labels = self._within(place, sides)[0]
+            return {"input_ids": ids, "labels": labels}
         except UnusableRowError as error:
             self._count_unusable(place, str(error))
             return None
+
+    def _labelled(self, one: Rendered, encoded: list[list[int]] | str) -> _Labelled:
+        """Return the tokens of one text, and the labels.
+
+        Raises:
+            UnusableRowError: Nothing of it can be learned.
+        """
+        if isinstance(encoded, str):
+            raise UnusableRowError(encoded)
+        if one.spans:
+            ids, labels = self._answers(one, encoded)
+        else:
+            ids, labels = self._text(encoded[0])
+        if not ids:
+            raise UnusableRowError("no tokens")
+        vocabulary = self._limits.vocabulary
+        if vocabulary is not None and max(ids) >= vocabulary:
+            raise UnusableRowError(
+                "a token beyond the model's embedding: the tokenizer is another model's"
+            )
+        return ids, labels
+
+    def _pair(self, place: int, sides: Sequence[_Labelled]) -> Example:
+        """Return a preference, of which both answers are compared from one token on.
+
+        The end of a prompt and the beginning of an answer may be one token: what follows the
+        common tokens is then compared whole (as in TRL 1.16, `DPOTrainer._prepare_dataset`).
+        """
+        first = min(_first_learned(labels) for _, labels in sides)
+        for ids, labels in sides:
+            own = _first_learned(labels)
+            labels[first:own] = ids[first:own]
+        (chosen, chosen_labels), (rejected, rejected_labels) = self._within(
+            place, sides
+        )
+        if chosen == rejected:
+            raise UnusableRowError(_SAME)
+        return {
+            "chosen_ids": chosen,
+            "chosen_labels": chosen_labels,
+            "rejected_ids": rejected,
+            "rejected_labels": rejected_labels,
+        }
 
     def _text(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """Return a plain text's tokens with an end, of which all but the first are learned."""
@@ -277,25 +336,49 @@ class _Work:
     def _ends_there(self, ids: list[int]) -> bool:
         return not self._ends.isdisjoint(ids[-_LAST_TOKENS:])
 
-    def _within(self, place: int, ids: list[int], labels: list[int]) -> Example:
-        """Return an example within the length limit, and count what it loses."""
-        limit = self._limits.max_length
-        first = next((i for i, label in enumerate(labels) if label >= 0), len(ids))
-        if len(ids) > limit and self._config.long_questions == "cut-left":
+    def _within(self, place: int, sides: Sequence[_Labelled]) -> list[_Labelled]:
+        """Return the texts of a row within the length limit, and count what it loses.
+
+        Of a preference both lose the same beginning: the answers are to one question.
+
+        Raises:
+            UnusableRowError: An answer is beyond the limit.
+        """
+        limit, sides = self._limits.max_length, list(sides)
+        over = max(len(ids) for ids, _ in sides) - limit
+        if over > 0 and self._config.long_questions == "cut-left":
             # What begins a text is kept: models want it there.
-            kept = int(ids[0] == self._tokenizer.bos_token_id)
+            kept = int(sides[0][0][0] == self._tokenizer.bos_token_id)
             # The first token of an answer is learned from one before it.
-            dropped = min(len(ids) - limit, first - max(kept, 1))
+            first = min(_first_learned(labels) for _, labels in sides)
+            dropped = min(over, first - max(kept, 1))
             if dropped > 0:
-                ids = ids[:kept] + ids[kept + dropped :]
-                labels = labels[:kept] + labels[kept + dropped :]
-                first -= dropped
+                sides = [
+                    (
+                        ids[:kept] + ids[kept + dropped :],
+                        labels[:kept] + labels[kept + dropped :],
+                    )
+                    for ids, labels in sides
+                ]
                 self._found.cut_left.append(place)
-        if first >= min(len(ids), limit):
-            raise UnusableRowError(CUT_AWAY)
-        if len(ids) > limit:
+        for ids, labels in sides:
+            if _first_learned(labels) >= min(len(ids), limit):
+                raise UnusableRowError(CUT_AWAY)
+        if any(len(ids) > limit for ids, _ in sides):
             self._found.truncated.append(place)
-        return {"input_ids": ids[:limit], "labels": labels[:limit]}
+        return [(ids[:limit], labels[:limit]) for ids, labels in sides]
+
+
+def _parts(content: Content) -> tuple[Conversation | PlainText, ...]:
+    """Return what is rendered of a row: one text, or the two of a preference."""
+    if isinstance(content, Preference):
+        return content.chosen, content.rejected
+    return (content,)
+
+
+def _first_learned(labels: Sequence[int]) -> int:
+    """Return the place of the first token that is learned; past the end if none is."""
+    return next((i for i, label in enumerate(labels) if label >= 0), len(labels))
 
 
 def _beginnings(one: Rendered) -> list[str]:

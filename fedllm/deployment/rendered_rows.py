@@ -4,10 +4,10 @@ Finds before a run what would fail in a client: a template that leaves out an an
 rejects a turn, an answer without an end, tokens beyond the embedding, and too few positions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedllm.config import RunConfig, fedllm_home
 from fedllm.data.columns import Row
@@ -15,8 +15,8 @@ from fedllm.data.embedded import EMBEDDED
 from fedllm.data.model_limits import require_positions, vocabulary_of
 from fedllm.data.readers import looks_local
 from fedllm.data.rows import load_rows
-from fedllm.data.shapes import Conversation, PlainText, read_row
-from fedllm.data.tokens import CUT_AWAY, Example, Tokenized, tokenize
+from fedllm.data.shapes import Content, read_row
+from fedllm.data.tokens import CUT_AWAY, Tokenized, texts_of, tokenize
 from fedllm.deployment.preflight import Check, cached_model
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.foreign_text import printable
@@ -60,11 +60,11 @@ def rendered_checks(config: RunConfig) -> Iterator[Check]:
     yield template_check(found, rows, config)
     shown = [(i, one) for i, one in enumerate(found.records) if one is not None]
     for place, example in shown[:_RENDERED]:
-        text = marked(tokenizer, example)
+        text = " | ".join(marked(tokenizer, one) for one in texts_of(example))
         yield Check(f"row {place + 1}", "ok", text)
 
 
-def marked(tokenizer: "PreTrainedTokenizerBase", example: Example) -> str:
+def marked(tokenizer: "PreTrainedTokenizerBase", example: Mapping[str, Any]) -> str:
     """Return an example as one line of text, with marks around what is learned.
 
     Args:
@@ -113,7 +113,7 @@ def template_check(found: Tokenized, rows: Rows, config: RunConfig) -> Check:
     return Check("template", "ok", text)
 
 
-def content(row: Row | None, config: RunConfig) -> Conversation | PlainText | None:
+def content(row: Row | None, config: RunConfig) -> Content | None:
     """Return what is learned from a row; None if nothing is."""
     try:
         return None if row is None else read_row(config.data, row)

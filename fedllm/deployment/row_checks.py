@@ -14,9 +14,10 @@ from fedllm.data.identifiers import IdentifierFinder
 from fedllm.data.model_limits import require_positions, vocabulary_of
 from fedllm.data.overlap import conversation_digest
 from fedllm.data.persons import by_person, person_id
+from fedllm.data.preferences import Preference
 from fedllm.data.readers import comma_list, read_records
 from fedllm.data.shapes import PlainText, read_row
-from fedllm.data.tokens import CUT_AWAY, Tokenized, tokenize
+from fedllm.data.tokens import CUT_AWAY, Tokenized, texts_of, tokenize
 from fedllm.data.turns import UnusableRowError
 from fedllm.deployment.preflight import Check
 from fedllm.deployment.rendered_rows import (
@@ -172,7 +173,11 @@ def _tokens(rows: Rows, config: RunConfig) -> Iterator[Check]:
 def _lengths(found: Tokenized, config: RunConfig) -> Check:
     """Count tokens, and what `train.max-length` cuts."""
     limit = config.train.max_length
-    lengths = sorted(len(example["input_ids"]) for example in found.examples)
+    lengths = sorted(
+        len(text["input_ids"])
+        for example in found.examples
+        for text in texts_of(example)
+    )
     if not lengths:
         return Check("length", "FAIL", "no row has tokens to learn from")
     cut = [place + 1 for place in found.truncated]
@@ -243,7 +248,10 @@ def _text(row: Row | None, config: RunConfig) -> str:
         return ""
     if isinstance(found, PlainText):
         return found.text
-    return "\n".join(turn["content"] for turn in found.turns)
+    turns = list(found.turns)
+    if isinstance(found, Preference):
+        turns += found.rejected.turns
+    return "\n".join(turn["content"] for turn in turns)
 
 
 def _names(names: set[str]) -> str:

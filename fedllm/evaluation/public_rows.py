@@ -40,13 +40,21 @@ class PublicRows:
         self._home = home
         self._adapted = adapted
         self._examples: dict[str, list[Example]] = {}
+        self._latest: tuple[Any, HeldOut | None] = (None, None)
 
     def validation_loss(self, arrays: Mapping[str, Any]) -> float | None:
         """Return the loss on the fixed validation subset; None without such rows."""
         if self._config.strategy.evaluate_examples == 0:
             return None
         score = self._score("validation", arrays)
+        self._latest = (arrays, score)
         return None if score is None else score.loss
+
+    def validation_pairs(self, arrays: Mapping[str, Any]) -> HeldOut | None:
+        """Return the latest score on validation rows, if they are pairs and it is of these."""
+        of, score = self._latest
+        is_asked = of is arrays and score is not None and score.preferred is not None
+        return score if is_asked else None
 
     def test_loss(self, arrays: Mapping[str, Any]) -> HeldOut | None:
         """Return the score on all test rows; None without such rows."""
@@ -100,7 +108,8 @@ class PublicRows:
             return None
         adapted = self.adapted()
         adapted.set(arrays)
-        return held_out(adapted.model, examples, adapted.pad_token_id)
+        pad = adapted.pad_token_id
+        return held_out(adapted.model, examples, pad, self._config.train)
 
     def _load_examples(self, split: _Split) -> "list[Example]":
         """Tokenise the rows of a split once."""

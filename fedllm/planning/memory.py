@@ -110,6 +110,9 @@ def _activations(
     layers: int = text.num_hidden_layers
     vocabulary: int = text.vocab_size
     tokens = config.train.batch_size * config.train.max_length
+    if config.train.objective == "dpo":
+        # Two answers of each row; the reference keeps nothing.
+        tokens *= 2
     layer = 8 * hidden + 4 * inner
     kept, bytes_each = layers * layer, float(wide)
     if config.train.gradient_checkpointing:

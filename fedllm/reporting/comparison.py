@@ -30,6 +30,8 @@ without DP weighs clients by examples and clips nothing; with DP they weigh the 
 _COLUMNS = (
     "test_loss",
     "perplexity",
+    "pairs_preferred",
+    "pairs_likelier",
     "accuracy",
     "best_round",
     "examples",
@@ -37,6 +39,8 @@ _COLUMNS = (
     "megabytes",
     "epsilon",
 )
+_OF_PAIRS = ("pairs_preferred", "pairs_likelier")
+"""Columns of preferences alone: no other table has them."""
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t at 97.5 % for 1 to 9 degrees of freedom."""
 
@@ -56,12 +60,14 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             ordered = sorted(
                 of_clients.values(), key=lambda row: float(row["test_loss"])
             )
-            mean = {name: _mean([row[name] for row in ordered]) for name in _COLUMNS}
+            mean = {
+                name: _mean([row.get(name) for row in ordered]) for name in _COLUMNS
+            }
             arms.setdefault(f"{group}, mean", []).append(mean)
             arms.setdefault(f"{group}, best", []).append(ordered[0])
             arms.setdefault(f"{group}, worst", []).append(ordered[-1])
     return {
-        arm: {name: _interval([row[name] for row in arm_rows]) for name in _COLUMNS}
+        arm: {name: _interval([row.get(name) for row in arm_rows]) for name in _COLUMNS}
         for arm, arm_rows in arms.items()
     }
 
@@ -183,11 +189,13 @@ def _cells(
     summary: Mapping[str, Mapping[str, Any]],
 ) -> tuple[list[str], list[list[str]]]:
     """Return the table's head and its rows."""
-    head = ["arm", *(name.replace("_", " ") for name in _COLUMNS)]
+    digits = dict(zip(_COLUMNS, (3, 2, 3, 3, 3, 1, 0, 0, 1, 2), strict=True))
+    known = _known(summary)
+    names = [name for name in _COLUMNS if name not in _OF_PAIRS or name in known]
+    head = ["arm", *(name.replace("_", " ") for name in names)]
     head = [{"best round": "round", "megabytes": "MB"}.get(name, name) for name in head]
-    digits = (3, 2, 3, 1, 0, 0, 1, 2)
     return head, [
-        [arm, *(_cell(columns[n], d) for n, d in zip(_COLUMNS, digits, strict=True))]
+        [arm, *(_cell(columns[name], digits[name]) for name in names)]
         for arm, columns in summary.items()
     ]
 

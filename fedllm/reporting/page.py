@@ -15,6 +15,8 @@ _RELOAD_SECONDS = 15
 _COLUMNS = {
     "server_round": "Round",
     "validation_loss": "Validation loss",
+    "pairs_preferred": "Pairs preferred as chosen",
+    "pairs_likelier": "Chosen is likelier",
     "train_loss": "Training loss",
     "client_loss": "Clients' held-out loss",
     "client_loss_best": "best client",
@@ -106,6 +108,18 @@ def _result(run: RunRecord) -> Html:
             ("Test loss, base", f"{result['test_loss_before']:.3f}"),
             ("Test loss, recommended", f"{result['test_loss_after']:.3f}"),
         ]
+        if result.get("test_pairs_preferred") is not None:
+            tiles += [
+                (
+                    "Test pairs whose chosen answer is likelier, base",
+                    f"{result['test_pairs_likelier_before']:.1%}",
+                ),
+                ("The same, recommended", f"{result['test_pairs_likelier_after']:.1%}"),
+                (
+                    "Test pairs preferred as chosen",
+                    f"{result['test_pairs_preferred']:.1%}",
+                ),
+            ]
     elif losses:
         tiles += [
             ("Validation loss, base", f"{losses[0]:.3f}"),

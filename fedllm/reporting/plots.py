@@ -73,7 +73,8 @@ def _loss(run: "RunRecord") -> Plot | None:
         base = dict(series.get(names["validation_loss"], [])).get(0)
         if base is not None:
             axes.axhline(base, color=_INK, linestyle=":", linewidth=1, label="base")
-        axes.set_ylabel("loss, nats per token")
+        is_dpo = run.settings.get("train.objective") == "dpo"
+        axes.set_ylabel(f"loss, nats per {'pair' if is_dpo else 'token'}")
 
     return _plot("loss", "Loss", _ends(series), draw)
 

@@ -25,10 +25,18 @@ def verdict(result: dict[str, Any]) -> str:
             f"No round beat the base on public validation rows, so the base is "
             f"recommended: loss {before:.3f} on {result['test_examples']} public test rows."
         )
-    return (
+    text = (
         f"Loss on {result['test_examples']} public test rows, which chose nothing: "
         f"{before:.3f} for the base, {after:.3f} for the recommended adapter, {name}."
     )
+    if result.get("test_pairs_preferred") is not None:
+        text += (
+            f" The chosen answer is the likelier one in "
+            f"{result['test_pairs_likelier_before']:.1%} of the pairs before and "
+            f"{result['test_pairs_likelier_after']:.1%} after; "
+            f"{result['test_pairs_preferred']:.1%} are preferred as chosen."
+        )
+    return text
 
 
 def protection(privacy: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.spec import AdapterSpec, Arrays
 from fedllm.config import RunConfig, fedllm_home
+from fedllm.evaluation.held_out_loss import HeldOut
 from fedllm.evaluation.public_rows import PublicRows
 from fedllm.evaluation.sample_answers import sample_answers
 from fedllm.reporting.monitor import RunMonitor
@@ -34,10 +35,11 @@ from fedllm.server.round_log import (
     log_failures,
     log_round,
     metrics_line,
+    pairs_text,
     require_training,
 )
 from fedllm.server.saving import BestRound, Progress, RunSaver
-from fedllm.server.summary import log_outcome, log_plan
+from fedllm.server.summary import log_judges, log_outcome, log_plan
 from fedllm.server.trustees import SealedNodes
 from fedllm.strategy.client_level_dp import ClientLevelDP
 from fedllm.strategy.fedavg import AdapterFedAvg
@@ -132,12 +134,14 @@ class Federation:
             self.progress.best = BestRound(0, loss, self.progress.arrays)
             is_tuned = self.config.starts_tuned
             what = "the start adapter" if is_tuned else "the untuned model"
-            logger.info("round 0, %s: validation loss %.3f", what, loss)
+            pairs = pairs_text(RoundReport(0, pairs=self._pairs()))
+            logger.info("round 0, %s: validation loss %.3f%s", what, loss, pairs)
             if is_tuned:
                 self.saver.save_start(self.progress, len(self.population))
         evaluated = time.monotonic() - began
         seconds = {"train": 0.0, "aggregate": 0.0, "save": 0.0, "evaluate": evaluated}
-        self._record(RoundReport(0, loss=loss, seconds=seconds))
+        report = RoundReport(0, loss=loss, pairs=self._pairs(), seconds=seconds)
+        self._record(report)
         log_plan(self.account)
         if loss is not None and not isinstance(self.strategy, AdapterFedAvg):
             advice = self.account.advice()
@@ -197,7 +201,8 @@ class Federation:
             "save": done - evaluated + self.monitor.take_seconds(),
         }
         report = RoundReport(
-            server_round, stats, loss, clients, seconds, done - started
+            *(server_round, stats, loss, self._pairs(), clients, seconds),
+            total_seconds=done - started,
         )
         self._record(report)
         self._write_checkpoint()
@@ -274,6 +279,10 @@ class Federation:
             return None
         return self.public.validation_loss(self.progress.arrays)
 
+    def _pairs(self) -> HeldOut | None:
+        """Return what the adapter makes of public pairs, if it was just scored on such."""
+        return self.public.validation_pairs(self.progress.arrays)
+
     def _is_due(self, server_round: int) -> bool:
         """Return whether a round's adapter is scored on public rows."""
         last = server_round == self.config.num_server_rounds
@@ -312,6 +321,9 @@ class Federation:
             "test_loss_before": before.loss if before else None,
             "test_loss_after": after.loss if after else None,
             "test_examples": before.num_examples if before else 0,
+            "test_pairs_likelier_before": before.likelier if before else None,
+            "test_pairs_likelier_after": after.likelier if after else None,
+            "test_pairs_preferred": after.preferred if after else None,
         }
         self.directory.write_json(RESULT_FILE, result)
         self._write_answers(base)
@@ -319,6 +331,7 @@ class Federation:
         if self.sealed is not None:
             self.sealed.end(fedllm_home())
         log_outcome(result, self.account, self.directory.path)
+        log_judges(self.config, self.grid)
         return result
 
     def _deliver(self) -> None:

@@ -43,7 +43,7 @@ def train_on_public_rows(
         )
 
     def score(judging: Sequence[Mapping[str, Any]]) -> float:
-        return held_out(adapted.model, judging, adapted.pad_token_id).loss
+        return held_out(adapted.model, judging, adapted.pad_token_id, config.train).loss
 
     logger.info("before round 1: training on %d public rows", len(examples))
     found = train_to_own_best(

@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedllm.config import RunConfig
 from fedllm.errors import FederationError
@@ -14,6 +14,9 @@ from fedllm.strategy.sealed_dp import NOT_OPENED
 from fedllm.strategy.server_optimizer import cosine
 from fedllm.wire.masking import OTHER_VERSION, WIRE_FORMAT
 from fedllm.wire.messages import ERROR_CODES, short_name
+
+if TYPE_CHECKING:
+    from fedllm.evaluation.held_out_loss import HeldOut
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,7 @@ class RoundReport:
         server_round: The round; 0 is the untuned model.
         stats: What the strategy counted.
         loss: Validation loss on public rows; None: not scored.
+        pairs: The score on them if they are pairs.
         clients: The clients' own losses, as `aggregate_evaluate` returns them.
         seconds: Phase -> seconds; None: not known, or a secret.
         total_seconds: Seconds of the whole round.
@@ -34,6 +38,7 @@ class RoundReport:
     server_round: int
     stats: Round = field(default_factory=Round)
     loss: float | None = None
+    pairs: "HeldOut | None" = None
     clients: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float | None] = field(default_factory=dict)
     total_seconds: float = 0.0
@@ -66,6 +71,11 @@ def metrics_line(
         "clients_rejected": len(stats.rejected) if known else None,
         "train_loss": stats.train_loss,
         "validation_loss": report.loss,
+        # The base rewards nothing, so it prefers none.
+        "pairs_preferred": (
+            report.pairs.preferred if report.pairs and server_round else None
+        ),
+        "pairs_likelier": report.pairs.likelier if report.pairs else None,
         "client_loss": clients.get("client-loss"),
         "client_loss_best": clients.get("client-loss-best"),
         "client_loss_worst": clients.get("client-loss-worst"),
@@ -98,12 +108,23 @@ def log_round(config: RunConfig, report: RoundReport, account: PrivacyAccount) -
             f"{clients['client-loss-worst']:.3f} of {clients['clients-evaluated']})"
         )
     if report.loss is not None:
-        parts.append(f"validation loss {report.loss:.3f}")
+        parts.append(f"validation loss {report.loss:.3f}{pairs_text(report)}")
     if (epsilon := account.epsilon_text()) is not None:
         parts.append(epsilon)
     if known:
         parts.append(f"{report.total_seconds:.0f} s")
     logger.info("%s", ", ".join(parts))
+
+
+def pairs_text(report: RoundReport) -> str:
+    """Return what the validation loss says in shares of pairs; empty if they are none."""
+    pairs = report.pairs
+    if pairs is None or pairs.preferred is None or pairs.likelier is None:
+        return ""
+    likelier = f"in {pairs.likelier:.0%} the chosen answer is the likelier one"
+    if not report.server_round:
+        return f" ({likelier})"
+    return f" ({pairs.preferred:.0%} of pairs preferred as chosen; {likelier})"
 
 
 def log_failures(config: RunConfig, server_round: int, stats: Round) -> None:

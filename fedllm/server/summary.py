@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flwr.serverapp import Grid
+
+from fedllm.config import RunConfig
+from fedllm.data.overlap import judged_by_embedded
 from fedllm.server.account import PrivacyAccount
+from fedllm.server.local_grid import is_simulation
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +41,14 @@ def log_outcome(
             after,
             result["test_examples"],
         )
+    if result.get("test_pairs_preferred") is not None:
+        logger.info(
+            "test pairs: the chosen answer is the likelier one in %.1f %% before and %.1f %% "
+            "after; %.1f %% are preferred as chosen after (higher implicit reward)",
+            100 * result["test_pairs_likelier_before"],
+            100 * result["test_pairs_likelier_after"],
+            100 * result["test_pairs_preferred"],
+        )
     if result["recommended"] == "base":
         logger.warning(
             "no round beat the base on public validation rows, so use the base. What "
@@ -60,6 +73,23 @@ def log_outcome(
         'ask it: %s evaluate --question "What are some symptoms of covid-19?" --base',
         command(),
     )
+
+
+def log_judges(config: RunConfig, grid: Grid) -> None:
+    """Warn if the package's own public rows judged a run whose clients may have others.
+
+    Args:
+        config: The run config.
+        grid: Flower's way to the clients. Those of a simulation have no file of their own.
+    """
+    if judged_by_embedded(config.data) and not is_simulation(grid):
+        logger.warning(
+            "public rows of %s, which come with fedllm, judged this run: if clients trained on "
+            "rows of their own (data-path), losses and recommendation say nothing of those. "
+            "data.name='own' judges by no rows, data.public-validation and data.public-test "
+            "by yours",
+            config.data.name,
+        )
 
 
 def command() -> str:

@@ -28,6 +28,7 @@ from fedllm.privacy.mechanism import (
 )
 from fedllm.privacy.record_ledger import RecordPlan
 from fedllm.training.mapped_weights import release_mapped_pages
+from fedllm.training.objectives import objective_of
 from fedllm.training.per_example_gradients import PerExample
 from fedllm.training.person_gradients import (
     Record,
@@ -71,10 +72,10 @@ def train_privately(
         and batch sizes are not returned. Nothing is drawn at random but coins and noise.
     """
     generator = SecureGenerator()
-    model, train = adapted.model, config.train
+    train = config.train
     norm = config.privacy.max_grad_norm
     with ready_for_gradients(adapted, config, task):
-        per_example = PerExample(model, adapted.pad_token_id)
+        per_example = objective_of(train).make_gradients(adapted, train)
         update = _Update(per_example.trained, train, task.learning_rate)
         for step in range(plan.steps):
             task.check_deadline(step)

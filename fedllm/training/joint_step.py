@@ -15,6 +15,7 @@ from fedllm.privacy.joint_sum import record_units
 from fedllm.privacy.mechanism import FixedPointSum, Integers, SecureGenerator
 from fedllm.privacy.record_ledger import RecordPlan
 from fedllm.training.dp_sgd import add_clipped, drawn, ready_for_gradients
+from fedllm.training.objectives import objective_of
 from fedllm.training.per_example_gradients import PerExample
 from fedllm.training.person_gradients import Record
 from fedllm.training.task import RoundTask
@@ -75,7 +76,7 @@ def batch_sum(
             adapted.spec.num_trainable, plan.noise_multiplier, plan.expected_batch_size
         )
     with ready_for_gradients(adapted, config, task):
-        per_example = PerExample(adapted.model, adapted.pad_token_id)
+        per_example = objective_of(config.train).make_gradients(adapted, config.train)
         size = sum(parameter.numel() for parameter in per_example.trained)
         total = FixedPointSum(size, norm, units)
         batch = drawn(examples, plan.sampling_probability, generator)

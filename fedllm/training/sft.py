@@ -14,18 +14,21 @@ from trl import SFTConfig, SFTTrainer
 
 from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.config import TrainConfig
+from fedllm.data.tokens import texts_of
 from fedllm.models.answer_loss import answer_losses, collate
 from fedllm.models.limits import require_known_tokens
 from fedllm.training.activation_compression import compressed_activations
 from fedllm.training.mapped_weights import release_mapped_pages
+from fedllm.training.objectives import objective_of
 from fedllm.training.plugin import load_plugin
+from fedllm.training.proximal import Proximal
 from fedllm.training.result import Trained, restoring
 from fedllm.training.task import RoundTask
 
 logger = logging.getLogger(__name__)
 
 
-class AdapterTrainer(SFTTrainer):  # type: ignore[misc] # TRL has no types
+class AdapterTrainer(Proximal, SFTTrainer):  # type: ignore[misc] # TRL has no types
     """TRL's trainer, whose loss scores the answer's positions only.
 
     The loss is that of SFTTrainer (a test compares the adapters), but SFTTrainer scores
@@ -33,22 +36,9 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc] # TRL has no types
     most of a step's time for a small model with a large vocabulary.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        proximal_mu: float,
-        compress: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, compress: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._proximal_mu = proximal_mu
         self._compress = compress
-        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def remember_reference(self, trained: list[torch.nn.Parameter]) -> None:
-        """Record the present trained values, to which FedProx pulls."""
-        if self._proximal_mu > 0:
-            self._pairs = [(p, p.detach().clone()) for p in trained]
 
     def compute_loss(
         self,
@@ -64,12 +54,8 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc] # TRL has no types
             )
         count = losses.numel() if num_items_in_batch is None else num_items_in_batch
         loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
-        if self._pairs:
-            # The gradients of the micro-batches of a step are summed.
-            steps = self.current_gradient_accumulation_steps
-            distance = torch.stack([((p - r) ** 2).sum() for p, r in self._pairs]).sum()
-            loss = loss + self._proximal_mu / 2 * distance / steps
-        return loss
+        # The gradients of the micro-batches of a step are summed.
+        return loss + self.pull() / self.current_gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Append to the history; SFTTrainer would add entropy, which is not computed."""
@@ -87,7 +73,7 @@ def train_adapter(
     Args:
         adapted: The resident model; its trained values are overwritten, everything else
             is left as it was.
-        examples: Rows with `input_ids` and `labels`; at least one.
+        examples: Rows as tokens, as the objective takes them; at least one.
         config: Settings of the training.
         task: Where to start, the learning rate, the seed and the deadline.
 
@@ -130,7 +116,8 @@ def watched_training(
     base.config.pad_token_id = tokenizer.pad_token_id
     base.generation_config.pad_token_id = tokenizer.pad_token_id
     # Here, and not in the step that meets the token: nothing is trained in vain.
-    require_known_tokens(base, torch.tensor([max(r["input_ids"]) for r in examples]))
+    texts = [text for row in examples for text in texts_of(row)]
+    require_known_tokens(base, torch.tensor([max(t["input_ids"]) for t in texts]))
     trained = [p for p in model.parameters() if p.requires_grad]
     plugin = load_plugin(config.plugin) if config.plugin else None
     is_callback = isinstance(plugin, TrainerCallback)
@@ -140,24 +127,21 @@ def watched_training(
         sparing or nullcontext(),
         tempfile.TemporaryDirectory(prefix="fedllm-") as folder,
     ):
-        trainer = AdapterTrainer(
-            model=model,
-            args=_sft_config(config, task, folder, model.device.type, schedule),
-            train_dataset=Dataset.from_list([dict(row) for row in examples]),
-            processing_class=tokenizer,
-            data_collator=(
-                (lambda rows: collate(rows, adapted.pad_token_id))
-                if plugin is None or is_callback
-                else plugin
-            ),
-            proximal_mu=config.proximal_mu,
-            compress=config.activation_compression,
+        trainer = objective_of(config).make_trainer(
+            adapted,
+            Dataset.from_list([dict(row) for row in examples]),
+            config,
+            _settings(config, task, folder, model.device.type, schedule),
+            None if is_callback else plugin,
         )
+        # With several GPUs a step would take that many batches, one on each: a client uses
+        # one.
+        trainer.args._n_gpu = min(trainer.args.n_gpu, 1)
         trainer.remove_callback(PrinterCallback)
         clock = _Deadline(task)
         for callback in (clock, *callbacks, *([plugin] if is_callback else [])):
             trainer.add_callback(callback)
-        # On a quantised base SFTTrainer rounds the adapter to bfloat16, whose 8 bits
+        # On a quantised base TRL's trainers round the adapter to bfloat16, whose 8 bits
         # lose small updates; ours stays in float32.
         for parameter in trained:
             parameter.data = parameter.data.float()
@@ -171,6 +155,34 @@ def watched_training(
         num_steps=int(trainer.state.global_step),
         began=clock.began,
         is_cut=clock.is_cut,
+    )
+
+
+def make_sft_trainer(
+    adapted: AdaptedModel,
+    examples: Dataset,
+    config: TrainConfig,
+    settings: dict[str, Any],
+    collator: Any,
+) -> AdapterTrainer:
+    """Return the trainer of one client's answers.
+
+    Args:
+        adapted: The resident model.
+        examples: Its rows as tokens.
+        config: What is no setting of TRL's.
+        settings: What TRL's trainers have in common.
+        collator: Makes a batch; None: the usual one.
+    """
+    own = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    return AdapterTrainer(
+        model=adapted.model,
+        args=SFTConfig(**settings, **own),
+        train_dataset=examples,
+        processing_class=adapted.tokenizer,
+        data_collator=collator or (lambda rows: collate(rows, adapted.pad_token_id)),
+        proximal_mu=config.proximal_mu,
+        compress=config.activation_compression,
     )
 
 
@@ -196,15 +208,15 @@ class _Deadline(TrainerCallback):  # type: ignore[misc] # transformers has no ty
             self.is_cut = control.should_training_stop = True
 
 
-def _sft_config(
+def _settings(
     config: TrainConfig,
     task: RoundTask,
     folder: str,
     device: str,
     schedule: str,
-) -> SFTConfig:
-    """Return TRL's settings; nothing is saved, reported or drawn."""
-    settings = SFTConfig(
+) -> dict[str, Any]:
+    """Return TRL's settings, of either trainer; nothing is saved, reported or drawn."""
+    return dict(
         output_dir=folder,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
@@ -227,7 +239,6 @@ def _sft_config(
         bf16=False,
         fp16=False,
         use_cpu=device == "cpu",
-        dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
@@ -236,6 +247,3 @@ def _sft_config(
         report_to="none",
         disable_tqdm=True,
     )
-    # With several GPUs a step would take that many batches, one on each: a client uses one.
-    settings._n_gpu = min(settings.n_gpu, 1)
-    return settings

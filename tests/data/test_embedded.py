@@ -13,7 +13,8 @@ def test_the_built_in_data_are_the_default():
 
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_an_embedded_data_set_has_rows_in_every_split_and_a_licence_beside_them(name):
-    config = DataConfig(name=name)
+    is_pairs = "preference" in EMBEDDED[name].tags
+    config = DataConfig(name=name, format="preference" if is_pairs else "auto")
 
     assert len(load_rows(config)) > 0
     for split in ("validation", "test"):

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -154,6 +155,50 @@ def test_a_workbook_without_the_library_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("fedllm.data.tables.find_spec", lambda name: None)
     with pytest.raises(DataError, match="a.xlsx: needs a library .* save the sheet as"):
         loaded(tmp_path / "a.xlsx", b"PK")
+
+
+def workbook(folder: Path, *rows: tuple[object, ...]) -> Path:
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.create_sheet().append(["another", "sheet"])
+    book.save(folder / "a.xlsx")
+    return folder / "a.xlsx"
+
+
+def test_a_workbook_is_read_by_its_first_sheet(tmp_path):
+    """Numbers and days are text, a blank line is none, and cells may hold line breaks."""
+    path = workbook(
+        tmp_path,
+        ("Instruction", "response", "note"),
+        ("Wann?", datetime(2024, 5, 1), 1),
+        (None, None, None),
+        ("Wie viele?\nGenau?", 12, None),
+    )
+
+    rows, said = loaded(path, path.read_bytes())
+
+    assert [row["instruction"] for row in rows] == ["Wann?", "Wie viele?\nGenau?"]
+    assert [row["response"] for row in rows] == ["2024-05-01 00:00:00", "12"]
+    assert said == [f"{path}: columns that are not used: note"]
+
+
+def test_a_row_of_a_workbook_is_named_by_its_line(tmp_path):
+    path = workbook(tmp_path, ("instruction", "response"), (None, None), ("q", "a"))
+
+    rows = load_rows(DataConfig(name=str(path)))
+
+    assert rows[LINE] == ["line 3"]
+
+
+def test_a_workbook_without_rows_or_that_is_none_is_one_line(tmp_path):
+    path = workbook(tmp_path)
+    with pytest.raises(DataError, match=r"a.xlsx: holds no rows"):
+        loaded(path, path.read_bytes())
+    for content in (b"", b"PK\3\4", path.read_bytes()[:200]):
+        with pytest.raises(DataError, match=r"a.xlsx: (is not Excel|holds no rows)"):
+            loaded(path, content)
 
 
 def test_bytes_that_are_no_arrow_are_one_line(tmp_path):

@@ -53,3 +53,16 @@ def assert_same(one: dict[str, Any], two: dict[str, Any], atol: float = 1e-6) ->
     assert set(one) == set(two)
     for name in one:
         np.testing.assert_allclose(one[name], two[name], rtol=1e-4, atol=atol)
+
+
+def preferences() -> list[dict[str, str]]:
+    """Ten questions, each with its own answer and that of the next."""
+    own = rows()
+    return [
+        {
+            "prompt": row["instruction"],
+            "chosen": row["response"],
+            "rejected": other["response"],
+        }
+        for row, other in zip(own, own[1:] + own[:1], strict=True)
+    ]

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from fedllm.config import parse_run_config
 from fedllm.server import summary
 from tests.helpers.federations import start
 
@@ -37,6 +38,22 @@ def test_an_unprotected_setting_says_what_it_is_worth(settings, caplog):
     told = json.loads((federation.directory.path / "privacy.json").read_text())
     assert told["strength"] == "none to speak of"
     assert "no protection to speak of" in caplog.text
+
+
+def test_the_end_of_a_run_says_that_other_rows_judged_it_if_that_may_be(caplog):
+    class InMemoryGrid:
+        """A simulation's."""
+
+    own, embedded = parse_run_config({"data.name": "own"}), parse_run_config({})
+    summary.log_judges(own, object())
+    summary.log_judges(embedded, InMemoryGrid())
+    assert not caplog.messages
+
+    summary.log_judges(embedded, object())
+
+    assert "public rows of wordnet-medical" in caplog.text
+    assert "say nothing of those" in caplog.text
+    assert caplog.records[0].levelname == "WARNING"
 
 
 @pytest.mark.parametrize(
