@@ -15,6 +15,7 @@ UNMIRRORED = {
     "client/sealed_roles.py": "real and simulated trustees: tests/client/test_sealing.py",
     "client_app.py": "a screen of wiring, run by tests/slow/",
     "commands/demo_page.py": "tests/commands/test_demo.py",
+    "data/conversations.py": "turns that are learned: tests/data/test_shapes.py",
     "data/columns.py": "names of columns: tests/data/test_shapes.py",
     "data/turns.py": "turns of every form: tests/data/test_shapes.py",
     "deployment/flower_programs.py": "tests/commands/test_superlink.py and test_supernode.py",
@@ -33,6 +34,9 @@ UNMIRRORED = {
     "server/account.py": "what every account has: tests/server/test_privacy_account.py",
     "strategy/round_stats.py": "a record, filled in tests/strategy/test_fedavg.py",
     "strategy/server_noise.py": "both units: test_client_level_dp.py, test_joint_record_dp.py",
+    "training/objectives.py": "the table: tests/test_contributing.py, test_dpo.py, test_sft.py",
+    "training/preference_loss.py": "beside TRL's: tests/training/test_dpo.py",
+    "training/proximal.py": "FedProx: tests/training/test_sft.py and test_dpo.py",
     "wire/resumed_run.py": "real clients of a resumed run: tests/server/test_startup.py",
     "wire/task_identity.py": "every message of tests/helpers/flower_messages.py",
 }

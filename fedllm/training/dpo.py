@@ -27,6 +27,9 @@ class PreferenceTrainer(Proximal, DPOTrainer):  # type: ignore[misc] # TRL has n
         # A reference that is named keeps TRL from copying the adapter. It is not used.
         super().__init__(*args, model=model, ref_model=model.get_base_model(), **kwargs)
         self.ref_model = None
+        # Else a step of several micro-batches would be their sum: the trainer takes labels,
+        # which a batch of ours has, for a loss that is summed over tokens.
+        self.model_accepts_loss_kwargs = False
         self._compress = compress
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

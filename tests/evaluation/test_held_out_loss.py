@@ -5,12 +5,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.adapters.peft_model import attach, set_trained
 from fedllm.adapters.resolve import adapter_spec
-from fedllm.config import AdapterConfig
+from fedllm.config import AdapterConfig, DataConfig, TrainConfig
+from fedllm.data.tokens import tokenize
 from fedllm.errors import DataError
 from fedllm.evaluation import held_out_loss
 from fedllm.evaluation.held_out_loss import HeldOut, held_out
+from fedllm.models.loading import load_tokenizer
+from fedllm.training.preference_loss import collate_pairs, pair_scores
+from tests.helpers.adapters import load_base, make_spec, random_arrays
+from tests.helpers.clients import preferences
 from tests.helpers.examples import make_examples, plain_losses
 
 
@@ -95,3 +101,32 @@ def test_nothing_to_score_is_an_error(model, labels):
 
 def test_a_hopeless_loss_has_an_infinite_perplexity():
     assert HeldOut(1000.0, 1, 1).perplexity == math.inf
+
+
+def test_pairs_are_scored_by_their_own_loss_and_in_two_shares(
+    tiny_chat_llama,
+):
+    spec = make_spec(tiny_chat_llama)
+    tokenizer = load_tokenizer(str(tiny_chat_llama))
+    model = attach(load_base(tiny_chat_llama), spec)
+    adapted = AdaptedModel(model, tokenizer, spec)
+    data = DataConfig(format="preference")
+    examples = tokenize(preferences(), adapted.tokenizer, data, 512).examples
+    train = TrainConfig(objective="dpo", dpo_beta=0.3)
+
+    base = held_out(adapted.model, examples, 0, train)
+    adapted.set(random_arrays(adapted.spec))
+    got = held_out(adapted.model, examples, 0, train)
+    with adapted.model.disable_adapter():
+        off = held_out(adapted.model, examples, 0, train)
+
+    inputs = collate_pairs(examples, 0)
+    with torch.no_grad():
+        scores = pair_scores(adapted.model, inputs, 0.3)
+    assert base.loss == pytest.approx(math.log(2)) and base.preferred == 0
+    assert got.loss == pytest.approx(float(scores.losses.mean()), rel=1e-4)
+    assert got.preferred == float((scores.margins > 0).float().mean())
+    assert got.likelier == float((scores.likelihood_margins > 0).float().mean())
+    assert 0 < got.preferred < 1 and got.num_examples == len(examples)
+    assert (off.loss, off.likelier) == pytest.approx((base.loss, base.likelier))
+    assert got.num_tokens > 2 * len(examples)
