@@ -36,7 +36,7 @@ UNMIRRORED = {
     "strategy/server_noise.py": "both units: test_client_level_dp.py, test_joint_record_dp.py",
     "training/objectives.py": "the table: tests/test_contributing.py, test_dpo.py, test_sft.py",
     "training/preference_loss.py": "beside TRL's: tests/training/test_dpo.py",
-    "training/proximal.py": "FedProx: tests/training/test_sft.py and test_dpo.py",
+    "training/client_trainer.py": "one device, FedProx: tests/training/test_sft.py, test_dpo.py",
     "wire/resumed_run.py": "real clients of a resumed run: tests/server/test_startup.py",
     "wire/task_identity.py": "every message of tests/helpers/flower_messages.py",
 }

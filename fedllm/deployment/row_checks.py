@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fedllm.config import RunConfig
-from fedllm.data.columns import Row, column_of, used_part
+from fedllm.data.columns import PREFERENCES, Row, column_of, used_part
 from fedllm.data.identifiers import IdentifierFinder
 from fedllm.data.model_limits import require_positions, vocabulary_of
 from fedllm.data.overlap import conversation_digest
@@ -73,6 +73,8 @@ def _columns(rows: Rows, names: Iterable[str], config: RunConfig) -> Check:
     if not used - {data.person_column}:
         remedy = "data.prompt-column and data.response-column name them (--run-config)"
         missing = {data.prompt_column, data.response_column}
+        if data.format == "preference":
+            remedy, missing = "dpo needs prompt, chosen, rejected", {*PREFERENCES}
         return Check("columns", "FAIL", f"no {_names(missing)}; {text}", remedy)
     return Check("columns", "ok", text)
 

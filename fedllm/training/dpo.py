@@ -9,11 +9,11 @@ from trl import DPOConfig, DPOTrainer
 from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.config import TrainConfig
 from fedllm.training.activation_compression import compressed_activations
+from fedllm.training.client_trainer import ClientTrainer
 from fedllm.training.preference_loss import collate_pairs, pair_scores
-from fedllm.training.proximal import Proximal
 
 
-class PreferenceTrainer(Proximal, DPOTrainer):  # type: ignore[misc] # TRL has no types
+class PreferenceTrainer(ClientTrainer, DPOTrainer):  # type: ignore[misc] # TRL has no types
     """TRL's trainer, whose reference is the base and whose loss scores the answers alone.
 
     The loss is that of DPOTrainer (a test compares the adapters). DPOTrainer would take a

@@ -45,7 +45,7 @@ class Objective:
 
     Attributes:
         make_trainer: (model, examples, config, settings that TRL's trainers have in common,
-            collator or None) -> a trainer of TRL's, with `fedllm.training.proximal`.
+            collator or None) -> a trainer of TRL's, with `fedllm.training.client_trainer`.
         make_gradients: (model, config) -> the gradients of single examples.
         score: (model, batch, padding token, config) -> its score; without gradients.
         has_pairs: Whether an example is a pair, of which one answer is preferred.

@@ -18,17 +18,17 @@ from fedllm.data.tokens import texts_of
 from fedllm.models.answer_loss import answer_losses, collate
 from fedllm.models.limits import require_known_tokens
 from fedllm.training.activation_compression import compressed_activations
+from fedllm.training.client_trainer import ClientTrainer
 from fedllm.training.mapped_weights import release_mapped_pages
 from fedllm.training.objectives import objective_of
 from fedllm.training.plugin import load_plugin
-from fedllm.training.proximal import Proximal
 from fedllm.training.result import Trained, restoring
 from fedllm.training.task import RoundTask
 
 logger = logging.getLogger(__name__)
 
 
-class AdapterTrainer(Proximal, SFTTrainer):  # type: ignore[misc] # TRL has no types
+class AdapterTrainer(ClientTrainer, SFTTrainer):  # type: ignore[misc] # TRL has no types
     """TRL's trainer, whose loss scores the answer's positions only.
 
     The loss is that of SFTTrainer (a test compares the adapters), but SFTTrainer scores
@@ -134,9 +134,6 @@ def watched_training(
             _settings(config, task, folder, model.device.type, schedule),
             None if is_callback else plugin,
         )
-        # With several GPUs a step would take that many batches, one on each: a client uses
-        # one.
-        trainer.args._n_gpu = min(trainer.args.n_gpu, 1)
         trainer.remove_callback(PrinterCallback)
         clock = _Deadline(task)
         for callback in (clock, *callbacks, *([plugin] if is_callback else [])):

@@ -186,9 +186,9 @@ def test_without_dp_a_client_evaluates_on_rows_that_it_does_not_train_on(
     seen = {}
     score, train = held_out_loss.held_out, sft.train_adapter
 
-    def scored(model, examples, pad):
+    def scored(model, examples, pad, config):
         seen["scored"] = [tuple(e["input_ids"]) for e in examples]
-        return score(model, examples, pad)
+        return score(model, examples, pad, config)
 
     def trained(adapted, examples, *rest):
         seen["trained"] = [tuple(e["input_ids"]) for e in examples]

@@ -166,3 +166,27 @@ def test_ids_that_may_be_of_one_person_are_a_warning(look):
     assert found["persons"].level == "warn"
     assert "4 ids differ from another in case" in found["persons"].text
     assert "(row 1, 2, 3, 4)" in found["persons"].text
+
+
+def test_preferences_are_looked_at_as_both_answers(look):
+    """The longest answer counts, also a rejected one, and whom it names."""
+    pair = {
+        "prompt": "Who?",
+        "chosen": "I.",
+        "rejected": f"You, {SECRET}, said I. " * 9,
+    }
+
+    found = look(pair, **{"train.objective": "dpo", "train.max-length": 64})
+
+    assert "used: chosen, prompt, rejected" in found["columns"].text
+    assert found["rows"].level == "ok"
+    assert "64 at most" in found["length"].text
+    assert "cuts the end of 1 (row 1)" in found["length"].text
+    assert "secret: 9" in found["identifiers"].text
+
+
+def test_answers_where_preferences_are_wanted_fail_by_their_columns(look):
+    found = look({"prompt": "a", "response": "b"}, **{"train.objective": "dpo"})
+
+    assert found["columns"].level == "FAIL"
+    assert found["columns"].remedy == "dpo needs prompt, chosen, rejected"

@@ -48,6 +48,7 @@ NAMES = st.sampled_from(
         "text",
         "tools",
         "chosen",
+        "rejected",
         "question",
         "answer",
         "Response",
@@ -73,6 +74,10 @@ TURNS = st.lists(
 )
 HONEST = st.fixed_dictionaries({"instruction": TEXTS, "response": TEXTS | CELLS}) | (
     st.fixed_dictionaries({"messages": TURNS}, optional={"tools": CELLS})
+    | st.fixed_dictionaries(
+        {"chosen": TURNS | TEXTS, "rejected": TURNS | TEXTS},
+        optional={"prompt": TURNS | TEXTS},
+    )
 )
 ROWS = st.lists(
     HONEST | st.dictionaries(NAMES | TEXTS, CELLS, max_size=4) | CELLS, max_size=4
@@ -89,7 +94,9 @@ ENDING_OF = {
 }
 COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress}
 ENCODINGS = st.sampled_from(["", "", "", "cp1252", "latin-1", "gb18030", "utf-8"])
-FORMATS = st.sampled_from(["auto", "auto", "messages", "question-answer", "text"])
+FORMATS = st.sampled_from(
+    ["auto", "auto", "messages", "question-answer", "text", "preference"]
+)
 SPLITS = st.sampled_from(["train", "train", "train", "test", "x"])
 
 

@@ -17,6 +17,7 @@ from fedllm.config import TrainConfig
 from fedllm.models import loading
 from fedllm.models.loading import load_base
 from fedllm.training import sft
+from fedllm.training.client_trainer import ClientTrainer
 from fedllm.training.task import RoundTask
 from tests.helpers.clients import PLAIN, Client, Make, assert_same, rows
 
@@ -177,27 +178,32 @@ def test_on_a_gpu_the_adapter_is_that_of_a_cpu(quantised):
     assert got.loss == pytest.approx(wanted.loss, rel=1e-3)
 
 
-def test_a_client_that_sees_several_gpus_takes_one_batch_a_step(tmp_path, monkeypatch):
+def test_a_client_that_sees_several_gpus_takes_one_batch_a_step(tmp_path):
     class Several(SFTConfig):
         def __post_init__(self) -> None:
             super().__post_init__()
             self._n_gpu = 4
 
-    monkeypatch.setattr(sft, "SFTConfig", Several)
-    settings = sft._sft_config(
-        PLAIN, RoundTask({}, 0.5), str(tmp_path), "cpu", "constant"
-    )
+    class Plain:
+        def __init__(self, args: SFTConfig) -> None:
+            self.batch_size = args.train_batch_size
 
-    assert settings.train_batch_size == PLAIN.batch_size
+    class Trainer(ClientTrainer, Plain):
+        """As TRL's, which takes the size of a batch when it is made."""
+
+    task = RoundTask({}, 0.5)
+    args = Several(**sft._settings(PLAIN, task, str(tmp_path), "cpu", "constant"))
+    assert args.train_batch_size == 4 * PLAIN.batch_size
+
+    assert Trainer(args=args, proximal_mu=0.0).batch_size == PLAIN.batch_size
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_model_is_trained_on_its_own_device(tmp_path, device):
-    settings = sft._sft_config(
-        PLAIN, RoundTask({}, 0.5), str(tmp_path), device, "constant"
-    )
+    task = RoundTask({}, 0.5)
+    settings = sft._settings(PLAIN, task, str(tmp_path), device, "constant")
 
-    assert settings.use_cpu == (device == "cpu")
+    assert settings["use_cpu"] == (device == "cpu")
 
 
 def test_the_loss_is_the_mean_per_answer_token_before_each_step(client):

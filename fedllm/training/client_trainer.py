@@ -1,15 +1,23 @@
-"""FedProx: a trainer's pull towards the round's adapter (Li et al. 2020, arXiv 1812.06127)."""
+"""What the trainers of all objectives share: one device, and FedProx's pull.
+
+FedProx pulls towards the round's adapter (Li et al. 2020, arXiv 1812.06127).
+"""
 
 from typing import Any
 
 import torch
 
 
-class Proximal:
-    """A trainer whose loss may pull towards where it started."""
+class ClientTrainer:
+    """A part of a trainer of TRL's: it stands before that among the bases."""
 
-    def __init__(self, *args: Any, proximal_mu: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, *others: Any, args: Any, proximal_mu: float, **kwargs: Any
+    ) -> None:
+        # With several GPUs a step would take that many batches, one on each: a client uses
+        # one.
+        args._n_gpu = min(args.n_gpu, 1)
+        super().__init__(*others, args=args, **kwargs)
         self._proximal_mu = proximal_mu
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
