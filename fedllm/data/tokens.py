@@ -34,6 +34,23 @@ _Labelled = tuple[list[int], list[int]]
 """Tokens, and a label for each."""
 
 
+def pair_of(
+    chosen: Mapping[str, list[int]], rejected: Mapping[str, list[int]]
+) -> Example:
+    """Return the example of a preference; `texts_of` gives its two texts back.
+
+    Args:
+        chosen: A text with `input_ids` and `labels`.
+        rejected: Another.
+    """
+    return {
+        "chosen_ids": chosen["input_ids"],
+        "chosen_labels": chosen["labels"],
+        "rejected_ids": rejected["input_ids"],
+        "rejected_labels": rejected["labels"],
+    }
+
+
 def texts_of(example: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """Return an example's texts, each with `input_ids` and `labels`: of a preference two.
 
@@ -278,12 +295,10 @@ class _Work:
         )
         if chosen == rejected:
             raise UnusableRowError(_SAME)
-        return {
-            "chosen_ids": chosen,
-            "chosen_labels": chosen_labels,
-            "rejected_ids": rejected,
-            "rejected_labels": rejected_labels,
-        }
+        return pair_of(
+            {"input_ids": chosen, "labels": chosen_labels},
+            {"input_ids": rejected, "labels": rejected_labels},
+        )
 
     def _text(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """Return a plain text's tokens with an end, of which all but the first are learned."""

@@ -17,7 +17,7 @@ class ClientTrainer:
         # With several GPUs a step would take that many batches, one on each: a client uses
         # one.
         args._n_gpu = min(args.n_gpu, 1)
-        super().__init__(*others, args=args, **kwargs)
+        super().__init__(*others, args=args, **kwargs)  # type: ignore[call-arg]
         self._proximal_mu = proximal_mu
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 

@@ -4,8 +4,10 @@ import time
 
 from fedllm.adapters.adapted_model import AdaptedModel
 from fedllm.config import RunConfig
+from fedllm.data.tokens import pair_of
 from fedllm.training.dp_sgd import ready_for_gradients
-from fedllm.training.per_example_gradients import PerExample, public_example
+from fedllm.training.objectives import objective_of
+from fedllm.training.per_example_gradients import public_example
 from fedllm.training.task import RoundTask
 
 
@@ -24,8 +26,13 @@ def seconds_of_micro_batch(adapted: AdaptedModel, config: RunConfig) -> float:
     """
     size = config.train.batch_size
     with ready_for_gradients(adapted, config, RoundTask(adapted.get(), 0.0)):
-        per_example = PerExample(adapted.model, adapted.pad_token_id)
-        example = public_example(0, config.train.max_length, per_example.num_tokens)
+        objective = objective_of(config.train)
+        per_example = objective.make_gradients(adapted, config.train)
+        length = config.train.max_length
+        example = public_example(0, length, per_example.num_tokens)
+        if objective.has_pairs:
+            other = public_example(1, length, per_example.num_tokens)
+            example = pair_of(example, other)
         seconds = 0.0
         # The first pass also tries what later ones rely on.
         for _ in range(2):

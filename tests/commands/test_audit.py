@@ -206,3 +206,10 @@ def test_a_run_by_person_is_audited_by_a_person_too(monkeypatch, capsys, tmp_pat
 
     assert exit_status(main, ["--run", str(tmp_path)]) == 1
     assert "FAIL  persons: " in capsys.readouterr().out
+
+
+def test_preferences_of_record_level_are_refused_in_one_line():
+    said = str(audit("--run-config", "privacy.unit='record' train.objective='dpo'"))
+
+    assert "train.objective: must be 'sft' in an audit of record level" in said
+    assert len(said.splitlines()) == 1

@@ -55,3 +55,9 @@ def test_checkpointing_and_smaller_batches_need_less(tiny_llama):
     assert light.activations < plain.activations
     small = needed(tiny_llama, train__activation_compression=True)
     assert small.activations < plain.activations
+
+
+def test_the_two_answers_of_a_preference_take_twice_the_activations(tiny_llama):
+    answers, pairs = needed(tiny_llama), needed(tiny_llama, train__objective="dpo")
+
+    assert pairs.activations == 2 * answers.activations

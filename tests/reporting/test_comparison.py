@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedllm.reporting.comparison import joining, summarise
+from fedllm.reporting.comparison import _cells, joining, summarise
 
 
 def test_intervals_are_over_seeds_and_the_worst_client_has_the_highest_loss():
@@ -51,3 +51,14 @@ def test_joining_is_judged_client_by_client_against_alone():
         == 1
     )
     assert joining([row for row in rows if not row["arm"].startswith("alone")]) == {}
+
+
+def test_shares_of_pairs_are_columns_where_there_are_pairs():
+    row = {"arm": "base", "seed": 0, "test_loss": 0.69}
+    pairs = {"pairs_preferred": 0.0, "pairs_likelier": 0.5}
+
+    head, (cells,) = _cells(summarise([row | pairs]))
+    plain, _ = _cells(summarise([row]))
+
+    assert dict(zip(head, cells, strict=True))["pairs likelier"] == "0.500"
+    assert not any("pairs" in name for name in plain)

@@ -9,6 +9,8 @@ from flwr.app import Message, RecordDict
 
 from fedllm.client import message_handler
 from fedllm.errors import FederationError
+from fedllm.evaluation.held_out_loss import HeldOut
+from fedllm.server.round_log import RoundReport, pairs_text
 from fedllm.wire.masking import masked
 from tests.helpers.federations import NO_PRIVACY, lines_of, partitions, start
 from tests.helpers.rows import MARKER
@@ -122,3 +124,16 @@ def test_where_cohorts_are_secret_a_silent_client_is_not_told(settings, caplog):
     kinds = [message.metadata.message_type for message in grid.sent]
     assert kinds.count("train") == 3
     assert "did not answer" not in caplog.text
+
+
+def test_a_round_on_pairs_says_which_share_it_gets_right():
+    score = HeldOut(0.6, 8, 90, preferred=0.75, likelier=0.5)
+
+    later = pairs_text(RoundReport(3, loss=0.6, pairs=score))
+    base = pairs_text(RoundReport(0, loss=0.69, pairs=score))
+
+    assert "75% of pairs preferred as chosen" in later
+    assert "in 50% the chosen answer is the likelier one" in later
+    # The base rewards nothing: that it prefers none says nothing of it.
+    assert "preferred" not in base and "50%" in base
+    assert pairs_text(RoundReport(3, loss=2.0)) == ""
