@@ -173,16 +173,16 @@ def test_preferences_are_looked_at_as_both_answers(look):
     pair = {
         "prompt": "Who?",
         "chosen": "I.",
-        "rejected": f"You, {SECRET}, said I. " * 9,
+        "rejected": f"You, {SECRET}, said I. " * 40,
     }
 
-    found = look(pair, **{"train.objective": "dpo", "train.max-length": 64})
+    found = look(pair, **{"train.objective": "dpo", "train.max-length": 200})
 
     assert "used: chosen, prompt, rejected" in found["columns"].text
     assert found["rows"].level == "ok"
-    assert "64 at most" in found["length"].text
+    assert "200 at most" in found["length"].text
     assert "cuts the end of 1 (row 1)" in found["length"].text
-    assert "secret: 9" in found["identifiers"].text
+    assert "secret: 40" in found["identifiers"].text
 
 
 def test_answers_where_preferences_are_wanted_fail_by_their_columns(look):
