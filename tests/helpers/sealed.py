@@ -20,7 +20,6 @@ from fedllm.privacy.mechanism import FixedPointSum, clipped
 from fedllm.server.reply_stream import ReplyStream
 from fedllm.server.trustees import SealedNodes
 from fedllm.strategy.build import make_strategy
-from fedllm.training import joint_step
 from fedllm.training.task import RoundTask
 from fedllm.wire.messages import ARRAYS, array_record, read_global
 from tests.helpers.flower_messages import RUN_ID
@@ -212,7 +211,10 @@ def records(sealed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     def make(**changes: Any) -> SealedRecords:
         federation = SealedRecords(tmp_path, **changes)
         monkeypatch.setattr(message_handler, "_records", federation.take_up)
-        monkeypatch.setattr(joint_step, "batch_sum", federation.batch_sum)
+        # By its name: a module that loads torch is imported by the tests that need it.
+        monkeypatch.setattr(
+            "fedllm.training.joint_step.batch_sum", federation.batch_sum
+        )
         return federation
 
     return make
