@@ -174,7 +174,7 @@ class SealedRecords(SealedFederation):
         self.plans: list[Any] = []
 
     def privacy(self, declared: list[int], trustees: int) -> Any:
-        return joint_settings(self.config, declared or [8] * 4, SIZE, trustees)
+        return joint_settings(self.config, declared, SIZE, trustees)
 
     def take_up(self, message: Message, client: Any, fitted: Any) -> Any:
         """What stands in the place of a model and rows."""
@@ -201,7 +201,9 @@ class SealedRecords(SealedFederation):
             size = START[name].size
             named[name] = total.integers()[start : start + size].reshape(SHAPES[name])
             start += size
-        return SimpleNamespace(integers=named, num_unfit=0)
+        # In another order than they travel.
+        turned = dict(reversed(named.items()))
+        return SimpleNamespace(integers=turned, num_unfit=0)
 
 
 @pytest.fixture

@@ -29,6 +29,15 @@ def test_a_step_is_the_sum_of_all_records_that_the_coins_chose(records, silent):
     assert sorted(kinds) == [TALLY] * 3 + ["train"] * 4
 
 
+def test_the_values_of_a_gradient_keep_their_places(records, silent):
+    federation = records()
+    gradient = np.arange(SIZE) / 1000
+    federation.updates = {0: [gradient]}
+    federation.begin()
+
+    assert federation.round() == pytest.approx(-gradient / B, abs=5e-6)
+
+
 def test_a_sum_has_room_for_more_records_than_any_batch_has(records):
     strategy = records().begin()
 
