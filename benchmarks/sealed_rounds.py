@@ -26,8 +26,8 @@ from fedllm.commands.sealed_parties import SealedParties
 from fedllm.config import parse_run_config
 from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.agreement import SlotSettings
-from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.joint_sum import largest_batch
+from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.mechanism import SecureGenerator
 from fedllm.privacy.pads import add_pad, fresh_seed, integers_of, residues, seal
 from fedllm.privacy.sealed_sum import SealedGrid, deviation, sealed_grid
