@@ -128,8 +128,13 @@ def test_a_missing_run_is_named(tmp_path):
         ({"releases": [1, 1, 2]}, "was edited: releases"),
         ({"delta": 1.0}, "was edited: delta"),
         ({"noise_multiplier": 5.0}, "was edited: epsilon"),
-        ({"clipping_norm": 0.1}, "clipping_norm was 0.1 and is now 1.5"),
-        ({"sampling": "fixed"}, "sampling was 'fixed' and is now 'all'"),
+        ({"clipping_norm": 0.1}, "was edited: chain"),
+        # Written by a version that had no chain.
+        (
+            {"clipping_norm": 0.1, "chain": None},
+            "clipping_norm was 0.1 and is now 1.5",
+        ),
+        ({"sampling": "fixed", "chain": None}, "sampling was 'fixed' and is now 'all'"),
     ],
 )
 def test_an_edited_ledger_is_rejected(run, changes, words):

@@ -62,7 +62,8 @@ def test_a_sealed_federation_is_an_arm_like_any_other_and_may_be_measured_again(
 
     assert rows[0]["epsilon"] == pytest.approx(8.0, rel=1e-4)
     assert rows[0]["failed_replies"] == rows[1]["failed_replies"] == 0
-    assert rows[0]["test_loss"] != rows[1]["test_loss"]
+    # Not the test losses: noise may make each of them the base's.
+    assert rows[0]["validation_losses"] != rows[1]["validation_losses"]
     run = tmp_path / "federated-dp" / "run-2"
     privacy = json.loads((run / "privacy.json").read_text())
     assert privacy["trustees"] == 2 and privacy["releases"] == [1, 2]

@@ -69,9 +69,10 @@ def test_an_older_copy_of_the_ledger_is_rejected(quick, unit, tmp_path):
     early = cut_in_round(given, 2)
     old = (early.directory.path / "privacy.json").read_text()
     late = cut_in_round(given, 3)
-    name = late.directory.path.name
-    old = json.dumps({**json.loads(old), "run": name})
-    (late.directory.path / "privacy.json").write_text(old)
+    ledger = late.directory.path / "privacy.json"
+    chain = json.loads(ledger.read_text())["chain"]
+    earlier = {"run": late.directory.path.name, "chain": chain[:1]}
+    ledger.write_text(json.dumps({**json.loads(old), **earlier}))
     # The released rounds that are kept outside the folder are put back too.
     for path in (tmp_path / "home").glob("released/*.json"):
         path.write_text('{"rounds": [1]}')
