@@ -40,6 +40,9 @@ def close_ray(environ: MutableMapping[str, str], folder: str) -> None:
     # The clients would run on another cluster, perhaps of another machine.
     environ.pop("RAY_ADDRESS", None)
     environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # If prometheus-client is installed, Ray serves numbers of its own on a fixed port, to every
+    # user and, unless its node's address is 127.0.0.1, to the network. This is no port.
+    environ["AUTOSCALER_METRIC_PORT"] = "-1"
     # A node may take more than its 30 s to come up on a busy small machine.
     environ.setdefault("RAY_raylet_start_wait_time_s", "120")
 

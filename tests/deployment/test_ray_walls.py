@@ -1,6 +1,7 @@
 """Ray is closed before it starts, and what cannot be closed is logged once."""
 
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -30,6 +31,14 @@ def test_ray_listens_on_loopback_and_asks_for_a_fresh_secret():
     assert first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]
     assert first["RAY_TMPDIR"] == "/a"
     assert "RAY_ADDRESS" not in first
+
+
+def test_ray_finds_no_port_to_serve_numbers_of_its_own_on():
+    environ = {}
+    ray_walls.close_ray(environ, "/a")
+
+    with pytest.raises(OverflowError):
+        socket.create_server(("127.0.0.1", int(environ["AUTOSCALER_METRIC_PORT"])))
 
 
 def test_a_worker_keeps_the_secret_of_its_cluster(monkeypatch):

@@ -122,7 +122,7 @@ def test_where_cohorts_are_secret_attackers_are_not_told_of(tiny_llama, tmp_path
         assert not any(node in text for node in nodes)
     for line in (run / "metrics.jsonl").read_text().splitlines():
         counts = {k: v for k, v in json.loads(line).items() if "clients_" in k}
-        assert len(counts) == 4 and set(counts.values()) == {None}
+        assert len(counts) == 5 and set(counts.values()) == {None}
     assert json.loads((run / "privacy.json").read_text())["num_rounds"] == 2
 
 
