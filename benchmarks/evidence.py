@@ -42,7 +42,7 @@ from flwr.supercore.differential_privacy import (
 
 from fedllm.auditing.canary_clients import run_canaries
 from fedllm.auditing.harness import MakeStrategy, Setup, flat_values
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.ledger import Ledger
 from fedllm.strategy.build import make_strategy

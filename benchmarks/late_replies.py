@@ -20,7 +20,8 @@ from flwr.app import Message
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fedllm.client.message_handler import reply_to
-from fedllm.config import flat, parse_run_config
+from fedllm.config import flat
+from fedllm.config_parsing import parse_run_config
 from fedllm.server import late_replies, reply_stream
 from fedllm.server.federation import Federation
 from fedllm.server.local_grid import FIRST_NODE, LocalGrid

@@ -33,7 +33,8 @@ from fedllm.adapters.adapted_model import (
     load_adapted_model,
 )
 from fedllm.adapters.peft_model import initial_arrays
-from fedllm.config import RunConfig, fedllm_home, parse_run_config
+from fedllm.config import RunConfig, fedllm_home
+from fedllm.config_parsing import parse_run_config
 from fedllm.data.partitions import partition
 from fedllm.data.rows import load_public, load_rows
 from fedllm.data.tokens import tokenize

@@ -402,7 +402,7 @@ def _batches(count: int, size: int, steps: int, seed: int) -> Iterator[list[int]
 def _resolved(overrides: dict[str, Any]) -> Any:
     from flwr.common.config import flatten_dict
 
-    from fedllm.config import parse_run_config
+    from fedllm.config_parsing import parse_run_config
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     defaults = flatten_dict(project["tool"]["flwr"]["app"]["config"])

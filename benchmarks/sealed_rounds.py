@@ -23,7 +23,7 @@ from fedllm.auditing.harness import Setup, replies_of
 from fedllm.auditing.sealed_bench import SealedSetup
 from fedllm.client.trustee import Trustee
 from fedllm.commands.sealed_parties import SealedParties
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.agreement import SlotSettings
 from fedllm.privacy.joint_sum import largest_batch

@@ -26,7 +26,8 @@ from flwr.app import Message, RecordDict
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.resolve import resolve
 from fedllm.adapters.spec import AdapterSpec
-from fedllm.config import RunConfig, parse_run_config
+from fedllm.config import RunConfig
+from fedllm.config_parsing import parse_run_config
 from fedllm.models.layer_shapes import linear_shapes
 from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.ledger import Ledger

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.commands.comparison_arms import kind_of, start_of
-from fedllm.config import RunConfig, parse_run_config
+from fedllm.config import RunConfig
+from fedllm.config_parsing import parse_run_config
 from fedllm.data.rows import load_rows
 from fedllm.planning.measured_ways import (
     ALONE,

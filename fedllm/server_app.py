@@ -3,7 +3,7 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.deployment.ray_walls import warn_of_superlink
 from fedllm.errors import FedllmError
 from fedllm.logs import one_line_failure, show_log

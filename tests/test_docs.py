@@ -16,7 +16,7 @@ from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
 from fedllm.commands.main import COMMANDS
 from fedllm.commands.options import read_settings
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 
 ROOT = Path(__file__).parent.parent
 OURS = (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedllm.commands import runs
 from fedllm.commands.options import error_text
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import DataError
 from fedllm.foreign_text import FOREIGN_TEXT_LIMIT, printable
 from fedllm.logs import _Plain

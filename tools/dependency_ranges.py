@@ -46,6 +46,8 @@ FAST_TESTS = (
     "tests/commands/test_keys.py",
     "tests/runs/test_directory.py",
     "tests/test_config.py",
+    "tests/test_config_parsing.py",
+    "tests/test_config_rules.py",
 )
 IMPORT_ALL = """
 import importlib, pkgutil, fedllm

@@ -20,7 +20,8 @@ import annotated_types
 from pydantic import AfterValidator, ValidationError
 from pydantic.fields import FieldInfo
 
-from fedllm.config import RunConfig, Scalar, parse_run_config
+from fedllm.config import RunConfig, Scalar
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import ConfigError
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"

@@ -16,7 +16,8 @@ import numpy as np
 from fedllm.adapters.adapted_model import AdaptedModel, load_adapted_model
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.auditing.toy_model import save_toy_model
-from fedllm.config import RunConfig, parse_run_config
+from fedllm.config import RunConfig
+from fedllm.config_parsing import parse_run_config
 from fedllm.data.tokens import Example
 from fedllm.privacy.joint_sum import record_units
 from fedllm.privacy.mechanism import Integers

@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedllm.auditing.auditor import Check
-from fedllm.config import RunConfig, parse_run_config
+from fedllm.config import RunConfig
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import PrivacyError
 from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.ledger import Ledger, PrivacySettings

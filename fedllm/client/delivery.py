@@ -26,7 +26,8 @@ from fedllm.adapters.spec import AdapterSpec, Arrays
 from fedllm.atomic_files import create_once, write_synced
 from fedllm.client.node_config import NodeConfig
 from fedllm.client.run_client import RunClient
-from fedllm.config import RunConfig, fedllm_home, flat, parse_run_config
+from fedllm.config import RunConfig, fedllm_home, flat
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import ConfigError, NodeError
 from fedllm.strict_modes import make_strict_folder, require_strict_modes
 from fedllm.wire.messages import (

@@ -28,7 +28,8 @@ from fedllm.client.node_limits import check_node_limits, rank_line, trained_rank
 from fedllm.client.record_steps import declare_rows, fit_privately, sum_batch
 from fedllm.client.refusals import Refusals
 from fedllm.client.run_client import RunClient, Times, log_training
-from fedllm.config import RunConfig, fedllm_home, parse_run_config
+from fedllm.config import RunConfig, fedllm_home
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import ConfigError
 from fedllm.training.task import RoundTask, training_seed
 from fedllm.wire.masking import WIRE_FORMAT, masked

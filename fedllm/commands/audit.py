@@ -37,7 +37,8 @@ from fedllm.commands.options import (
     run_command,
     write_json,
 )
-from fedllm.config import RunConfig, fedllm_home, parse_run_config
+from fedllm.config import RunConfig, fedllm_home
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import ConfigError, PrivacyError
 from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.ledger import PrivacySettings

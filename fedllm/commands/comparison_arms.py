@@ -8,7 +8,8 @@ all data in one place.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedllm.config import PersonalConfig, RunConfig, flat, parse_run_config
+from fedllm.config import PersonalConfig, RunConfig, flat
+from fedllm.config_parsing import parse_run_config
 
 FEDERATIONS = ("federated", "federated-dp")
 """Arms of all clients together."""

@@ -196,7 +196,7 @@ def read_run_config(values: Sequence[str] = ()) -> "RunConfig":
     Raises:
         ConfigError: A value cannot be read, or the settings are not valid.
     """
-    from fedllm.config import parse_run_config
+    from fedllm.config_parsing import parse_run_config
 
     return parse_run_config(read_settings(values))
 

@@ -29,7 +29,8 @@ from fedllm.commands.options import (
     run_command,
     write_json,
 )
-from fedllm.config import RunConfig, parse_run_config
+from fedllm.config import RunConfig
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import ConfigError
 from fedllm.planning.adapter_choice import choose_adapter, with_choice
 from fedllm.planning.joint_noise import joint_plan

@@ -28,7 +28,8 @@ from fedllm.commands.options import (
     run_command,
     write_json,
 )
-from fedllm.config import fedllm_home, parse_run_config
+from fedllm.config import fedllm_home
+from fedllm.config_parsing import parse_run_config
 from fedllm.deployment.flower_programs import make_home
 from fedllm.deployment.simulation import Simulation, find_app, simulate
 from fedllm.runs.directory import RESULT_FILE, read_json

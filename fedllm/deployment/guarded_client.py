@@ -23,7 +23,8 @@ from flwr.app import Context, Message
 from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 from flwr.supernode.runtime import run_clientapp
 
-from fedllm.config import flat, parse_run_config
+from fedllm.config import flat
+from fedllm.config_parsing import parse_run_config
 from fedllm.deployment.supernode import APPROVE, SUPERLINK
 from fedllm.errors import FedllmError, NodeError
 from fedllm.logs import show_log

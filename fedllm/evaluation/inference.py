@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedllm.config import RunConfig, fedllm_home, parse_run_config
+from fedllm.config import RunConfig, fedllm_home
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import AdapterError, FedllmError
 from fedllm.foreign_text import printable
 from fedllm.runs.directory import CONFIG_FILE, RESULT_FILE, read_json

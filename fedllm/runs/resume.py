@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedllm.config import RunConfig, Scalar, flat, parse_run_config
+from fedllm.config import RunConfig, Scalar, flat
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import ConfigError, FederationError
 from fedllm.runs.checkpoint import RESUME_KEY, Checkpoint, require_unchanged
 from fedllm.runs.directory import CONFIG_FILE, RESULT_FILE, RunDirectory, read_json

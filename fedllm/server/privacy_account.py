@@ -1,7 +1,7 @@
 """What a run has spent of its privacy, and what it may still spend, for each unit.
 
 A further unit of privacy is one class here and one line in `_ACCOUNTS`; its settings are
-checked in `fedllm.config`, and its noise is made by `fedllm.strategy` or the client.
+checked in `fedllm.config_rules`, and its noise is made by `fedllm.strategy` or the client.
 """
 
 import logging

@@ -9,7 +9,8 @@ import torch
 
 from fedllm.adapters import adapted_model
 from fedllm.adapters.adapted_model import AdaptedModel, load_adapted_model
-from fedllm.config import RunConfig, parse_run_config
+from fedllm.config import RunConfig
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import AdapterError
 from tests.helpers.adapters import logits, make_spec, random_arrays
 

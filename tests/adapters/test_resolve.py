@@ -7,7 +7,8 @@ import pytest
 from fedllm.adapters.kinds import KINDS
 from fedllm.adapters.peft_model import attach
 from fedllm.adapters.resolve import resolve, with_kind
-from fedllm.config import AdapterConfig, parse_run_config
+from fedllm.config import AdapterConfig
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import AdapterError, ConfigError
 from tests.helpers.adapters import Q, load_base, make_config, make_spec
 

@@ -21,7 +21,8 @@ from fedllm.auditing.canary_records import (
     most_certifiable,
 )
 from fedllm.auditing.harness import ZeroNoise
-from fedllm.config import DataConfig, flat, parse_run_config
+from fedllm.config import DataConfig, flat
+from fedllm.config_parsing import parse_run_config
 from fedllm.data.tokens import tokenize
 from fedllm.models.loading import load_tokenizer
 from fedllm.models.location import load_config

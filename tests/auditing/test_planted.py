@@ -15,7 +15,8 @@ from fedllm.auditing.planted import (
     measure_memory,
     summary,
 )
-from fedllm.config import fedllm_home, parse_run_config
+from fedllm.config import fedllm_home
+from fedllm.config_parsing import parse_run_config
 from fedllm.data.tokens import tokenize
 from fedllm.errors import DataError
 from fedllm.evaluation.held_out_loss import held_out

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from fedllm.config import flat, parse_run_config
+from fedllm.config import flat
+from fedllm.config_parsing import parse_run_config
 from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.ledger import Ledger, no_privacy
 from fedllm.runs.directory import RunDirectory

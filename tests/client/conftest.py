@@ -10,7 +10,7 @@ from flwr.app import Message
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.client.message_handler import reply_to
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.models.location import load_config
 from tests.helpers.client_replies import LIMITS, NODE, Answer
 from tests.helpers.flower_messages import context, train_instruction

@@ -8,7 +8,7 @@ import pytest
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.client import cache
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.models.location import load_config
 from fedllm.wire.messages import ARRAYS, read_reply
 from tests.helpers.client_replies import WITHOUT_DP, code_of, text_of, values

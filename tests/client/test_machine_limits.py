@@ -7,7 +7,7 @@ import pytest
 
 from fedllm.client import message_handler, record_budget
 from fedllm.client.machine_limits import fitted_to_machine, micro_batch_line
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import ConfigError
 from fedllm.models.location import load_config
 from fedllm.planning.memory import PROCESS_BYTES, memory_need

@@ -4,7 +4,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.resolve import adapter_spec
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.evaluation import held_out_loss
 from fedllm.models.location import load_config
 from fedllm.training import sft

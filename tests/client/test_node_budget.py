@@ -13,7 +13,8 @@ from flwr.app import RecordDict
 from fedllm.client import message_handler
 from fedllm.client.message_handler import reply_to
 from fedllm.client.node_budget import asked_of, node_ledger_folder, promise_of
-from fedllm.config import flat, parse_run_config
+from fedllm.config import flat
+from fedllm.config_parsing import parse_run_config
 from fedllm.node.log import append, read_lines
 from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.accounting import gaussian_epsilon

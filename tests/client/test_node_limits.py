@@ -5,7 +5,8 @@ import pytest
 from fedllm.adapters.kinds import KINDS
 from fedllm.client.node_config import parse_node_config
 from fedllm.client.node_limits import check_node_limits, rank_line, trained_rank
-from fedllm.config import AdapterConfig, RunConfig, parse_run_config
+from fedllm.config import AdapterConfig, RunConfig
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import ConfigError
 from fedllm.node.delivered_app import ANY, CHOICE, INSTALLED
 from fedllm.wire.messages import ARRAYS

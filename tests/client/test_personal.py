@@ -21,7 +21,7 @@ from fedllm.client.personal import (
     make_personal,
     wanted_deliveries,
 )
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import ConfigError, DataError, NodeError
 from fedllm.evaluation.held_out_loss import held_out
 from fedllm.wire.messages import DELIVER

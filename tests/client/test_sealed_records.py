@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord
 
 from fedllm.client import message_handler
 from fedllm.client.record_budget import ledger_folder
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.privacy.agreement import SlotSettings
 from fedllm.privacy.pads import integers_of
 from fedllm.wire.messages import ARRAYS, CONFIG, METRICS, array_record, read_reply

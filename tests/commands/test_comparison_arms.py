@@ -11,7 +11,8 @@ from fedllm.commands.comparison_arms import (
     start_of,
     without_privacy,
 )
-from fedllm.config import RunConfig, flat, parse_run_config
+from fedllm.config import RunConfig, flat
+from fedllm.config_parsing import parse_run_config
 
 SAMPLED = {"strategy.sampling": "poisson", "strategy.fraction-train": 0.5}
 EVALUATED = {

@@ -12,7 +12,8 @@ from fedllm.adapters.resolve import adapter_spec
 from fedllm.client.personal import make_personal
 from fedllm.commands.evaluate import main
 from fedllm.commands.main import main as fedllm
-from fedllm.config import flat, parse_run_config
+from fedllm.config import flat
+from fedllm.config_parsing import parse_run_config
 from fedllm.evaluation.inference import ChatModel, find_model
 from fedllm.models.location import load_config
 from fedllm.reporting.sentences import NOT_ADVICE

@@ -12,7 +12,7 @@ from fedllm.adapters.files import load_adapter, save_adapter
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.client.personal import make_personal
 from fedllm.commands.export import main
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.models import loading
 from fedllm.models.loading import load_base, load_tokenizer
 from fedllm.models.location import load_config

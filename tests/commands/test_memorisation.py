@@ -7,7 +7,8 @@ import pytest
 from fedllm.auditing.planted import make_planted
 from fedllm.commands import audit
 from fedllm.commands.memorisation import rehearse, write_rehearsal
-from fedllm.config import fedllm_home, flat, parse_run_config
+from fedllm.config import fedllm_home, flat
+from fedllm.config_parsing import parse_run_config
 from fedllm.data.partitions import partition
 from fedllm.data.rows import load_rows
 from fedllm.errors import ConfigError

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.config import DataConfig, parse_run_config
+from fedllm.config import DataConfig
+from fedllm.config_parsing import parse_run_config
 from fedllm.data.overlap import public_rows_among, require_no_public_row_trains
 from fedllm.data.rows import load_public
 from fedllm.errors import ConfigError

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.deployment import row_checks as module
 from fedllm.deployment.row_checks import row_checks
 from fedllm.errors import ConfigError

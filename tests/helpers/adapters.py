@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.adapters.spec import AdapterSpec
-from fedllm.config import AdapterConfig, RunConfig, parse_run_config
+from fedllm.config import AdapterConfig, RunConfig
+from fedllm.config_parsing import parse_run_config
 from fedllm.models import loading
 from fedllm.models.location import load_config
 

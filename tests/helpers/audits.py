@@ -6,7 +6,7 @@ from fedllm.auditing.auditor import Auditor
 from fedllm.auditing.sealed_auditor import SealedAuditor
 from fedllm.commands.audit import main
 from fedllm.commands.sealed_parties import SealedParties
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.planning.noise import privacy_settings
 from fedllm.strategy.build import make_strategy
 from tests.helpers.commands import exit_status

@@ -7,7 +7,7 @@ from fedllm.adapters.peft_model import initial_arrays
 from fedllm.adapters.resolve import adapter_spec
 from fedllm.client.delivery import Delivery, deliveries
 from fedllm.client.message_handler import reply_to
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.models.location import load_config
 from fedllm.wire.messages import DELIVER
 from tests.helpers.flower_messages import context, train_instruction

@@ -11,7 +11,8 @@ import safetensors.numpy
 from flwr.app import Message, MetricRecord, RecordDict
 
 from fedllm.client import cache, message_handler
-from fedllm.config import flat, parse_run_config
+from fedllm.config import flat
+from fedllm.config_parsing import parse_run_config
 from fedllm.evaluation.public_rows import PublicRows
 from fedllm.server.federation import Federation
 from fedllm.server.startup import set_up

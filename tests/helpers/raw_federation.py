@@ -51,7 +51,7 @@ def main(grid: Grid, context: Context) -> None:
     """Ask every node once, and write what each reply was read as."""
     from fedllm.adapters.peft_model import initial_arrays
     from fedllm.adapters.resolve import adapter_spec
-    from fedllm.config import parse_run_config
+    from fedllm.config_parsing import parse_run_config
     from fedllm.models.location import load_config
     from fedllm.server.reply_stream import ReplyStream
     from fedllm.strategy.fedavg import AdapterFedAvg

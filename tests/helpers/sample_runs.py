@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedllm.config import flat, parse_run_config
+from fedllm.config import flat
+from fedllm.config_parsing import parse_run_config
 from fedllm.planning.noise import privacy_settings
 from fedllm.privacy.ledger import Ledger, no_privacy
 

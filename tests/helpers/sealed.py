@@ -10,7 +10,7 @@ import pytest
 from flwr.app import ConfigRecord, Message
 
 from fedllm.client import message_handler
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.node.delivered_app import CHOICE, INSTALLED
 from fedllm.planning.joint_noise import joint_settings
 from fedllm.planning.noise import privacy_settings

@@ -4,7 +4,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedllm.auditing.harness import ZeroNoise
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.privacy.ledger import Ledger, PrivacySettings
 from fedllm.strategy.build import make_strategy
 from fedllm.wire.masking import masked

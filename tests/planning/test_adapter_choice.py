@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.adapters.kinds import KINDS
-from fedllm.config import AdapterKind, parse_run_config
+from fedllm.config import AdapterKind
+from fedllm.config_parsing import parse_run_config
 from fedllm.planning.adapter_choice import (
     Choice,
     choose_adapter,

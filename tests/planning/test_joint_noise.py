@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fedllm.commands import plan
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import ConfigError
 from fedllm.planning.joint_noise import joint_plan, joint_settings
 from fedllm.planning.plan_lines import record_plan_lines

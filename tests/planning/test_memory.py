@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.models.loading import load_base
 from fedllm.models.location import load_config
 from fedllm.planning.memory import memory_need

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import PrivacyError
 from fedllm.planning.noise import affordable_rounds, privacy_settings
 from fedllm.privacy.accounting import epsilons

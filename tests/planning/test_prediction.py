@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from fedllm.config import RunConfig, parse_run_config
+from fedllm.config import RunConfig
+from fedllm.config_parsing import parse_run_config
 from fedllm.planning.frontier import Frontier, Measured, load_frontier
 from fedllm.planning.noise import privacy_settings
 from fedllm.planning.prediction import Prediction, predict

@@ -47,7 +47,7 @@ def test_a_run_without_privacy_claims_nothing(tmp_path):
 
 
 def test_a_record_level_run_has_a_page(tmp_path):
-    from fedllm.config import parse_run_config
+    from fedllm.config_parsing import parse_run_config
     from fedllm.planning.record_noise import record_settings
     from fedllm.privacy.record_claims import RecordClaims
 

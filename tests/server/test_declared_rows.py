@@ -5,7 +5,7 @@ import logging
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import FederationError
 from fedllm.server.declared_rows import ask_declared_rows
 from fedllm.wire.messages import DECLARED_ROWS, METRICS, error_content

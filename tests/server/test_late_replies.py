@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from fedllm.config import flat, parse_run_config
+from fedllm.config import flat
+from fedllm.config_parsing import parse_run_config
 from fedllm.server import late_replies, reply_stream
 from fedllm.server.late_replies import LateReplies
 from fedllm.server.local_grid import LocalGrid

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Message, MetricRecord, RecordDict
 
 from fedllm.client import message_handler
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import PrivacyError
 from fedllm.planning.record_noise import record_settings
 from fedllm.privacy.record_claims import RecordClaims

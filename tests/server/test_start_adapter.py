@@ -9,7 +9,7 @@ import pytest
 from dp_accounting import pld
 from flwr.app import Message, MetricRecord, RecordDict
 
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import AdapterError, ConfigError, PrivacyError
 from fedllm.evaluation.public_rows import PublicRows
 from fedllm.planning.record_noise import record_settings

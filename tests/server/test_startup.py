@@ -10,7 +10,8 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from fedllm.client import cache, message_handler
-from fedllm.config import fedllm_home, parse_run_config
+from fedllm.config import fedllm_home
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import AdapterError, ConfigError, PrivacyError
 from fedllm.models.location import base_digest
 from fedllm.planning.adapter_choice import Choice

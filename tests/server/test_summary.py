@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from fedllm.config import parse_run_config
+from fedllm.config_parsing import parse_run_config
 from fedllm.server import summary
 from tests.helpers.federations import start
 

@@ -27,7 +27,8 @@ from hypothesis.extra import numpy as hnp
 
 from fedllm.auditing.harness import Bench, Setup, norm_of
 from fedllm.auditing.hostile_replies import Content, hostile_replies, packed_replies
-from fedllm.config import Encoding, WireConfig, parse_run_config
+from fedllm.config import Encoding, WireConfig
+from fedllm.config_parsing import parse_run_config
 from fedllm.planning.noise import privacy_settings
 from fedllm.wire.messages import ARRAYS, ERROR, METRICS, encoded_record
 

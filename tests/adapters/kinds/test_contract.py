@@ -20,7 +20,8 @@ from fedllm.adapters.peft_model import (
     peft_arrays,
     set_trained,
 )
-from fedllm.config import WITHOUT_DROPOUT, AdapterKind, parse_run_config
+from fedllm.config import WITHOUT_DROPOUT, AdapterKind
+from fedllm.config_parsing import parse_run_config
 from fedllm.errors import AdapterError, ConfigError
 from tests.helpers.adapters import load_base, logits, make_spec, random_arrays
 
