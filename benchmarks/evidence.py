@@ -3,13 +3,13 @@
     python benchmarks/evidence.py
     python benchmarks/evidence.py --silent 0
 
-Canary clients take part by a fair coin each, and who does not sends nothing: the zero-out
+Canary clients take part by a fair coin each, and one that does not sends nothing: the zero-out
 relation that `fedllm audit` uses. Beside them are clients that a strategy was told of and that
 never answer (`--silent`). `accounted` is what the noise multiplier stands for if each
 client counts once and the noise is on the sum; `certified` is the lower bound on epsilon that
 guesses from the release prove, with confidence 95 %. A strategy is convicted if the second is
 above the first. Each strategy is given the noise, clipping norm and number of clients that it
-asks for, and each client clips as Flower's own mod does where clipping is the client's part.
+asks for, and each client clips as Flower's own mod does if clipping is the client's part.
 """
 
 import argparse

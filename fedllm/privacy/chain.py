@@ -3,9 +3,9 @@
     "chain": [{"round": 1, "hash": "9f2c..."}, {"round": 2, "hash": "41d0..."}]
 
 The first hash is over the run's name, the settings that it promises and the round; each later
-one is over the one before it, its round and what else was noted. Whoever may write the file can
-make a chain anew, whole and shorter. Therefore the server signs its end, the head, with each
-message, and the nodes keep it: a chain that was made anew does not have the heads that they hold.
+one is over the one before it, its round and what else was noted. Anyone who can write the file can
+make a new chain, whole and shorter. So each message has the chain's end, the head, signed by the
+server, and the nodes keep it: a new chain does not have the heads that they hold.
 """
 
 import hashlib

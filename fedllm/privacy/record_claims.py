@@ -41,6 +41,9 @@ _NOT_COVERED = [
     "partitions by label ('dirichlet', 'natural') have sizes that depend on rows",
 ]
 
+# A hundred times what Flower was measured with; a file that says more is damaged.
+_MOST_CLIENTS = 1_000_000
+
 
 @dataclass(frozen=True)
 class RecordSettings:
@@ -135,17 +138,16 @@ class RecordClaims:
             claims = cls(path, settings, str(content["run"]))
             claims._releases = [int(r) for r in content["releases"]]
             claims._chain = read_chain(claims.run, settings, content)
-            count = int(content["num_clients_reported"])
-            worst, median = _limit(content["epsilon"]), _limit(
-                content["epsilon_median"]
-            )
+            count = _count(content["num_clients_reported"])
+            worst = _limit(content["epsilon"])
+            median = _limit(content["epsilon_median"])
             changed = [
                 f"{key} was {content[key]!r} and is now {value!r}"
                 for key, value in asdict(settings).items()
                 # A file from before there were persons has no column of them.
                 if content.get(key, "") != value
             ]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, ArithmeticError) as error:
             raise PrivacyError(f"{path}: cannot be read: {error}") from None
         if changed:
             raise PrivacyError("privacy settings have changed: " + "; ".join(changed))
@@ -301,7 +303,7 @@ class RecordClaims:
             f"client and {plain(self.median)} for the median one at delta "
             f"{settings.delta:g} (protection: {self.strength(worst)}{because}), as the {len(self._every)} "
             f"clients that took part in {rounds_text(len(self._releases))} report it: for "
-            "whoever sees all that they sent, the server included, whether "
+            "anyone who sees all that they sent, the server included, whether "
             f"{protected(settings.person_column)} was there or not changes the probability "
             f"of any conclusion by at most a factor of e^{plain(worst)}, plus "
             f"{settings.delta:g}{group}; the code that a client runs is trusted, and what is not "
@@ -312,9 +314,23 @@ class RecordClaims:
         write_privacy_file(self._path, self.as_dict())
 
 
-def _limit(value: object) -> float:
+def _count(value: Any) -> int:
+    """Return a file's number of clients, each of which takes memory when it is loaded.
+
+    Raises:
+        ValueError: It is no number of clients.
+    """
+    count = int(value)
+    if not 0 <= count <= _MOST_CLIENTS:
+        raise ValueError(
+            f"num_clients_reported must be from 0 to {_MOST_CLIENTS:,} (got {count})"
+        )
+    return count
+
+
+def _limit(value: Any) -> float:
     """Return an epsilon of a file; infinite if it has none."""
-    return math.inf if value is None else float(value)  # type: ignore[arg-type]
+    return math.inf if value is None else float(value)
 
 
 def _known(value: float) -> float | None:

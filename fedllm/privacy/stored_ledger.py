@@ -30,13 +30,14 @@ def check_ledger(path: Path, content: Mapping[str, Any]) -> Chain | None:
         return None
     if unit == "record" and content.get("noise") != "joint":
         return _checked_claims(path, content)
-    kinds: dict[Any, type[Ledger | JointLedger]] = {
+    kinds: dict[str, type[Ledger | JointLedger]] = {
         "client": Ledger,
         "record": JointLedger,
     }
-    if unit not in kinds:
+    ledger_type = kinds.get(str(unit))
+    if ledger_type is None:
         raise PrivacyError(f"{path}: the ledger cannot be read: its unit is {unit!r}")
-    return kinds[unit].of_content(path, content).chain
+    return ledger_type.of_content(path, content).chain
 
 
 def _checked_claims(path: Path, content: Mapping[str, Any]) -> Chain | None:

@@ -65,7 +65,7 @@ def verify_dossier(
     yield _same(folder / DOSSIER_PAGE, signed.get("page"), "page")
     files = signed.get("files")
     for name, digest in (files if isinstance(files, dict) else {}).items():
-        # A name is a file of this folder, whoever wrote the dossier.
+        # A dossier from elsewhere must not make us read files outside this folder.
         yield _same(folder / Path(str(name)).name, digest, "source")
     ledger = signed.get("ledger")
     ledger = ledger if isinstance(ledger, dict) else {}
@@ -104,7 +104,8 @@ def _same(path: Path, digest: object, what: str) -> Finding:
     """Return whether a file has the hash that was signed."""
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
+    except (OSError, ValueError):
+        # A name with a null byte is a ValueError.
         return Finding(None, f"{what}: {path.name} is not here, and was not compared")
     if found == digest:
         return Finding(True, f"{what}: {path.name} is as it was signed")

@@ -1,8 +1,8 @@
 """The run's numbers for Prometheus, on loopback, while the run lasts.
 
 It serves what the lines of metrics.jsonl have, and a value that is null there is absent here.
-Whoever asks stamps each answer with the time, so if the length of a round is secret, no value of
-a round is served: only that the run lasts, and how many rounds it planned.
+Prometheus stamps each answer with the time, so if the length of a round is secret, no value of a
+round is served: only that the run lasts, and how many rounds it planned.
 """
 
 import errno

@@ -178,7 +178,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise FedllmError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise FedllmError(f"{path}: is damaged: not JSON") from None
     if not isinstance(content, dict):
         raise FedllmError(f"{path}: is damaged: not an object")

@@ -50,7 +50,28 @@ def test_a_run_without_privacy_has_no_chain(tmp_path):
     assert check_ledger(tmp_path, no_privacy(4, 100)) is None
 
 
-@pytest.mark.parametrize("content", [{}, {"unit": "record"}, {"unit": "client"}])
+@pytest.mark.parametrize(
+    "content", [{}, {"unit": []}, {"unit": "record"}, {"unit": "client"}]
+)
 def test_what_is_no_ledger_is_one_line(content, tmp_path):
     with pytest.raises(PrivacyError, match="the ledger cannot be read"):
         check_ledger(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epsilon": 10**400},
+        {"releases": [float("inf")]},
+        {"num_clients_reported": 10**12},
+        {"num_clients_reported": -1},
+    ],
+)
+def test_claims_with_impossible_numbers_are_one_line(change, tmp_path):
+    path = tmp_path / "privacy.json"
+    claims(path)
+    content = json.loads(path.read_text()) | change
+
+    with pytest.raises(PrivacyError, match="cannot be read") as caught:
+        check_ledger(path, content)
+    assert "\n" not in str(caught.value)

@@ -120,6 +120,15 @@ def test_a_line_that_was_edited_breaks_the_signature(folder, key):
     assert said(folder, key)[False][0].startswith("signature: not of the key")
 
 
+@pytest.mark.parametrize("name", ["../home/signing/server", "a\0b", "..", ""])
+def test_a_dossier_from_elsewhere_reads_no_file_outside_its_folder(folder, name):
+    edit(folder, lambda content: content["signed"].update(files={name: "0" * 64}))
+
+    lines = said(folder)
+    assert [x for x in lines[None] if "is not here" in x and x.startswith("source")]
+    assert not any(line.startswith("source") for line in lines[True] + lines[False])
+
+
 def test_a_round_that_was_deleted_from_the_signed_ledger_breaks_its_chain(folder, key):
     def change(content):
         ledger = content["signed"]["ledger"]

@@ -199,10 +199,10 @@ def test_best_and_final_are_copies_that_outlive_the_round(folder):
 
 
 def test_an_error_of_reading_json_has_its_cause(folder):
-    (folder.path / "x.json").write_text('{"a": ')
-
-    with pytest.raises(FedllmError, match="not JSON"):
-        read_json(folder.path / "x.json")
+    for text in ('{"a": ', "[" * 100_000):
+        (folder.path / "x.json").write_text(text)
+        with pytest.raises(FedllmError, match="not JSON"):
+            read_json(folder.path / "x.json")
     with pytest.raises(FedllmError, match="cannot be read"):
         read_json(folder.path / "y.json")
 
