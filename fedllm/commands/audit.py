@@ -31,10 +31,10 @@ from fedllm.commands.options import (
     add_clients,
     add_json,
     add_run_config,
+    main_of,
     new_parser,
     positive_int,
     read_settings,
-    run_command,
     write_json,
 )
 from fedllm.config import RunConfig, fedllm_home
@@ -328,10 +328,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    run_command(parser(), run, arguments)
-
+main = main_of(parser, run)
 
 if __name__ == "__main__":
     main()

@@ -40,11 +40,11 @@ from fedllm.commands.options import (
     add_out,
     add_run_config,
     log_to_stderr,
+    main_of,
     new_parser,
     positive_float,
     positive_int,
     read_run_config,
-    run_command,
     write_json,
 )
 from fedllm.config import RunConfig, fedllm_home, flat
@@ -229,10 +229,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    run_command(parser(), run, arguments)
-
+main = main_of(parser, run)
 
 if __name__ == "__main__":
     main()

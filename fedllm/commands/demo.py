@@ -15,8 +15,8 @@ from fedllm.commands.demo_page import CSS, AnswerOptions, make_page
 from fedllm.commands.options import (
     add_answers,
     log_to_stderr,
+    main_of,
     new_parser,
-    run_command,
 )
 from fedllm.config import fedllm_home
 from fedllm.errors import AdapterError, ConfigError
@@ -129,10 +129,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    run_command(parser(), run, arguments)
-
+main = main_of(parser, run)
 
 if __name__ == "__main__":
     main()

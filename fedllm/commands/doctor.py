@@ -20,9 +20,9 @@ from pathlib import Path
 from fedllm.commands.options import (
     add_json,
     add_run_config,
+    main_of,
     new_parser,
     read_run_config,
-    run_command,
     write_json,
 )
 from fedllm.deployment.preflight import Check, checks
@@ -84,10 +84,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    run_command(parser(), run, arguments)
-
+main = main_of(parser, run)
 
 if __name__ == "__main__":
     main()

@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fedllm.commands.options import add_json, new_parser, run_command, write_json
+from fedllm.commands.options import add_json, main_of, new_parser, write_json
 from fedllm.config import fedllm_home
 from fedllm.foreign_text import printable
 from fedllm.reporting.dossier_check import (
@@ -85,10 +85,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    run_command(parser(), run, arguments)
-
+main = main_of(parser, run)
 
 if __name__ == "__main__":
     main()

@@ -21,8 +21,8 @@ from fedllm.commands.options import (
     add_fetch_base,
     add_json,
     log_to_stderr,
+    main_of,
     new_parser,
-    run_command,
     write_json,
 )
 from fedllm.config import DataConfig, RunConfig, TrainConfig, fedllm_home
@@ -384,10 +384,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    run_command(parser(), run, arguments)
-
+main = main_of(parser, run)
 
 if __name__ == "__main__":
     main()

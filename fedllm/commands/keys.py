@@ -29,8 +29,8 @@ from typing import Any
 from fedllm.commands.options import (
     add_json,
     add_out,
+    main_of,
     new_parser,
-    run_command,
     write_json,
 )
 from fedllm.deployment.certificates import (
@@ -280,10 +280,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    run_command(parser(), run, arguments)
-
+main = main_of(parser, run)
 
 if __name__ == "__main__":
     main()

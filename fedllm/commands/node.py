@@ -44,9 +44,9 @@ from fedllm.commands.options import (
     add_home,
     add_json,
     log_to_stderr,
+    main_of,
     new_parser,
     positive_int,
-    run_command,
     write_json,
 )
 from fedllm.privacy.wording import rounds_text
@@ -289,10 +289,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    run_command(parser(), run, arguments)
-
+main = main_of(parser, run)
 
 if __name__ == "__main__":
     main()

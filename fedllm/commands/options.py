@@ -59,6 +59,20 @@ def run_command(
         sys.exit(status)
 
 
+def main_of(
+    parser: Callable[[], argparse.ArgumentParser],
+    run: Callable[[argparse.Namespace], int],
+    hands_on: bool = False,
+) -> Callable[..., None]:
+    """Return a command's `main(arguments)`; the arguments are those of `run_command`."""
+
+    def main(arguments: Sequence[str] | None = None) -> None:
+        """Run the command; an error is one line and exit status 1."""
+        run_command(parser(), run, arguments, hands_on)
+
+    return main
+
+
 def error_text(error: FedllmError) -> str:
     """Return an error as lines of one form: `ConfigError: key: what is wrong`."""
     kind = type(error).__name__

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedllm.commands.options import add_json, new_parser, run_command, write_json
+from fedllm.commands.options import add_json, main_of, new_parser, write_json
 from fedllm.config import fedllm_home
 from fedllm.errors import FedllmError
 from fedllm.foreign_text import printable
@@ -132,10 +132,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    run_command(parser(), run, arguments)
-
+main = main_of(parser, run)
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ import logging
 import os
 from pathlib import Path
 
-from fedllm.commands.options import add_home, new_parser, print_help, run_command
+from fedllm.commands.options import add_home, main_of, new_parser, print_help
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +104,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    run_command(parser(), run, arguments, hands_on=True)
-
+main = main_of(parser, run, hands_on=True)
 
 if __name__ == "__main__":
     main()

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from fedllm.commands.options import (
     add_home,
+    main_of,
     new_parser,
     parse_pairs,
     print_help,
-    run_command,
 )
 
 _POLL_SECONDS = 0.05
@@ -237,10 +237,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error is one line and exit status 1."""
-    run_command(parser(), run, arguments, hands_on=True)
-
+main = main_of(parser, run, hands_on=True)
 
 if __name__ == "__main__":
     main()
